@@ -1,0 +1,38 @@
+"""Everything that session_sync raises: one small tree under `SessionError`.
+
+Each error is also the builtin that a caller would expect, so that code which knows nothing of this
+library (`except TimeoutError`) still does the right thing. A message names the session's key, the
+cause and the way out; it never contains a value out of a session.
+"""
+
+
+class SessionError(Exception):
+    """The root of all errors of this library."""
+
+
+class SessionKeyError(SessionError, LookupError):
+    """The update belongs to no session: it has neither a user nor a chat (a poll, for example)."""
+
+
+class SessionClosedError(SessionError, RuntimeError):
+    """A session was changed after its scope had closed: the change could not have been saved."""
+
+
+class SessionNotLoadedError(SessionError, RuntimeError):
+    """A lazy session was touched in async code before `await` had loaded it."""
+
+
+class SessionLockTimeout(SessionError, TimeoutError):
+    """Somebody else held the session for longer than `lock_timeout` seconds."""
+
+
+class SessionDeadlockError(SessionError, RuntimeError):
+    """This wait for a session could never have ended."""
+
+
+class SessionEncodeError(SessionError, TypeError):
+    """A session holds a value that its storage cannot keep; nothing was written."""
+
+
+class SessionDecodeError(SessionError, ValueError):
+    """A stored record is not one that this library wrote; it is left as it is."""

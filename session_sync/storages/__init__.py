@@ -1,0 +1,1 @@
+"""Where sessions are kept: one file per storage, the same methods in the same order in each."""

@@ -1,0 +1,116 @@
+"""What a storage is: the protocols, each found by what an object can do.
+
+A storage knows keys and mappings of fields. It knows nothing of sessions, locks or scopes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from math import isqrt
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
+
+V = TypeVar("V")
+
+
+@runtime_checkable
+class KVStorage(Protocol[V]):
+    """The four methods that make a storage. A user's own adapter needs no base class.
+
+    `V` is what the storage keeps under a key; for sessions, a mapping of fields
+    (`dict[str, object]`). Errors propagate to whoever opened or closed the session.
+    """
+
+    def get(self, key: str, /) -> V | None:
+        """The value stored under `key`, or None. The library never changes what this returns."""
+
+    def set(self, key: str, value: V, /) -> None:
+        """Store `value`, a new plain dict that the library will not touch again."""
+
+    def delete(self, key: str, /) -> None:
+        """Remove `key`; no error if there is none."""
+
+    def has(self, key: str, /) -> bool:
+        """Whether something is stored under `key`."""
+
+
+@runtime_checkable
+class TtlStorage(KVStorage[V], Protocol[V]):
+    """A storage whose records expire when they are left alone: `touch` is called on every read."""
+
+    def touch(self, key: str, /) -> None:
+        """Start the life time of the record anew; no error if there is none."""
+
+
+@runtime_checkable
+class ListableStorage(KVStorage[V], Protocol[V]):
+    """A storage that can say which keys it has."""
+
+    def keys(self) -> Iterable[str]:
+        """Every stored key, in any order."""
+
+
+@runtime_checkable
+class RecordStorage(Protocol):
+    """A door for the scope alone, past the public `get` and `set`, for storages that can do better
+    than to copy a whole mapping: one that takes the changed fields only, or decodes on demand.
+
+    `blocking` says whether these calls may wait for a disk or a network; such a storage is never
+    called on an event loop's thread. A storage without this attribute is taken to block.
+    """
+
+    blocking: bool
+
+    def load(self, key: str, /) -> Record | None:
+        """The stored record, its life time started anew, or None."""
+
+    def save(self, key: str, record: Record, /) -> None:
+        """Store `record` whole, or raise and leave what was stored before."""
+
+    def delete(self, key: str, /) -> None:
+        """Remove `key`; no error if there is none."""
+
+
+class Record(Mapping[str, Any]):
+    """The stored fields of one session at one moment: a mapping that never changes.
+
+    A changed record is made from an older one and shares what both have, so that writing one field
+    of a thousand does not copy the thousand: changes gather in a small `patch` over `base` until
+    it has grown to the square root of `base`, and then both are merged. A record that nobody can
+    change can be read by any thread while another one stores its successor.
+
+    >>> one = Record({"counter": 1, "name": "alex"})
+    >>> two = one.patched({"counter": 2})
+    >>> dict(one), dict(two)
+    ({'counter': 1, 'name': 'alex'}, {'counter': 2, 'name': 'alex'})
+    """
+
+    __slots__ = ("base", "patch")
+
+    def __init__(self, base: dict[str, Any], patch: dict[str, Any] | None = None) -> None:
+        self.base: Final = base
+        self.patch: Final = patch if patch is not None else {}
+
+    def patched(self, changes: Mapping[str, Any]) -> Record:
+        """This record with `changes` put over it, in the order that a dict would have."""
+        patch = {**self.patch, **changes}
+        if len(patch) > 8 + isqrt(len(self.base)):
+            return Record({**self.base, **patch})
+        return Record(self.base, patch)
+
+    def __getitem__(self, name: str) -> Any:
+        patch = self.patch
+        return patch[name] if name in patch else self.base[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.patch or name in self.base
+
+    def __iter__(self) -> Iterator[str]:
+        base = self.base
+        yield from base
+        for name in self.patch:
+            if name not in base:
+                yield name
+
+    def __len__(self) -> int:
+        base = self.base
+        return len(base) + sum(name not in base for name in self.patch)
