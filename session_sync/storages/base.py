@@ -22,6 +22,7 @@ class KVStorage(Protocol[V]):
 
     def get(self, key: str, /) -> V | None:
         """The value stored under `key`, or None. The library never changes what this returns."""
+        ...
 
     def set(self, key: str, value: V, /) -> None:
         """Store `value`, a new plain dict that the library will not touch again."""
@@ -31,6 +32,7 @@ class KVStorage(Protocol[V]):
 
     def has(self, key: str, /) -> bool:
         """Whether something is stored under `key`."""
+        ...
 
 
 @runtime_checkable
@@ -47,6 +49,7 @@ class ListableStorage(KVStorage[V], Protocol[V]):
 
     def keys(self) -> Iterable[str]:
         """Every stored key, in any order."""
+        ...
 
 
 @runtime_checkable
@@ -97,9 +100,20 @@ class Record(Mapping[str, Any]):
             return Record({**self.base, **patch})
         return Record(self.base, patch)
 
+    def only(self, names: Iterable[str], changes: Mapping[str, Any]) -> Record:
+        """The fields called `names`, in that order, with `changes` put over them."""
+        return Record({name: changes[name] if name in changes else self[name] for name in names})
+
     def __getitem__(self, name: str) -> Any:
         patch = self.patch
         return patch[name] if name in patch else self.base[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field, or `default`."""
+        return self[name] if name in self else default  # noqa: SIM401 (this is `get`)
+
+    def __bool__(self) -> bool:
+        return bool(self.patch or self.base)
 
     def __contains__(self, name: object) -> bool:
         return name in self.patch or name in self.base

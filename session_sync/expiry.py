@@ -1,0 +1,121 @@
+"""Fields that disappear by themselves: `ttl()` and the timers of one session."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Final
+
+from .errors import SessionDecodeError
+
+#: The stored name of a session's timers: `{field: [expires_at, seconds]}`, in Unix time.
+TIMERS: Final = "$ttl"
+
+
+class Ttl:
+    """A value with a life time, on its way into a session. Made by `ttl()`."""
+
+    __slots__ = ("seconds", "value")
+    __hash__ = None  # type: ignore[assignment] # so it gets into no set and is no dict's key
+
+    def __init__(self, value: Any, seconds: float) -> None:
+        self.value: Final = value
+        self.seconds: Final = seconds
+
+
+def seconds_of(duration: float | timedelta, name: str) -> float:
+    """`duration` in seconds.
+
+    Raises ValueError, naming `name`, if it is negative or no number of seconds.
+    """
+    seconds = duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(
+            f"{name} must be a number of seconds, 0 or more (or a timedelta), not {duration!r}"
+        )
+    return seconds
+
+
+def life_time(ttl: float | timedelta) -> float:
+    """How many seconds a stored session lives when it is left alone.
+
+    Raises ValueError if that is not more than 0.
+    """
+    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else float(ttl)
+    if not 0 < seconds < math.inf:
+        raise ValueError(
+            f"ttl must be a positive number of seconds (or a timedelta), not {ttl!r}; None keeps "
+            f"sessions for ever"
+        )
+    return seconds
+
+
+def ttl(value: Any, seconds: float | timedelta = 30.0) -> Any:
+    """`value`, to be assigned to a field of a session that disappears `seconds` later.
+
+    The time counts from the last assignment of the field: a plain assignment restarts it, a change
+    inside the value does not. `ttl(value, 0)` removes the timer and keeps the value. Timers are
+    stored with the session, so they run on while the bot is down.
+
+    Raises ValueError if `seconds` is negative, and TypeError where the result is used as anything
+    but the value of a field.
+
+    >>> from session_sync import SessionManager, ttl
+    >>> sessions = SessionManager()
+    >>> with sessions.session_scope("user:1") as session:
+    ...     session["code"] = ttl("1234", 300)  # gone in five minutes
+    ...     session["code"]
+    '1234'
+    """
+    if isinstance(value, Ttl):
+        raise TypeError("ttl(ttl(...)): a field has one timer")
+    return Ttl(value, seconds_of(seconds, "ttl"))
+
+
+class Timers:
+    """When which field of one session disappears, and how long it lives after an assignment."""
+
+    __slots__ = ("_deadlines",)
+
+    def __init__(self, stored: Mapping[str, Any], key: str) -> None:
+        try:
+            self._deadlines = {
+                name: (float(at), float(seconds)) for name, (at, seconds) in stored.items()
+            }
+        except (AttributeError, TypeError, ValueError):
+            raise SessionDecodeError(
+                f"session {key!r} cannot be read: what is stored under {TIMERS!r} are not timers "
+                f"that were written here. The record is left as it is."
+            ) from None
+
+    def __bool__(self) -> bool:
+        return bool(self._deadlines)
+
+    def expired(self, name: str) -> bool:
+        """Whether the time of `name` is up."""
+        deadline = self._deadlines.get(name)
+        return deadline is not None and deadline[0] <= time.time()
+
+    def all_expired(self) -> list[str]:
+        """The names whose time is up."""
+        now = time.time()
+        return [name for name, (at, _) in self._deadlines.items() if at <= now]
+
+    def assign(self, name: str, seconds: float | None) -> None:
+        """A field was assigned: with a life time (0: no timer), or plainly (None)."""
+        if seconds is None:
+            seconds = self._deadlines[name][1] if name in self._deadlines else 0
+        if seconds:
+            self._deadlines[name] = (time.time() + seconds, seconds)
+        else:
+            self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """A field went away."""
+        self._deadlines.pop(name, None)
+
+    def to_store(self) -> dict[str, list[float]]:
+        """What lies in the store under TIMERS."""
+        return {name: list(deadline) for name, deadline in self._deadlines.items()}

@@ -1,0 +1,349 @@
+"""Sessions in a folder on disk, by diskcache: for threads and processes on one machine.
+
+diskcache is a cache: by default it evicts, pickles, and unpickles whatever lies in its folder. Here
+it keeps everything, and bytes only. This module knows records and their bytes; it knows no session.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, Final
+
+from session_sync.codec import Codec
+from session_sync.errors import SessionDecodeError
+from session_sync.expiry import life_time
+from session_sync.storages.base import Record
+
+try:
+    import diskcache as _diskcache
+except ImportError as error:
+    raise ImportError("DiskStorage needs diskcache: pip install 'session-sync[disk]'") from error
+
+diskcache: Any = _diskcache  # it has no types
+
+_FILE: Final[str] = diskcache.core.DBNAME
+_TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
+
+# Of a folder with anything else in it, the mode is its owner's affair: it may be /tmp.
+_OUR_FILES: Final = (_FILE, "locks")
+
+# All of them, since what lies in the folder wins over diskcache's defaults.
+_SETTINGS: Final = {
+    **diskcache.DEFAULT_SETTINGS,
+    "statistics": 0,
+    "tag_index": 0,
+    "eviction_policy": "none",
+    "size_limit": 2**62,
+    "cull_limit": 10,  # rows that have expired, removed by each write
+    "sqlite_auto_vacuum": 1,
+    "sqlite_cache_size": 2**11,
+    "sqlite_journal_mode": "wal",
+    "sqlite_mmap_size": 0,
+    "sqlite_synchronous": 1,
+    "disk_min_file_size": 2**62,
+    "disk_pickle_protocol": 0,
+}
+_KNOWN_SETTINGS: Final = _SETTINGS.keys() | diskcache.core.METADATA.keys()
+_CONNECTION_PRAGMAS: Final = ("synchronous = NORMAL", "mmap_size = 0", "cache_size = 2048")
+
+# Two storages that make the same file at once: see _make_file().
+_making_file: Final = threading.Lock()
+
+
+class DiskStorage:
+    """Sessions in the folder `directory`, one row of a SQLite file for each.
+
+    Any number of threads and processes on one machine may use the same folder. Records that were
+    left alone for `ttl` seconds (a number or a `timedelta`; None: never) disappear: a read and a
+    write start the time anew. `codec` brings in types of your own.
+
+    Nothing is evicted, however much is stored. No pickle is written, none is read: a row that is
+    not ours raises `SessionDecodeError` with its key, and stays. A write that has returned outlives
+    the process, also one killed at any moment. A power cut or a crash of the system may take the
+    last writes with it, but never a part of one, and never what was there before (SQLite's WAL with
+    `synchronous=NORMAL`). Files have mode 0600 and the folder 0700, whatever the umask; only a
+    folder that existed and has something else in it keeps its mode.
+
+    Raises ValueError if `ttl` is not positive, `diskcache.Timeout` if other processes write for
+    more than 60 seconds on end, and lets through what SQLite and the file system raise. Do not fork
+    while other threads are using it; a child of `os.fork()` opens connections of its own.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     storage = DiskStorage(directory, ttl=86_400)
+    ...     storage.set("user:1", {"counter": 1, "seen": {7}})
+    ...     storage.get("user:1"), list(storage.keys())
+    ...     storage.close()
+    ({'counter': 1, 'seen': {7}}, ['user:1'])
+    """
+
+    blocking: Final = True
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        ttl: float | timedelta | None = None,
+        *,
+        codec: Codec | None = None,
+    ) -> None:
+        self._ttl = None if ttl is None else life_time(ttl)
+        self._codec = Codec() if codec is None else codec
+        self._cache = _Cache(_private(directory), disk=_Disk, **_SETTINGS)
+
+    def get(self, key: str, /) -> dict[str, Any] | None:
+        """The fields stored under `key`, or None.
+
+        Raises `SessionDecodeError` if what lies there is not ours.
+        """
+        data = self._read(key)
+        return None if data is None else self._codec.decode(data, key)
+
+    def set(self, key: str, value: Mapping[str, Any], /) -> None:
+        """Store `value` under `key`, in one transaction.
+
+        Raises `SessionEncodeError` if it holds something that the codec does not keep.
+        """
+        self._cache.set(key, self._codec.encode(value, key), expire=self._ttl)
+
+    def delete(self, key: str, /) -> None:
+        """Remove `key`; no error if there is none."""
+        self._cache.delete(key)
+
+    def has(self, key: str, /) -> bool:
+        """Whether something is stored under `key`."""
+        return key in self._cache
+
+    def touch(self, key: str, /) -> None:
+        """Start the life time of the record anew; no error if there is none."""
+        if self._ttl is not None:
+            self._cache.touch(key, expire=self._ttl)
+
+    def keys(self) -> Iterator[str]:
+        """Every stored key, in the order in which they came in.
+
+        Raises `SessionDecodeError` at a key that is not ours.
+        """
+        with self._refusing(None):
+            for key in self._cache:
+                if key in self._cache:  # and has not expired
+                    yield key
+
+    def close(self) -> None:
+        """Close every thread's connection. The storage opens new ones when it is used again."""
+        self._cache.close()
+
+    def load(self, key: str, /) -> Record | None:
+        """The stored record, its life time started anew, or None."""
+        data = self._read(key)
+        if data is None:
+            return None
+        record = self._codec.decode_record(data, key)
+        self.touch(key)
+        return record
+
+    def save(self, key: str, record: Record, /) -> None:
+        """Store `record` whole, or raise and leave what was stored before."""
+        self.set(key, record)
+
+    def _read(self, key: str) -> bytes | None:
+        with self._refusing(key):
+            data: bytes | None = self._cache.get(key)
+        return data
+
+    @contextmanager
+    def _refusing(self, key: str | None) -> Iterator[None]:
+        try:
+            yield
+        except _ForeignError as foreign:
+            cause = str(foreign)
+        except sqlite3.OperationalError as error:
+            # Its words contain the value.
+            if "decode to UTF-8" not in str(error):
+                raise
+            cause = "is text that is not UTF-8"
+        else:
+            return
+        what = f"a key in {self._cache.directory!r}" if key is None else f"session {key!r}"
+        raise SessionDecodeError(
+            f"{what} cannot be read: it {cause}, which was not written here. It is left as it is."
+        )
+
+
+class _ForeignError(Exception):
+    """A row that this library did not write: what it is."""
+
+
+class _Disk(diskcache.Disk):  # type: ignore[misc]
+    """What goes into a row: a key as text and a value as bytes. No pickles and no files at all.
+
+    The columns of a row may have been written by anybody: neither is a pickle loaded, nor is a file
+    opened or removed whose name is found there.
+    """
+
+    def __init__(self, directory: str, **_settings: object) -> None:
+        super().__init__(directory)
+
+    def put(self, key: str) -> tuple[str | bytes, bool]:
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            return key.encode("utf-8", "surrogatepass"), True
+        return key, True
+
+    def get(self, key: object, raw: object) -> str:
+        if not raw:
+            raise _ForeignError("is a pickle")
+        if isinstance(key, str):
+            return key
+        if not isinstance(key, bytes):
+            raise _ForeignError(f"is of type {type(key).__name__}")
+        with suppress(UnicodeDecodeError):
+            text = key.decode("utf-8", "surrogatepass")
+            if self.put(text)[0] == key:
+                return text
+        raise _ForeignError("is of type bytes")
+
+    def store(
+        self, value: bytes, _read: object, key: object = None
+    ) -> tuple[int, int, None, bytes]:
+        return 0, diskcache.core.MODE_RAW, None, value
+
+    def fetch(self, mode: int, filename: object, value: object, _read: object) -> bytes:
+        if mode == diskcache.core.MODE_PICKLE:
+            raise _ForeignError("is a pickle")
+        if mode != diskcache.core.MODE_RAW or filename is not None:
+            raise _ForeignError("is in a file")
+        if not isinstance(value, bytes):
+            raise _ForeignError(f"is of type {type(value).__name__}")
+        return value
+
+    def remove(self, _file_path: object) -> None:
+        """We write no files: the name in the row is somebody else's."""
+
+
+class _Connection(sqlite3.Connection):
+    """A connection that closes itself with its thread, or Python 3.13 complains that nobody did."""
+
+    def __del__(self) -> None:
+        with suppress(sqlite3.Error):
+            self.close()
+
+
+class _Cache(diskcache.Cache):  # type: ignore[misc]
+    """diskcache's cache, with the connections looked after: one for each thread, as before."""
+
+    def __init__(self, directory: str, **settings: object) -> None:
+        self._era = 0
+        self._connections: weakref.WeakValueDictionary[int, _Connection] = (
+            weakref.WeakValueDictionary()
+        )
+        super().__init__(directory, timeout=_TIMEOUT, **settings)
+        _caches[id(self)] = self
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        local = self._local
+        era = (os.getpid(), self._era)
+        con: _Connection | None = getattr(local, "con", None)
+        if con is None or local.era != era:
+            super().close()
+            # Not bound to its thread: close() runs in another one.
+            con = sqlite3.connect(
+                os.path.join(self.directory, _FILE),
+                timeout=_TIMEOUT,
+                isolation_level=None,
+                check_same_thread=False,
+                factory=_Connection,
+            )
+            for pragma in _CONNECTION_PRAGMAS:
+                con.execute(f"PRAGMA {pragma}")
+            local.con, local.era = con, era
+            self._connections[id(con)] = con
+        return con
+
+    def reset(self, key: str, *value: object, **options: object) -> Any:
+        """Apply a setting. One that diskcache does not have would become an attribute of it."""
+        return super().reset(key, *value, **options) if key in _KNOWN_SETTINGS else None
+
+    def close(self) -> None:
+        self._era += 1
+        for ref in self._connections.valuerefs():
+            if (con := ref()) is not None:
+                con.close()
+
+    def before_fork(self) -> None:
+        """Leave no connection to a child: SQLite would take the parent's locks for its own.
+
+        diskcache closes what the child has inherited, but only in the thread that forked. Those of
+        the others are then connected in name only, and lose what they write as soon as the parent
+        closes the file.
+        """
+        super().close()
+
+    def after_fork(self) -> None:
+        """The same, if C code has forked; and whoever was writing is not in this process."""
+        super().close()
+        self._txn_id = None
+
+
+_caches: Final[weakref.WeakValueDictionary[int, _Cache]] = weakref.WeakValueDictionary()
+
+
+def _for_each_cache(act: Callable[[_Cache], None]) -> None:
+    for ref in _caches.valuerefs():
+        if (cache := ref()) is not None:
+            act(cache)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _for_each_cache(_Cache.before_fork),
+        after_in_child=lambda: _for_each_cache(_Cache.after_fork),
+    )
+
+
+def _private(directory: str | os.PathLike[str]) -> str:
+    """The absolute path of `directory`, made and closed to everybody else."""
+    # As diskcache would do, which could otherwise open another folder than the one made here. And
+    # absolute: each thread connects when it first needs to, maybe after a chdir().
+    path = os.path.expandvars(os.path.abspath(os.path.expanduser(os.fspath(directory))))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if stat.S_IMODE(os.stat(path).st_mode) & 0o077 and _is_ours(path):
+            _tighten(path, 0o700)
+    else:
+        os.chmod(path, 0o700)
+    _make_file(os.path.join(path, _FILE))
+    return path
+
+
+def _is_ours(path: str) -> bool:
+    return all(name.startswith(_OUR_FILES) for name in os.listdir(path))
+
+
+def _make_file(path: str) -> None:
+    """Make the database, or close it to others: SQLite gives its mode to the files that come along.
+
+    An existing one is never opened here: to close a file drops every lock on it that this process
+    has through SQLite. The mutex keeps other threads from a new one until it is closed.
+    """
+    with _making_file, suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    for name in (path, f"{path}-wal", f"{path}-shm", f"{path}-journal"):
+        with suppress(FileNotFoundError):
+            _tighten(name, 0o600)
+
+
+def _tighten(path: str, mode: int) -> None:
+    # Somebody else's: his decision.
+    with suppress(PermissionError):
+        os.chmod(path, mode)

@@ -1,0 +1,655 @@
+"""What is special about the storage on disk: nothing evicted, nothing unpickled, nothing lost."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import diskcache
+import pytest
+
+from session_sync.codec import Codec
+from session_sync.errors import SessionDecodeError, SessionEncodeError
+from session_sync.storages import disk
+from session_sync.storages.base import ListableStorage, Record, RecordStorage, TtlStorage
+from session_sync.storages.disk import DiskStorage
+
+HERE = Path(__file__).parent
+PICKLE, RAW, BINARY, TEXT = 4, 1, 2, 3
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "sessions"
+
+
+@pytest.fixture
+def storage(folder: Path) -> Iterator[DiskStorage]:
+    with closing(DiskStorage(folder)) as storage:
+        yield storage
+
+
+class Clock:
+    """Takes the place of `time` in diskcache."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(diskcache.core, "time", clock)
+    return clock
+
+
+def sql(folder: Path, statement: str, *arguments: Any) -> list[Any]:
+    """What anybody can do to the file."""
+    with closing(sqlite3.connect(folder / "cache.db", isolation_level=None)) as con:
+        return con.execute(statement, arguments).fetchall()
+
+
+def plant(
+    folder: Path, key: Any, value: Any, *, raw: int = 1, mode: int = RAW, filename: Any = None
+) -> None:
+    sql(
+        folder,
+        "INSERT INTO Cache (key, raw, store_time, access_time, mode, filename, value) "
+        "VALUES (?, ?, 0, 0, ?, ?, ?)",
+        *(key, raw, mode, filename, value),
+    )
+
+
+def row(folder: Path, key: Any) -> list[Any]:
+    return sql(folder, "SELECT * FROM Cache WHERE key = ?", key)
+
+
+class Bomb:
+    """Leaves a mark when somebody unpickles it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def run(script: str, *arguments: object) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, HERE / script, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+class TestRecords:
+    def test_satisfy_the_protocols(self, storage: DiskStorage) -> None:
+        assert isinstance(storage, TtlStorage)
+        assert isinstance(storage, ListableStorage)
+        assert isinstance(storage, RecordStorage)
+        assert storage.blocking
+
+    def test_come_back_with_their_types(self, storage: DiskStorage, folder: Path) -> None:
+        fields = {"a": (1, {2}), "b": {5: b"x"}, "$version": 3}
+        storage.set("user:1", fields)
+        with closing(DiskStorage(folder)) as other:
+            assert other.get("user:1") == fields
+            assert other.load("user:1") == fields
+            assert other.get("user:2") is None
+            assert other.load("user:2") is None
+
+    def test_are_saved_from_records(self, storage: DiskStorage) -> None:
+        storage.save("user:1", Record({"a": (1,), "b": 2}))
+        record = storage.load("user:1")
+        assert record is not None
+        storage.save("user:1", record.patched({"b": {3}}))
+        assert storage.get("user:1") == {"a": (1,), "b": {3}}
+
+    def test_are_text_that_an_operator_can_read(self, storage: DiskStorage, folder: Path) -> None:
+        storage.set("user:1", {"name": "alex", "tags": {"a"}})
+        [(key, text)] = sql(folder, "SELECT key, CAST(value AS TEXT) FROM Cache")
+        assert (key, text) == ("user:1", '{"name":"alex","tags":{"$set":["a"]}}')
+
+    def test_take_own_types_by_a_codec(self, folder: Path) -> None:
+        codec = Codec(lambda value: ("path", str(value)), lambda _name, value: Path(value))
+        with closing(DiskStorage(folder, codec=codec)) as storage:
+            storage.set("user:1", {"home": Path("/home")})
+            assert storage.get("user:1") == {"home": Path("/home")}
+
+    def test_that_cannot_be_encoded_leave_the_old_one(self, storage: DiskStorage) -> None:
+        storage.set("user:1", {"a": 1})
+        for write in (storage.set, storage.save):
+            with pytest.raises(SessionEncodeError, match=r"'user:1'.* b is of type object"):
+                write("user:1", Record({"b": object()}))
+        assert storage.get("user:1") == {"a": 1}
+
+    @pytest.mark.parametrize(
+        "key", ["", "a b", "ключ", "\x00", "a\x00b", "\ud800", "'; --", "k" * 9999]
+    )
+    def test_have_any_text_as_their_key(self, storage: DiskStorage, key: str) -> None:
+        storage.set(key, {"a": 1})
+        storage.set(key, {"a": 2})
+        assert storage.has(key)
+        assert storage.get(key) == {"a": 2}
+        assert list(storage.keys()) == [key]
+        storage.delete(key)
+        assert not storage.has(key)
+
+    def test_may_be_large_and_stay_in_one_row(self, storage: DiskStorage, folder: Path) -> None:
+        storage.set("user:1", {"a": "x" * 5_000_000})
+        assert storage.get("user:1") == {"a": "x" * 5_000_000}
+        assert {path.name for path in folder.iterdir()} <= {
+            "cache.db",
+            "cache.db-wal",
+            "cache.db-shm",
+        }
+
+
+class TestNothingIsEvicted:
+    def test_whatever_the_settings_in_the_folder_say(self, folder: Path) -> None:
+        with diskcache.Cache(
+            str(folder), size_limit=1000, eviction_policy="least-recently-used", statistics=1
+        ):
+            pass
+        with closing(DiskStorage(folder)) as storage:
+            for n in range(1500):
+                storage.set(f"user:{n}", {"n": n, "text": "x" * 200})
+        with closing(DiskStorage(folder)) as storage:
+            assert len(list(storage.keys())) == 1500
+            assert all(storage.get(f"user:{n}")["n"] == n for n in range(1500))  # type: ignore[index]
+        settings = dict(sql(folder, "SELECT key, value FROM Settings"))
+        assert settings["eviction_policy"] == "none"
+        assert settings["size_limit"] > 2**60
+
+    def test_when_settings_are_planted_later(self, storage: DiskStorage, folder: Path) -> None:
+        storage.set("user:0", {"n": 0})
+        sql(folder, "UPDATE Settings SET value = 10 WHERE key = 'size_limit'")
+        sql(folder, "UPDATE Settings SET value = 0 WHERE key = 'sqlite_synchronous'")
+        sql(folder, "UPDATE Settings SET value = 'delete' WHERE key = 'sqlite_journal_mode'")
+        results: list[Any] = []
+
+        def look() -> None:
+            results.extend(storage._cache._sql("PRAGMA synchronous").fetchone())
+            results.extend(storage._cache._sql("PRAGMA journal_mode").fetchone())
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        assert results == [1, "wal"]
+        for n in range(100):
+            storage.set(f"user:{n}", {"n": n})
+        assert len(list(storage.keys())) == 100
+
+    def test_but_what_has_expired_is_swept(self, folder: Path, clock: Clock) -> None:
+        with closing(DiskStorage(folder, ttl=10)) as storage:
+            for n in range(50):
+                storage.set(f"old:{n}", {"n": n})
+            clock.now += 11
+            for n in range(5):
+                storage.set(f"new:{n}", {"n": n})
+            assert len(list(storage.keys())) == 5
+        assert sql(folder, "SELECT COUNT(*) FROM Cache") == [(5,)]
+
+
+class TestLifeTime:
+    @pytest.mark.parametrize("ttl", [10, 10.0, timedelta(seconds=10)])
+    def test_ends_a_record(self, folder: Path, clock: Clock, ttl: Any) -> None:
+        with closing(DiskStorage(folder, ttl)) as storage:
+            storage.set("user:1", {"a": 1})
+            clock.now += 9.9
+            assert storage.get("user:1") == {"a": 1}
+            clock.now += 0.2
+            assert storage.get("user:1") is None
+            assert storage.load("user:1") is None
+            assert not storage.has("user:1")
+            assert list(storage.keys()) == []
+            storage.touch("user:1")
+            storage.delete("user:1")
+            assert not storage.has("user:1")
+
+    @pytest.mark.parametrize("again", ["touch", "load"])
+    def test_starts_anew(self, folder: Path, clock: Clock, again: str) -> None:
+        with closing(DiskStorage(folder, 10)) as storage:
+            storage.set("user:1", {"a": 1})
+            for _ in range(5):
+                clock.now += 9
+                getattr(storage, again)("user:1")
+            assert storage.get("user:1") == {"a": 1}
+            clock.now += 10
+            assert not storage.has("user:1")
+
+    def test_none_means_for_ever_and_no_write_on_a_read(
+        self, storage: DiskStorage, folder: Path, clock: Clock
+    ) -> None:
+        storage.set("user:1", {"a": 1})
+        with closing(sqlite3.connect(folder / "cache.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")  # a write would have to wait
+            clock.now += 1e9
+            storage.touch("user:1")
+            assert storage.load("user:1") == {"a": 1}
+            assert list(storage.keys()) == ["user:1"]
+
+    def test_does_not_start_anew_for_a_record_that_does_not_decode(
+        self, folder: Path, clock: Clock
+    ) -> None:
+        with closing(DiskStorage(folder, 10)) as storage:
+            storage.set("user:1", {})
+            sql(folder, "UPDATE Cache SET value = X'00'")
+            before = row(folder, "user:1")
+            clock.now += 1
+            with pytest.raises(SessionDecodeError):
+                storage.load("user:1")
+            assert row(folder, "user:1") == before
+
+    @pytest.mark.parametrize("ttl", [0, -1, float("nan"), timedelta(0), timedelta(-1)])
+    def test_has_to_be_positive(self, folder: Path, ttl: Any) -> None:
+        with pytest.raises(ValueError, match="ttl must be a positive number of seconds"):
+            DiskStorage(folder, ttl)
+        assert not folder.exists()
+
+
+class TestForeignRows:
+    def refused(self, storage: DiskStorage, folder: Path, key: str = "user:1") -> str:
+        """What is said about the row, which stays as it was."""
+        before = row(folder, key)
+        messages = []
+        for read in (storage.get, storage.load):
+            with pytest.raises(SessionDecodeError, match=f"session '{key}'") as caught:
+                read(key)
+            messages.append(str(caught.value))
+        assert row(folder, key) == before != []
+        assert storage.has(key)
+        return messages[0]
+
+    def test_a_pickle_is_refused_unread(
+        self, storage: DiskStorage, folder: Path, tmp_path: Path
+    ) -> None:
+        bomb = pickle.dumps(Bomb(tmp_path / "mark"))
+        plant(folder, "user:1", bomb, mode=PICKLE)
+        assert "is a pickle" in self.refused(storage, folder)
+        (folder / "bomb.val").write_bytes(bomb)
+        plant(folder, "user:2", None, mode=PICKLE, filename="bomb.val")
+        assert "is a pickle" in self.refused(storage, folder, "user:2")
+        plant(folder, "user:3", bomb)
+        self.refused(storage, folder, "user:3")
+        assert not (tmp_path / "mark").exists()
+        pickle.loads(bomb)
+        assert (tmp_path / "mark").exists()
+
+    def test_a_pickled_key_is_refused_unread(
+        self, storage: DiskStorage, folder: Path, tmp_path: Path
+    ) -> None:
+        storage.set("user:1", {"a": 1})
+        bomb = pickle.dumps(Bomb(tmp_path / "mark"))
+        plant(folder, bomb, b"{}", raw=0)
+        with pytest.raises(SessionDecodeError, match=r"a key in .*is a pickle"):
+            list(storage.keys())
+        assert storage.get("user:1") == {"a": 1}
+        assert not (tmp_path / "mark").exists()
+        assert row(folder, bomb) != []
+
+    def test_what_another_program_wrote_with_diskcache_is_refused(self, folder: Path) -> None:
+        with diskcache.Cache(str(folder), disk_min_file_size=10) as cache:
+            cache["user:1"] = {"a": 1}
+            cache["user:2"] = "some text that goes to a file"
+            cache["user:3"] = b"some bytes that go to a file"
+            cache["user:4"] = 5
+            cache["user:5"] = "short"
+            cache["user:6"] = b'{"a"'
+            cache["user:7"] = b"{}"
+            cache[5] = b"{}"
+            cache[("a", 1)] = b"{}"
+        files = {path: path.read_bytes() for path in folder.rglob("*.val")}
+        assert len(files) == 3
+        with closing(DiskStorage(folder)) as storage:
+            for n in range(1, 7):
+                self.refused(storage, folder, f"user:{n}")
+            assert storage.get("user:7") == {}
+            with pytest.raises(SessionDecodeError, match="a key in"):
+                list(storage.keys())
+        assert {path: path.read_bytes() for path in folder.rglob("*.val")} == files
+
+    @pytest.mark.parametrize("name", ["../secret", "{tmp}/secret", "inside.val"])
+    @pytest.mark.parametrize("mode", [RAW, BINARY, TEXT, PICKLE])
+    def test_a_file_named_in_a_row_is_neither_read_nor_removed(
+        self, folder: Path, tmp_path: Path, name: str, mode: int
+    ) -> None:
+        with closing(DiskStorage(folder, ttl=10)) as storage:
+            for path in (tmp_path / "secret", folder / "inside.val"):
+                path.write_bytes(b'{"a":"secret"}')
+            for n in range(3):
+                plant(folder, f"user:{n}", None, mode=mode, filename=name.format(tmp=tmp_path))
+            assert "secret" not in self.refused(storage, folder, "user:0")
+            storage.set("user:0", {})
+            storage.delete("user:1")
+            sql(folder, "UPDATE Cache SET expire_time = 1 WHERE key = 'user:2'")
+            storage.set("user:3", {})
+            assert sorted(storage.keys()) == ["user:0", "user:3"]
+        assert (tmp_path / "secret").read_bytes() == b'{"a":"secret"}'
+        assert (folder / "inside.val").exists()
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            None,
+            5,
+            1.5,
+            "",
+            '{"a":1}',
+            b"",
+            b"\xff" * 40,
+            b"{}x",
+            b"[]",
+            b'{"a":1',
+            bytes(range(256)),
+        ],
+        ids=repr,
+    )
+    def test_values_of_any_other_kind_are_refused(
+        self, storage: DiskStorage, folder: Path, value: Any
+    ) -> None:
+        plant(folder, "user:1", value)
+        self.refused(storage, folder)
+
+    def test_text_that_is_no_utf_8_is_refused_and_not_quoted(
+        self, storage: DiskStorage, folder: Path
+    ) -> None:
+        sql(folder, "INSERT INTO Cache (key, raw, mode) VALUES ('user:1', 1, 1)")
+        sql(folder, "UPDATE Cache SET value = CAST(X'736563726574FF' AS TEXT)")
+        with pytest.raises(SessionDecodeError, match="session 'user:1'") as caught:
+            storage.get("user:1")
+        assert "secret" not in str(caught.value)
+        sql(folder, "INSERT INTO Cache (key, raw) VALUES (CAST(X'736563726574FF' AS TEXT), 1)")
+        with pytest.raises(SessionDecodeError, match="a key in") as caught:
+            list(storage.keys())
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("key", [5, 1.5, None, b"bytes", b"\xff"], ids=repr)
+    def test_keys_of_any_other_kind_are_refused(
+        self, storage: DiskStorage, folder: Path, key: Any
+    ) -> None:
+        plant(folder, key, b"{}")
+        with pytest.raises(SessionDecodeError, match="a key in"):
+            list(storage.keys())
+
+    def test_a_field_of_a_newer_version_is_found_at_its_first_access(
+        self, storage: DiskStorage, folder: Path
+    ) -> None:
+        plant(folder, "user:1", b'{"a":1,"b":{"$future":5}}')
+        record = storage.load("user:1")
+        assert record is not None
+        assert record["a"] == 1
+        with pytest.raises(SessionDecodeError, match=r"'user:1'.* 'b'"):
+            record["b"]
+        with pytest.raises(SessionDecodeError, match=r"'user:1'.* 'b'"):
+            storage.get("user:1")
+        storage.save("user:1", record.patched({"a": 2}))
+        assert row(folder, "user:1")[0][-1] == b'{"a":2,"b":{"$future":5}}'
+
+    def test_planted_settings_do_no_harm(self, storage: DiskStorage, folder: Path) -> None:
+        storage.set("user:1", {"a": 1})
+        storage.close()
+        for key in (
+            *("disk_fetch", "disk_put", "disk_anything", "disk__directory", "_sql", "_disk", "get"),
+            *("close", "sqlite_user_version", "sqlite_nonsense", "_local", "directory"),
+        ):
+            sql(folder, "INSERT INTO Settings VALUES (?, 7)", key)
+        sql(folder, "UPDATE Settings SET value = X'80' WHERE key = 'count'")
+        with closing(DiskStorage(folder)) as reopened:
+            assert reopened.get("user:1") == {"a": 1}
+            reopened.set("user:2", {"a": 2})
+            assert list(reopened.keys()) == ["user:1", "user:2"]
+        assert sql(folder, "PRAGMA user_version") == [(0,)]
+
+    def test_a_file_that_is_no_database_is_left_alone(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "cache.db").write_bytes(b"not a database" * 100)
+        with pytest.raises(sqlite3.DatabaseError):
+            DiskStorage(folder)
+        assert (folder / "cache.db").read_bytes() == b"not a database" * 100
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+class TestPrivacy:
+    @pytest.fixture(params=[0, 0o022, 0o777])
+    def _umask(self, request: pytest.FixtureRequest) -> Iterator[None]:
+        before = os.umask(request.param)
+        yield
+        os.umask(before)
+
+    def check(self, folder: Path) -> None:
+        assert mode_of(folder) == 0o700
+        names = {path.name: mode_of(path) for path in folder.iterdir()}
+        assert names == dict.fromkeys(["cache.db", "cache.db-wal", "cache.db-shm"], 0o600)
+
+    @pytest.mark.usefixtures("_umask")
+    def test_does_not_depend_on_the_umask(self, folder: Path) -> None:
+        with closing(DiskStorage(folder)) as storage:
+            storage.set("user:1", {"a": "x" * 100_000})
+            self.check(folder)
+        with closing(DiskStorage(folder)) as storage:
+            storage.set("user:1", {"a": 2})
+            self.check(folder)
+
+    def test_is_restored_in_a_folder_of_ours(self, folder: Path) -> None:
+        storage = DiskStorage(folder)
+        storage.set("user:1", {"a": 1})
+        for path in (folder, *folder.iterdir()):
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        with closing(DiskStorage(folder)), closing(storage):
+            self.check(folder)
+
+    def test_covers_an_empty_folder(self, folder: Path) -> None:
+        folder.mkdir(0o755)
+        with closing(DiskStorage(folder)) as storage:
+            storage.set("user:1", {})
+            self.check(folder)
+
+    def test_leaves_the_mode_of_a_folder_with_other_things_in_it(self, folder: Path) -> None:
+        folder.mkdir()
+        folder.chmod(0o1777)
+        (folder / "else").touch()
+        for _ in range(2):
+            with closing(DiskStorage(folder)) as storage:
+                storage.set("user:1", {})
+                assert mode_of(folder) == 0o1777
+                assert {mode_of(path) for path in folder.glob("cache.db*")} == {0o600}
+
+    def test_covers_the_parents_that_are_missing(self, tmp_path: Path) -> None:
+        with closing(DiskStorage(tmp_path / "a" / "b")):
+            assert mode_of(tmp_path / "a" / "b") == 0o700
+
+    def test_a_home_folder_is_expanded_as_diskcache_does(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("BOT", "shop")
+        with closing(DiskStorage("~/$BOT")) as storage:
+            storage.set("user:1", {})
+            self.check(tmp_path / "shop")
+
+    def test_a_relative_folder_stays_where_it_was(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "elsewhere").mkdir()
+        with closing(DiskStorage("sessions")) as storage:
+            storage.set("user:1", {"a": 1})
+            monkeypatch.chdir(tmp_path / "elsewhere")
+            found = in_thread(lambda: storage.get("user:1"))
+        assert found == {"a": 1}
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def in_thread(act: Callable[[], Any]) -> Any:
+    results = []
+    thread = threading.Thread(target=lambda: results.append(act()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+class TestThreads:
+    def test_that_have_ended_leave_no_connection(self, storage: DiskStorage) -> None:
+        for n in range(50):
+            in_thread(lambda n=n: storage.set(f"user:{n}", {"n": n}))
+            # The last reference goes when the thread itself is gone.
+            gc.collect()
+        assert len(storage._cache._connections) <= 2
+        assert len(list(storage.keys())) == 50
+
+    def test_that_go_on_are_cut_off_by_close_and_may_come_back(self, folder: Path) -> None:
+        storage = DiskStorage(folder)
+        ready, closed = threading.Barrier(5), threading.Barrier(5)
+        seen: list[Any] = []
+
+        def work(n: int) -> None:
+            storage.set(f"user:{n}", {"n": n})
+            ready.wait()
+            closed.wait()
+            seen.append(storage.get(f"user:{n}"))
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        ready.wait()
+        storage.close()
+        # The last one to close a database takes its log along.
+        assert [path.name for path in folder.iterdir()] == ["cache.db"]
+        storage.close()
+        closed.wait()
+        for thread in threads:
+            thread.join()
+        assert sorted(fields["n"] for fields in seen) == [0, 1, 2, 3]
+        storage.close()
+
+    def test_may_outlive_the_storage(self, folder: Path) -> None:
+        storage = DiskStorage(folder)
+        ready, done = threading.Event(), threading.Event()
+        box = [storage]
+
+        def work() -> None:
+            box.pop().set("user:1", {"n": 1})
+            ready.set()
+            done.wait()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        ready.wait()
+        del storage
+        gc.collect()  # a ResourceWarning would fail this test
+        done.set()
+        thread.join()
+
+    def test_write_at_the_same_time(self, storage: DiskStorage) -> None:
+        start = threading.Barrier(8)
+
+        def work(n: int) -> None:
+            start.wait()
+            for i in range(40):
+                storage.set(f"user:{n}", {"i": i})
+                assert storage.get(f"user:{n}") == {"i": i}
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [storage.get(f"user:{n}") for n in range(8)] == [{"i": 39}] * 8
+
+    def test_may_make_the_storage_at_the_same_time(self, folder: Path) -> None:
+        start = threading.Barrier(4)
+
+        def work(n: int) -> None:
+            start.wait()
+            with closing(DiskStorage(folder)) as storage:
+                storage.set(f"user:{n}", {"n": n})
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with closing(DiskStorage(folder)) as storage:
+            assert len(list(storage.keys())) == 4
+
+    def test_a_write_that_waits_too_long_is_an_error(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(disk, "_TIMEOUT", 0.05)
+        with closing(DiskStorage(folder, ttl=10)) as storage:
+            storage.set("user:1", {"a": 1})
+            with closing(sqlite3.connect(folder / "cache.db", isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                for write in (
+                    lambda: storage.set("user:1", {"a": 2}),
+                    lambda: storage.save("user:1", Record({"a": 2})),
+                    lambda: storage.delete("user:1"),
+                    lambda: storage.touch("user:1"),
+                    lambda: storage.load("user:1"),
+                ):
+                    with pytest.raises(diskcache.Timeout):
+                        write()
+                assert storage.get("user:1") == {"a": 1}
+            storage.set("user:1", {"a": 3})
+            assert storage.get("user:1") == {"a": 3}
+
+
+class TestProcesses:
+    def test_share_a_folder(self, folder: Path) -> None:
+        threads = [
+            threading.Thread(target=run, args=("disk_counter.py", folder, name, 200))
+            for name in ("one", "two")
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with closing(DiskStorage(folder)) as storage:
+            assert len(list(storage.keys())) == 400
+            assert storage.get("two:199") == {"n": 199, "set": {"two"}}
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_may_fork(self, folder: Path) -> None:
+        assert run("disk_forked.py", folder) == "fine\n"
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_killed_at_any_moment_have_lost_nothing(self, folder: Path) -> None:
+        assert int(run("disk_killed_writer.py", folder, 60, 1)) > 60
+
+
+def test_without_diskcache_the_error_says_what_to_install() -> None:
+    code = "import sys; sys.modules['diskcache'] = None\nimport session_sync.storages.disk"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "ImportError: DiskStorage needs diskcache: pip install 'session-sync[disk]'"

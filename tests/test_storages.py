@@ -1,0 +1,193 @@
+"""The conformance suite on every storage of ours, and what is particular to those in memory."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from session_sync import (
+    Codec,
+    KVStorage,
+    ListableStorage,
+    LruMemoryStorage,
+    MemoryStorage,
+    SessionEncodeError,
+    SessionManager,
+    TtlStorage,
+)
+from session_sync.testing import StorageConformance
+
+
+class TestMemory(StorageConformance):
+    def make_storage(self) -> KVStorage[Any]:
+        return MemoryStorage()
+
+
+class TestMemoryWithTtl(StorageConformance):
+    def make_storage(self) -> KVStorage[Any]:
+        return MemoryStorage(ttl=60, strict=True)
+
+
+class TestLru(StorageConformance):
+    def make_storage(self) -> KVStorage[Any]:
+        return LruMemoryStorage(ttl=60)
+
+
+class TestDisk(StorageConformance):
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> Any:
+        pytest.importorskip("diskcache", reason="needs the extra 'disk'")
+        self.folder, self.made = tmp_path, []
+        yield
+        for storage in self.made:
+            storage.close()
+
+    def make_storage(self) -> KVStorage[Any]:
+        from session_sync import DiskStorage
+
+        self.made.append(DiskStorage(self.folder / "sessions"))
+        return self.made[-1]
+
+    def reopen(self, storage: KVStorage[Any]) -> KVStorage[Any]:
+        return self.make_storage()
+
+
+class TestFourMethodsAreEnough(StorageConformance):
+    def make_storage(self) -> KVStorage[Any]:
+        class Plain:
+            def __init__(self) -> None:
+                self.values: dict[str, Any] = {}
+
+            def get(self, key: str) -> Any:
+                return copy.deepcopy(self.values.get(key))
+
+            def set(self, key: str, value: Any) -> None:
+                assert type(value) is dict
+                self.values[key] = copy.deepcopy(value)
+
+            def delete(self, key: str) -> None:
+                self.values.pop(key, None)
+
+            def has(self, key: str) -> bool:
+                return key in self.values
+
+        return Plain()
+
+
+def test_ours_can_be_listed_and_touched() -> None:
+    for storage in (MemoryStorage(), LruMemoryStorage()):
+        assert isinstance(storage, KVStorage)
+        assert isinstance(storage, TtlStorage)
+        assert isinstance(storage, ListableStorage)
+
+
+@pytest.mark.parametrize("make", [MemoryStorage, LruMemoryStorage])
+def test_memory_hands_out_and_takes_in_copies(make: Any) -> None:
+    storage, given = make(), {"items": [1, {"a": {2}}], "pair": ([3],)}
+    storage.set("k", given)
+    given["items"].append(4)
+    storage.get("k")["items"][1]["a"].add(5)
+    storage.get("k")["pair"][0].append(6)
+    assert storage.get("k") == {"items": [1, {"a": {2}}], "pair": ([3],)}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("session_sync.storages.memory.time.monotonic", clock)
+    return clock
+
+
+@pytest.mark.parametrize("make", [MemoryStorage, LruMemoryStorage])
+def test_a_session_in_memory_lives_for_ttl_after_its_last_use(make: Any, clock: Clock) -> None:
+    storage = make(ttl=10)
+    sessions = SessionManager(storage=storage)
+    for key in ("read", "written", "left"):
+        storage.set(key, {"a": 1})
+    clock.now += 6
+    with sessions.session_scope("read") as session:
+        assert session.a == 1
+    with sessions.session_scope("written") as session:
+        session.a = 2
+    clock.now += 6
+    assert storage.has("read")
+    assert storage.get("written") == {"a": 2}
+    assert not storage.has("left")
+    assert storage.get("left") is None
+    assert sorted(storage.keys()) == ["read", "written"]
+    clock.now += 6
+    storage.set("new", {"a": 1})  # what expired is removed by the next write
+    assert set(storage._records) == {"new"}
+
+
+def test_the_least_recently_used_session_goes() -> None:
+    storage = LruMemoryStorage(maxsize=2)
+    sessions = SessionManager(storage=storage)
+    for key in ("a", "b"):
+        with sessions.session_scope(key) as session:
+            session.x = 1
+    with sessions.session_scope("a") as session:
+        assert session.x == 1
+    with sessions.session_scope("c") as session:
+        session.x = 1
+    assert sorted(storage.keys()) == ["a", "c"]
+    storage.get("a")
+    storage.set("d", {"x": 1})
+    assert sorted(storage.keys()) == ["a", "d"]
+
+
+def test_a_session_in_use_is_not_the_one_that_goes() -> None:
+    storage = LruMemoryStorage(maxsize=1)
+    sessions = SessionManager(storage=storage)
+    storage.set("in use", {"x": 1})
+    with sessions.session_scope("in use") as session:
+        for number in range(5):
+            with sessions.session_scope(f"other {number}") as other:
+                other.x = 1
+        assert session.x == 1
+        assert storage.has("in use")
+    assert sorted(storage.keys()) == ["in use"]
+    with sessions.session_scope("in use") as session:
+        session.clear()
+    with sessions.session_scope("nothing"):
+        pass
+    assert (len(storage._idle), len(storage._in_use)) == (0, 0)
+
+
+def test_strict_memory_refuses_what_a_serialising_store_would_refuse() -> None:
+    class Own: ...
+
+    sessions = SessionManager(storage=MemoryStorage(strict=True))
+    with (
+        pytest.raises(SessionEncodeError, match=r"cart\.items\[1\]"),
+        sessions.session_scope("k") as session,
+    ):
+        session.cart = {"items": [1, Own()]}
+    assert not sessions.storage.has("k")
+    codec = Codec(enc_hook=lambda value: ("own", None), dec_hook=lambda name, value: Own())
+    sessions = SessionManager(storage=MemoryStorage(strict=True, codec=codec))
+    with sessions.session_scope("k") as session:
+        session.own = Own()
+
+
+@pytest.mark.parametrize("make", [MemoryStorage, LruMemoryStorage])
+@pytest.mark.parametrize("ttl", [0, -1, float("nan"), float("inf")])
+def test_a_life_time_that_is_none_is_refused(make: Any, ttl: float) -> None:
+    with pytest.raises(ValueError, match="ttl must be"):
+        make(ttl=ttl)
+
+
+def test_an_lru_storage_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="maxsize must be 1 or more"):
+        LruMemoryStorage(maxsize=0)
