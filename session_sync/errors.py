@@ -18,11 +18,11 @@ class SessionClosedError(SessionError, RuntimeError):
     """A session was changed after its scope had closed: the change could not have been saved."""
 
 
-class SessionNotLoadedError(SessionError, RuntimeError):
-    """A lazy session was touched in async code before `await` had loaded it."""
+class SessionAwaitError(SessionError, RuntimeError):
+    """Async code did without `await` what would have blocked the event loop."""
 
 
-class SessionLockTimeout(SessionError, TimeoutError):
+class SessionLockTimeout(SessionError, TimeoutError):  # noqa: N818 (named after TimeoutError's cause)
     """Somebody else held the session for longer than `lock_timeout` seconds."""
 
 

@@ -1,0 +1,322 @@
+"""The dicts, lists and sets that a session hands out, and how they go into a store and come back.
+
+Two words: *thawed* values are what a handler sees and changes, *frozen* ones are what a store
+keeps: plain containers that nobody changes any more, so that several records may share them.
+
+How changes are found. Not by listening: `heapq`, `random.shuffle` and C code in general write past
+a subclass's methods, and an object that a handler put into its session stays an ordinary object.
+Instead `freeze` compares what a handler had in its hands with what was stored, by identity of the
+leaves and keys, and gives back the very same frozen object where nothing differs. That costs a walk
+over the fields that were touched, and only over those.
+
+The methods that change a container are overridden all the same, for two reasons: a change after the
+session has closed must raise, and a container of another session goes in as a copy.
+
+Objects of other types are the same object before and after, whatever changed in them. So a field
+that has one is taken as changed whenever somebody had it in hand (`Owner.met_object`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from itertools import chain, repeat
+from operator import is_
+from typing import Any, Final
+from uuid import UUID
+
+from .errors import SessionClosedError, SessionEncodeError
+from .expiry import Ttl
+
+#: Types whose values cannot change and hold nothing that can.
+ATOMS: Final = frozenset(
+    (type(None), bool, int, float, str, bytes, datetime, date, time, timedelta, Decimal, UUID)
+)
+_MISSING: Final = object()
+_NO_HASH: Final = (None, object.__hash__)
+
+
+class Owner:
+    """What the containers of one session have in common: the session's key, and whether it is open.
+
+    A roll-back closes the owner and the session goes on with a new one. `met_object` is set when a
+    thawed or frozen value has an object in it whose changes nobody would notice.
+    """
+
+    __slots__ = ("key", "met_object", "open")
+
+    def __init__(self, key: str) -> None:
+        self.key: Final = key
+        self.open = True
+        self.met_object = False
+
+    def refuse(self) -> SessionClosedError:
+        return SessionClosedError(
+            f"the session {self.key!r} is closed (its handler has ended, or was rolled back): this "
+            f"change could not be saved. Open it again with sessions.session_scope(...)."
+        )
+
+    def too_deep(self, what: str) -> SessionEncodeError:
+        return SessionEncodeError(
+            f"session {self.key!r}: {what} contains itself, or is nested too deeply; nothing was "
+            f"written. Store a flat form of it."
+        )
+
+    def stray_ttl(self) -> TypeError:
+        return TypeError(
+            f"session {self.key!r}: ttl() gives a life time to a field of the session itself, not "
+            f"to something inside it; assign it as session[name] = ttl(...)"
+        )
+
+
+_NOBODY: Final = Owner("")  # the owner of a container that was made outside any session
+
+
+class SessionDict(dict[Any, Any]):
+    """A dict inside a session."""
+
+    _owner = _NOBODY
+    fromkeys: Any = dict.fromkeys  # makes a plain one
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (), None, None, iter(self.items())
+
+
+class SessionList(list[Any]):
+    """A list inside a session."""
+
+    _owner = _NOBODY
+
+    def __setitem__(self, at: Any, value: Any, /) -> None:
+        owner = self._owner
+        if not owner.open:
+            raise owner.refuse()
+        admit_value = _admit_each if at.__class__ is slice else admit
+        super().__setitem__(at, admit_value(value, owner))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, (), None, iter(self)
+
+
+class SessionSet(set[Any]):
+    """A set inside a session."""
+
+    _owner = _NOBODY
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return set, (list(self),)
+
+    def __repr__(self) -> str:  # dict's and list's show no class name either
+        return repr(set(self))
+
+
+def _guarded(
+    method: Callable[..., Any], admit_last: Callable[[Any, Owner], Any] | None = None
+) -> Callable[..., Any]:
+    """`method`, which changes its container: refused when closed. `admit_last` is for a method
+    whose last argument goes in."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner = self._owner
+        if not owner.open:
+            raise owner.refuse()
+        if admit_last is not None:
+            if args:
+                args = (*args[:-1], admit_last(args[-1], owner))
+            kwargs = {name: admit(arg, owner) for name, arg in kwargs.items()}
+        return method(self, *args, **kwargs)
+
+    return guarded
+
+
+def _guard(cls: type, names: str, admit_last: Callable[[Any, Owner], Any] | None = None) -> None:
+    for name in names.split():
+        setattr(cls, name, _guarded(getattr(cls, name), admit_last))
+
+
+_OWNED: Final = frozenset((SessionDict, SessionList, SessionSet))
+_WITH_PLACES: Final = frozenset((dict, list, SessionDict, SessionList))
+
+
+# -- out of the store
+
+
+def thaw(value: Any, owner: Owner) -> Any:
+    """What a handler of `owner` may have of a frozen `value`: containers of its own."""
+    cls = value.__class__
+    if cls in ATOMS:
+        return value
+    if cls is dict:
+        return _owned(
+            SessionDict(
+                {k: v if v.__class__ in ATOMS else thaw(v, owner) for k, v in value.items()}
+            ),
+            owner,
+        )
+    if cls is list:
+        return _owned(
+            SessionList([v if v.__class__ in ATOMS else thaw(v, owner) for v in value]), owner
+        )
+    if cls is set:
+        return _owned(SessionSet(value), owner)
+    if cls is tuple:
+        items = [thaw(item, owner) for item in value]
+        return value if _same(items, value) else tuple(items)
+    _note(value, owner)
+    return value
+
+
+def _note(thing: Any, owner: Owner) -> None:
+    """Remember that `thing` is there, unless it has a hash of its own: then it does not change."""
+    if thing.__class__.__hash__ in _NO_HASH or isinstance(thing, tuple):
+        owner.met_object = True
+
+
+def _owned(container: Any, owner: Owner) -> Any:
+    container._owner = owner
+    return container
+
+
+# -- into a session
+
+
+def admit(value: Any, owner: Owner, what: str = "what was put into one of its containers") -> Any:
+    """`value`, on its way into a container of `owner`: the same object, unless it comes out of
+    another session or a closed one; that goes in as a fresh copy, wherever in `value` it lies.
+
+    Raises SessionEncodeError, which says `what` it is, if it is nested too deeply.
+    """
+    if value.__class__ in ATOMS:
+        return value
+    try:
+        return _admit(value, owner, set())
+    except RecursionError:
+        raise owner.too_deep(what) from None
+
+
+def _admit(value: Any, owner: Owner, seen: set[int]) -> Any:
+    cls = value.__class__
+    if cls in ATOMS:
+        return value
+    if cls in _OWNED and value._owner is not _NOBODY:
+        if value._owner is owner and owner.open:
+            return value
+        return thaw(freeze(value, _MISSING, owner), owner)
+    if cls is Ttl:
+        raise owner.stray_ttl()
+    if cls in _WITH_PLACES:
+        if id(value) not in seen:
+            seen.add(id(value))
+            _admit_items(value, owner, seen)
+        return value
+    if cls is tuple:
+        items = [_admit(item, owner, seen) for item in value]
+        return value if _same(items, value) else tuple(items)
+    return value
+
+
+def _admit_items(plain: Any, owner: Owner, seen: set[int]) -> None:
+    """Replace what is foreign inside a handler's own list or dict."""
+    for at, item in list(plain.items() if isinstance(plain, dict) else enumerate(plain)):
+        if item.__class__ not in ATOMS:
+            admitted = _admit(item, owner, seen)
+            if admitted is not item:
+                plain[at] = admitted
+
+
+def _admit_each(items: Any, owner: Owner) -> Any:
+    """The items of an iterable, which may be the very container that they go into."""
+    admitted = (item if item.__class__ in ATOMS else admit(item, owner) for item in items)
+    return list(admitted) if isinstance(items, list | tuple) else admitted
+
+
+def _admit_pairs(items: Any, owner: Owner) -> Any:
+    """The same for whatever `dict.update` takes."""
+    if isinstance(items, dict):
+        return {k: v if v.__class__ in ATOMS else admit(v, owner) for k, v in items.items()}
+    if hasattr(items, "keys"):
+        return {k: admit(items[k], owner) for k in items.keys()}  # noqa: SIM118 (as dict.update does)
+    return (admit(tuple(pair), owner) for pair in items)
+
+
+_guard(SessionDict, "__delitem__ clear pop popitem")
+_guard(SessionDict, "__setitem__ setdefault", admit)
+_guard(SessionDict, "__ior__ update", _admit_pairs)
+_guard(SessionList, "__delitem__ __imul__ pop remove clear sort reverse")
+_guard(SessionList, "append insert", admit)
+_guard(SessionList, "__iadd__ extend", _admit_each)
+_guard(
+    SessionSet,
+    "__ior__ __iand__ __isub__ __ixor__ add discard remove pop clear update intersection_update "
+    "difference_update symmetric_difference_update",
+)
+
+
+# -- into the store
+
+
+def freeze(value: Any, stored: Any = _MISSING, owner: Owner = _NOBODY) -> Any:
+    """What a store may keep of `value`: plain containers that nobody else has.
+
+    `stored` is what the store has now; where `value` says the same, the very same object is given
+    back, so that `freeze(value, stored) is stored` means: nothing changed.
+
+    Raises RecursionError if `value` contains itself or is nested too deeply.
+    """
+    cls = value.__class__
+    if cls in ATOMS:
+        return value
+    if cls is dict or cls is SessionDict:
+        return _freeze_dict(value, stored if stored.__class__ is dict else {}, owner)
+    if cls is list or cls is SessionList:
+        return _freeze_list(value, stored if stored.__class__ is list else [], owner)
+    if cls is set or cls is SessionSet:
+        same = stored.__class__ is set and set(map(id, value)) == set(map(id, stored))
+        return stored if same else set(value)
+    if cls is tuple:
+        return _freeze_tuple(value, stored if stored.__class__ is tuple else (), owner)
+    if cls is Ttl:
+        raise owner.stray_ttl()
+    _note(value, owner)
+    return value
+
+
+def _freeze_dict(value: dict[Any, Any], stored: dict[Any, Any], owner: Owner) -> dict[Any, Any]:
+    same_keys = _same(value, stored)
+    if same_keys and _same(value.values(), stored.values()):
+        return stored
+    items = {
+        k: v if v.__class__ in ATOMS else freeze(v, stored.get(k, _MISSING), owner)
+        for k, v in value.items()
+    }
+    return stored if same_keys and _same(items.values(), stored.values()) else items
+
+
+def _freeze_list(value: list[Any], stored: list[Any], owner: Owner) -> list[Any]:
+    if _same(value, stored):
+        return stored
+    items = [
+        v if v.__class__ in ATOMS else freeze(v, was, owner) for v, was in _beside(value, stored)
+    ]
+    return stored if _same(items, stored) else items
+
+
+def _freeze_tuple(value: tuple[Any, ...], stored: tuple[Any, ...], owner: Owner) -> tuple[Any, ...]:
+    items = [freeze(v, was, owner) for v, was in _beside(value, stored)]
+    for whole in (stored, value):
+        if _same(items, whole):
+            return whole
+    return tuple(items)
+
+
+def _beside(value: Sequence[Any], stored: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
+    """Each item of `value` with what stands at its place in `stored`."""
+    return zip(value, chain(stored, repeat(_MISSING)), strict=False)
+
+
+def _same(one: Collection[Any], other: Collection[Any]) -> bool:
+    """Whether both have the very same objects in the same order."""
+    return len(one) == len(other) and all(map(is_, one, other))

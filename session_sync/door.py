@@ -1,0 +1,94 @@
+"""The scope's way into any storage, whatever the storage can do; and the locks that go with it.
+
+The lock table belongs to the store: two managers that are given one store object exclude each
+other, because both get the same door.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+from .errors import SessionDecodeError
+from .locks import LockTable
+from .storages.base import KVStorage, Record, RecordStorage, TtlStorage
+
+_METHODS: Final = ("get", "set", "delete", "has")
+
+
+class Door:
+    """What a scope needs of a storage: `load`, `save` and `unload`, each with a whole record.
+
+    `blocking` says whether they may wait for a disk or a network.
+    """
+
+    def __init__(self, storage: KVStorage[Any]) -> None:
+        self.storage: Final = storage
+        self.locks: Final = LockTable()
+        self.blocking: Final[bool] = getattr(storage, "blocking", True)
+        way = storage if isinstance(storage, RecordStorage) else _WholeMapping(storage)
+        self.load: Final = way.load
+        self.unload: Final = getattr(way, "unload", None)
+        self._save: Final = way.save
+        self._delete: Final = way.delete
+
+    def save(self, key: str, record: Record) -> None:
+        """Store `record`; an empty one is not kept."""
+        if record:
+            self._save(key, record)
+        else:
+            self._delete(key)
+
+
+class _WholeMapping:
+    """A storage that knows only get, set and delete, and perhaps touch."""
+
+    def __init__(self, storage: KVStorage[Any]) -> None:
+        self._storage: Final = storage
+        self._touch: Final = storage.touch if isinstance(storage, TtlStorage) else None
+        self.delete: Final = storage.delete
+
+    def load(self, key: str) -> Record | None:
+        value = self._storage.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise SessionDecodeError(
+                f"what {type(self._storage).__name__} has under {key!r} is not a mapping of "
+                f"fields but {type(value).__name__}; it was left as it is. If another program uses "
+                f"this key, give the manager a prefix."
+            )
+        if self._touch is not None:
+            self._touch(key)
+        return Record(dict(value))
+
+    def save(self, key: str, record: Record) -> None:
+        self._storage.set(key, dict(record))
+
+
+_doors: WeakValueDictionary[int, Door] = WeakValueDictionary()
+
+
+def door_of(storage: KVStorage[Any]) -> Door:
+    """The one door of this storage object.
+
+    Raises TypeError if it lacks one of the four methods or has it as a coroutine function.
+    """
+    for name in _METHODS:
+        method = getattr(storage, name, None)
+        if not callable(method):
+            raise TypeError(
+                f"{type(storage).__name__} is no storage: it has no method {name}(); a storage has "
+                f"{', '.join(_METHODS)}"
+            )
+        if inspect.iscoroutinefunction(method):
+            raise TypeError(
+                f"{type(storage).__name__}.{name} is an `async def`: session_sync calls storages "
+                f"from threads, so it needs a synchronous method (async handlers are served "
+                f"all the same, and the event loop is not blocked)"
+            )
+    # A door holds its storage, so the id of a storage that has a door is not given away again.
+    # setdefault: two managers made at the same time get the same door.
+    return _doors.get(id(storage)) or _doors.setdefault(id(storage), Door(storage))

@@ -1,0 +1,236 @@
+"""The options, and the doors: `session_scope` and `with_session`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast
+
+from .door import door_of
+from .errors import SessionKeyError
+from .expiry import seconds_of
+from .keys import StorageKey, default_storage_key
+from .scope import Options, SessionScope
+from .session import Session
+from .storages.base import KVStorage
+from .storages.memory import MemoryStorage
+
+if TYPE_CHECKING:  # a manager made without arguments is a SessionManager[Session]
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    S = TypeVarWithDefault("S", bound=Session, default=Session)
+else:
+    S = TypeVar("S", bound=Session)
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class SessionManager(Generic[S]):
+    """Sessions of one kind: where they are kept, whose they are, and how they are locked.
+
+    Arguments:
+        session_type: `Session`, or a subclass of it.
+        storage: any `KVStorage`; `MemoryStorage()` if None.
+        get_storage_key: the key of an update: a `str`, a `StorageKey`, or None for an update that
+            has no session. By default one session per user and chat.
+        initial: the fields of a session that is not stored yet, given the update (or the key that
+            `session_scope` got). Called once per missing session; not stored until something
+            changes; what it raises propagates.
+        lazy: lock and load at the first access instead of at the beginning.
+        lock_timeout: how many seconds (or a timedelta) a scope waits for its key before it raises
+            SessionLockTimeout; None waits for ever.
+        on_error: "discard": a handler that raises leaves the stored session as it was at the last
+            flush; "flush": save anyway.
+        prefix: goes before every key, for several bots on one store.
+
+    Raises TypeError and ValueError for options that cannot work, at once.
+
+    >>> from session_sync import SessionManager
+    >>> with SessionManager() as sessions:
+    ...     with sessions.session_scope("user:1") as session:
+    ...         session.counter = 1
+    ...     sessions.storage.get("user:1")
+    {'counter': 1}
+    """
+
+    def __init__(
+        self,
+        session_type: type[S] = cast(type[S], Session),  # noqa: B008 (a cast makes nothing)
+        *,
+        storage: KVStorage[Any] | None = None,
+        get_storage_key: Callable[[Any], str | StorageKey | None] = default_storage_key,
+        initial: Callable[[Any], Mapping[str, Any] | None] | None = None,
+        lazy: bool = False,
+        lock_timeout: float | timedelta | None = 30.0,
+        on_error: Literal["discard", "flush"] = "discard",
+        prefix: str = "",
+    ) -> None:
+        if not (isinstance(session_type, type) and issubclass(session_type, Session)):
+            raise TypeError(f"session_type must be Session or a subclass, not {session_type!r}")
+        if on_error not in ("discard", "flush"):
+            raise ValueError(f"on_error must be 'discard' or 'flush', not {on_error!r}")
+        for name, function in (("get_storage_key", get_storage_key), ("initial", initial)):
+            if inspect.iscoroutinefunction(function):
+                raise TypeError(f"{name} is an `async def`; it must be a plain function")
+        self.storage: Final = storage if storage is not None else MemoryStorage()
+        self.prefix: Final = prefix
+        self._get_storage_key: Final = get_storage_key
+        self._options: Final = Options(
+            session_type=session_type,
+            door=door_of(self.storage),
+            initial=initial,
+            lazy=lazy,
+            lock_timeout=None if lock_timeout is None else seconds_of(lock_timeout, "lock_timeout"),
+            save_on_error=on_error == "flush",
+        )
+
+    # -- the doors
+
+    def session_scope(self, update_or_key: Any) -> SessionScope[S]:
+        """The session of an update or a key (`str`, `StorageKey`), for `with` or `async with`.
+
+        Raises SessionKeyError if the update has no session. Entering raises SessionLockTimeout,
+        SessionDeadlockError, and what the storage raises; so does leaving, for the storage.
+
+        >>> from session_sync import SessionManager, StorageKey
+        >>> sessions = SessionManager()
+        >>> with sessions.session_scope(StorageKey(user=1, chat=1)) as session:
+        ...     session.counter = 1
+        >>> update = {"update_id": 1, "message": {"from": {"id": 1}, "chat": {"id": 1}}}
+        >>> with sessions.session_scope(update) as session:
+        ...     session.counter
+        1
+        """
+        if isinstance(update_or_key, str | StorageKey):
+            return self.scope_of(str(update_or_key), update_or_key)
+        key = self.key_of(update_or_key)
+        if key is None:
+            raise SessionKeyError(no_key(update_or_key))
+        return self.scope_of(key, update_or_key)
+
+    def with_session(self, handler: Handler) -> Handler:
+        """Run a handler, sync or async, function or method, inside the scope of its update.
+
+        The update is the handler's first argument (after `self`). The session arrives as the
+        argument named `session`; a handler without one still runs inside its scope. What is
+        returned shows no `session` in its signature, because telebot looks at signatures.
+
+        >>> from session_sync import SessionManager
+        >>> sessions = SessionManager()
+        >>> @sessions.with_session
+        ... def start(message, session):
+        ...     session.counter = session.get("counter", 0) + 1
+        ...     return session.counter
+        >>> update = {"update_id": 1, "message": {"from": {"id": 1}, "chat": {"id": 1}}}
+        >>> start(update), start(update)
+        (1, 2)
+        """
+        shape = _Shape(handler)
+
+        if _is_async(handler):
+
+            @functools.wraps(handler)
+            async def awrapper(*args: Any, **kwargs: Any) -> Any:
+                async with self.session_scope(shape.update(args, kwargs)) as session:
+                    if shape.wants_session:
+                        kwargs["session"] = session
+                    return await handler(*args, **kwargs)
+
+            return cast(Handler, shape.dress(awrapper))
+
+        @functools.wraps(handler)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with self.session_scope(shape.update(args, kwargs)) as session:
+                if shape.wants_session:
+                    kwargs["session"] = session
+                return handler(*args, **kwargs)
+
+        return cast(Handler, shape.dress(wrapper))
+
+    # -- for the rooms of the frameworks
+
+    def key_of(self, update: Any) -> str | None:
+        """The key of an update, or None; raises what `get_storage_key` raises, and TypeError."""
+        key = self._get_storage_key(update)
+        if key is None or isinstance(key, str):
+            return key
+        if isinstance(key, StorageKey):
+            return str(key)
+        raise TypeError(
+            f"get_storage_key must return a str, a StorageKey or None, not {type(key).__name__}"
+        )
+
+    def scope_of(self, key: str, update: Any) -> SessionScope[S]:
+        """The scope of `key` on behalf of `update`, which `initial` will be given."""
+        return SessionScope(self._options, key, self.prefix + key, update)
+
+    # -- the end
+
+    def close(self) -> None:
+        """Close the storage, if it can be closed; the manager is of no use afterwards."""
+        close = getattr(self.storage, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def no_key(update: Any) -> str:
+    """Why there is no session, and what to do."""
+    return (
+        f"this {type(update).__name__} belongs to no session: it has neither a user nor a chat (a "
+        f"poll, say), or get_storage_key answered None. Give the manager a get_storage_key that "
+        f"knows it, or open a session by its key: session_scope(StorageKey(user=...))."
+    )
+
+
+class _Shape:
+    """What a decorator must know of a handler: where its update is, and if it takes a session."""
+
+    def __init__(self, handler: Callable[..., Any]) -> None:
+        signature = inspect.signature(handler)
+        parameters = list(signature.parameters.values())
+        session = signature.parameters.get("session")
+        if session is not None and session.kind is session.POSITIONAL_ONLY:
+            raise TypeError(f"{handler!r}: `session` is passed by name, it cannot stand before a /")
+        self.wants_session: Final = session is not None
+        parameters = [p for p in parameters if p.name != "session"]
+        self._signature: Final = signature.replace(parameters=parameters)
+        is_method = bool(parameters) and parameters[0].name in ("self", "cls")
+        self._position: Final = int(is_method)
+        given = [p for p in parameters[self._position :] if p.kind is not p.KEYWORD_ONLY]
+        if not given or given[0].kind is inspect.Parameter.VAR_KEYWORD:
+            raise TypeError(f"{handler!r} takes no update, so it can have no session")
+        self._name: Final = given[0].name
+
+    def update(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The update among the arguments of a call."""
+        if len(args) > self._position:
+            return args[self._position]
+        if self._name in kwargs:
+            return kwargs[self._name]
+        raise TypeError("a handler decorated with with_session was called without an update")
+
+    def dress(self, wrapper: Callable[..., Any]) -> Any:
+        """Give the wrapper the handler's signature, less the session."""
+        wrapper.__signature__ = self._signature  # type: ignore[attr-defined]
+        return wrapper
+
+
+def _is_async(handler: Callable[..., Any]) -> bool:
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
+        getattr(handler, "__call__", None)  # noqa: B004 (an object with an async __call__)
+    )

@@ -1,0 +1,420 @@
+"""What a handler holds: a session that reads and writes like a plain object.
+
+A session knows its fields and whether they changed; how it is locked, loaded and saved is its
+scope's business, which it knows only as the few calls of `Lifecycle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, ClassVar, Final, Protocol, Self
+
+from .containers import ATOMS, Owner, admit, freeze, thaw
+from .expiry import TIMERS, Timers, Ttl
+from .storages.base import Record
+
+_MISSING: Final = object()
+
+
+class Lifecycle(Protocol):
+    """What a session asks of its scope."""
+
+    @property
+    def key(self) -> str: ...
+    def load(self) -> None: ...
+    async def aload(self) -> None: ...
+    def flush(self) -> None: ...
+    async def aflush(self) -> None: ...
+    def release(self) -> None: ...
+    async def arelease(self) -> None: ...
+
+
+class Fields:
+    """The fields of one open session: what was stored, and over it what the handler has in hand.
+
+    `record` is what the store has. Of its fields only those that a handler asked for are thawed,
+    into `live`; `gone` are the ones it deleted, `added` the names that it brought (in their order),
+    `written` the ones that it assigned, and `loose` the ones with an object in them whose changes
+    nobody would notice, so that they are always saved. So a session of a thousand fields costs what
+    its handler touches, not a thousand.
+    """
+
+    __slots__ = ("added", "gone", "live", "loose", "owner", "record", "timers", "written")
+
+    def __init__(self, key: str, record: Record) -> None:
+        self.owner = Owner(key)
+        self._show(record)
+
+    def _show(self, record: Record) -> None:
+        self.record = record
+        self.live: dict[str, Any] = {}
+        self.gone: set[str] = set()
+        self.added: dict[str, None] = {}
+        self.written: set[str] = set()
+        self.loose: set[str] = set()
+        self.timers = Timers(record[TIMERS], self.owner.key) if TIMERS in record else None
+
+    # -- the handler's side
+
+    def get(self, name: str) -> Any:
+        """The value of a field; raises KeyError."""
+        if self.timers and self.timers.expired(name):
+            self._remove(name)
+        live = self.live
+        if name in live:
+            return live[name]
+        if name in self.gone or not _is_field(name):
+            raise KeyError(name)
+        value = self.record[name]
+        if value.__class__ in ATOMS:
+            return value
+        return self._thaw(name, value)
+
+    def _thaw(self, name: str, value: Any) -> Any:
+        value = self.live[name] = thaw(value, self.owner)
+        self._note_loose(name)
+        return value
+
+    def _note_loose(self, name: str) -> None:
+        owner = self.owner
+        if owner.met_object:
+            owner.met_object = False
+            self.loose.add(name)
+
+    def set(self, name: str, value: Any) -> None:
+        """Assign a field."""
+        owner = self.owner
+        if not owner.open:
+            raise owner.refuse()
+        if name.__class__ is not str:
+            name = _plain_name(owner.key, name)
+        if name.startswith("$"):
+            raise ValueError(
+                f"session {owner.key!r}: the field name {name!r} begins with '$', which is kept "
+                f"for what the library itself stores; choose another name"
+            )
+        seconds = None
+        if value.__class__ is Ttl:
+            seconds, value = value.seconds, value.value
+        if value.__class__ not in ATOMS:
+            value = admit(value, owner, f"the value of {name!r}")
+        if self.timers and self.timers.expired(name):
+            self._remove(name)
+        if name not in self.live and (name in self.gone or name not in self.record):
+            self.added[name] = None
+        self.live[name] = value
+        self.written.add(name)
+        self.loose.discard(name)
+        if seconds is not None and self.timers is None:
+            self.timers = Timers({}, owner.key)
+        if self.timers is not None:
+            self.timers.assign(name, seconds)
+
+    def delete(self, name: str) -> None:
+        """Remove a field; raises KeyError."""
+        if name not in self:
+            raise KeyError(name)
+        if not self.owner.open:
+            raise self.owner.refuse()
+        self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        self.live.pop(name, None)
+        self.added.pop(name, None)
+        self.written.discard(name)
+        self.loose.discard(name)
+        if self.timers is not None:
+            self.timers.drop(name)
+        if name in self.record:
+            self.gone.add(name)
+
+    def names(self) -> list[str]:
+        """The names of all fields, in the order that a dict would have."""
+        self._remove_expired()
+        gone = self.gone
+        kept = [name for name in self.record if name not in gone and _is_field(name)]
+        return [*kept, *self.added]
+
+    def _remove_expired(self) -> None:
+        for name in self.timers.all_expired() if self.timers else ():
+            self._remove(name)
+
+    def __contains__(self, name: object) -> bool:
+        if self.timers and isinstance(name, str) and self.timers.expired(name):
+            self._remove(name)
+        if name in self.live:
+            return True
+        return name not in self.gone and _is_field(name) and name in self.record
+
+    # -- the scope's side
+
+    def pending(self) -> Record:
+        """The record that the store should have; the present one if nothing changed.
+
+        Raises SessionEncodeError if a value contains itself.
+        """
+        record = self.record
+        changes = self._changes()
+        if not changes and not self.gone:
+            return record
+        if self.timers:
+            self._remove_expired()
+            changes = {name: changes[name] for name in changes if name in self.live}
+            if self.timers:
+                changes[TIMERS] = self.timers.to_store()
+        if not self.gone and (TIMERS in changes or TIMERS not in record):
+            return record.patched(changes)  # the usual way, and the one that copies least
+        kept = [*self.names(), *(name for name in changes if name == TIMERS)]
+        return record.only(kept, changes)
+
+    def _changes(self) -> dict[str, Any]:
+        record = self.record
+        changes = {}
+        for name, value in self.live.items():
+            stored = record.get(name, _MISSING)
+            frozen = value if value.__class__ in ATOMS else self._freeze(name, value, stored)
+            if frozen is not stored or name in self.written or name in self.loose:
+                changes[name] = frozen
+        return changes
+
+    def _freeze(self, name: str, value: Any, stored: Any) -> Any:
+        try:
+            frozen = freeze(value, stored, self.owner)
+        except RecursionError:
+            raise self.owner.too_deep(f"the value of {name!r}") from None
+        self._note_loose(name)
+        return frozen
+
+    def saved(self, record: Record) -> None:
+        """`record` is on its way into the store: changes count from here."""
+        self.record = record
+        self.gone = set()
+        self.added = {}
+        self.written = set()
+
+    def not_saved(self, record: Record) -> None:
+        """The store did not take it after all: `record` is what it has, all else is pending."""
+        names = self.names()
+        live = self.live
+        values = {n: live[n] if n in live else self._thaw(n, self.record[n]) for n in names}
+        self.record = record
+        self.live = values
+        # As if all had been removed and come back: so they keep their order.
+        self.gone = set(filter(_is_field, record))
+        self.added = dict.fromkeys(names)
+        self.written = set(names)
+
+    def roll_back(self) -> None:
+        """Back to what the store has; containers handed out so far cannot be changed any more."""
+        self.owner.open = False
+        self.owner = Owner(self.owner.key)
+        self._show(self.record)
+
+
+def _is_field(name: object) -> bool:
+    return isinstance(name, str) and not name.startswith("$")
+
+
+def _plain_name(key: str, name: object) -> str:
+    if isinstance(name, str):  # a member of a StrEnum, say
+        return str.__str__(name)
+    raise TypeError(
+        f"session {key!r}: a field name is a str, not {type(name).__name__}; ids may be the keys "
+        f"of a dict in a field: session['carts'][user_id]"
+    )
+
+
+class Session(MutableMapping[str, Any]):
+    """The state of one user (or chat, or whatever the key says), for the time of one update.
+
+    It reads and writes like a dict, and like an object: `session["counter"]` and `session.counter`
+    are the same field. What is changed is saved when the scope ends; nobody else has the session
+    meanwhile. Dicts, lists and sets in it are followed to any depth.
+
+    A name that a method has (`items`, `flush`, ...) or that begins with an underscore is reached
+    with brackets. Names that begin with `$` are the library's own.
+
+    >>> from session_sync import SessionManager
+    >>> sessions = SessionManager()
+    >>> with sessions.session_scope("user:1") as session:
+    ...     session.counter = session.get("counter", 0) + 1
+    ...     session["cart"] = {"items": []}
+    ...     session["cart"]["items"].append("tea")
+    >>> with sessions.session_scope("user:1") as session:
+    ...     session == {"counter": 1, "cart": {"items": ["tea"]}}
+    True
+    """
+
+    __slots__ = ("__weakref__", "_fields", "_lifecycle")
+
+    _fields: Fields | None
+    _lifecycle: Lifecycle
+    _reserved: ClassVar[frozenset[str]]  # what the class itself has: no field by attribute
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._reserved = frozenset(dir(cls))
+
+    def __init__(self, lifecycle: Lifecycle, fields: Fields | None = None) -> None:
+        _set_slot(self, "_lifecycle", lifecycle)
+        _set_slot(self, "_fields", fields)
+
+    def _opened(self) -> Fields:
+        """The fields, loaded first if this is a lazy session."""
+        if self._fields is None:
+            self._lifecycle.load()
+            assert self._fields is not None
+        return self._fields
+
+    # -- as a mapping
+
+    def __getitem__(self, name: str) -> Any:
+        fields = self._fields
+        if fields is None:
+            fields = self._opened()
+        return fields.get(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        fields = self._fields
+        if fields is None:
+            fields = self._opened()
+        fields.set(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._opened().delete(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._opened()
+
+    def __iter__(self) -> Iterator[str]:
+        fields = self._opened()
+        return (name for name in fields.names() if name in fields)  # the time of one may run out
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self._opened().names())
+
+    def __len__(self) -> int:
+        return len(self._opened().names())
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """The value of `name`, which is `default` from now on if there was none."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def popitem(self) -> tuple[str, Any]:
+        """Remove and return the field that came last; raises KeyError if there is none."""
+        for name in reversed(self):
+            return name, self.pop(name)
+        raise KeyError(f"session {self.key!r} is empty")
+
+    def clear(self) -> None:
+        """Remove all fields; a session that is empty when its scope ends is deleted."""
+        fields = self._opened()
+        for name in fields.names():
+            fields.delete(name)
+
+    def copy(self) -> dict[str, Any]:
+        """The fields as a plain dict; containers in it are still the session's own."""
+        return dict(self)
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self) | dict(other) if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(other) | dict(self) if isinstance(other, Mapping) else NotImplemented
+
+    def __ior__(self, other: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> Self:
+        self.update(other)
+        return self
+
+    def __repr__(self) -> str:
+        """The key and the names of the fields; never a value, since a repr ends in logs."""
+        fields = self._fields
+        inside = "not loaded" if fields is None else ", ".join(fields.names())
+        return f"<{type(self).__name__} {self.key!r}: {inside}>"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # copies and pickles are plain dicts
+        return dict, (), None, None, iter(self.items())
+
+    # -- as an object
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return self._opened().get(name)
+        except KeyError:
+            raise AttributeError(
+                f"session {self.key!r} has no field {name!r}; session.get({name!r}) answers None",
+                name=name,
+                obj=self,
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_attribute(name)
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        self._check_attribute(name)
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(
+                f"session {self.key!r} has no field {name!r}", name=name, obj=self
+            ) from None
+
+    def _check_attribute(self, name: str) -> None:
+        if name.startswith("_") or name in self._reserved:
+            raise AttributeError(
+                f"{name!r} is a name of {type(self).__name__} itself; as a field it is reached "
+                f"with brackets: session[{name!r}]",
+                name=name,
+                obj=self,
+            )
+
+    # -- the life of the session
+
+    @property
+    def key(self) -> str:
+        """The key of this session."""
+        return self._lifecycle.key
+
+    def flush(self) -> None:
+        """Write now what has changed. What comes after is a unit of its own: an error discards
+        only that. Calling it again without a change does nothing.
+
+        Raises what the storage raises; then nothing is lost: the changes are still pending.
+        In async code, use `await session.aflush()`.
+        """
+        self._lifecycle.flush()
+
+    async def aflush(self) -> None:
+        """As `flush`, for async code: the event loop goes on meanwhile."""
+        await self._lifecycle.aflush()
+
+    def release(self) -> None:
+        """Write what has changed and end the scope now, so that this user's next update may come
+        in: for a handler that goes on for long. The session can be read afterwards, not changed;
+        a new scope may be opened. In async code, use `await session.arelease()`.
+        """
+        self._lifecycle.release()
+
+    async def arelease(self) -> None:
+        """As `release`, for async code."""
+        await self._lifecycle.arelease()
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        """Lock and load a lazy session in async code: `session = await session`."""
+        if self._fields is None:
+            yield from self._lifecycle.aload().__await__()
+        return self
+
+
+Session._reserved = frozenset(dir(Session))
+_set_slot: Final = object.__setattr__  # past Session.__setattr__
+
+
+def open_fields(session: Session, fields: Fields) -> None:
+    """The door through which a scope gives a lazy session its fields."""
+    _set_slot(session, "_fields", fields)

@@ -1,0 +1,110 @@
+"""What many tests need: a local Bot API, threads that report their errors, JSON updates."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from session_sync.testing import OfflineBotAPI
+
+_ids = itertools.count(1)
+
+
+def message(user: int = 1, text: str = "hi", chat: int | None = None, **fields: Any) -> dict:
+    """The Bot API JSON of an update with a message."""
+    number = next(_ids)
+    chat = user if chat is None else chat
+    return {
+        "update_id": number,
+        "message": {
+            "message_id": number,
+            "date": 1,
+            "from": {"id": user, "is_bot": False, "first_name": "Alex"},
+            "chat": {"id": chat, "type": "private" if chat == user else "supergroup", "title": "x"},
+            "text": text,
+            **fields,
+        },
+    }
+
+
+def callback_query(user: int = 1, data: str = "pressed") -> dict:
+    """The Bot API JSON of an update with a button press under a message of the bot."""
+    number = next(_ids)
+    return {
+        "update_id": number,
+        "callback_query": {
+            "id": str(number),
+            "from": {"id": user, "is_bot": False, "first_name": "Alex"},
+            "chat_instance": "1",
+            "data": data,
+            "message": {
+                "message_id": number,
+                "date": 1,
+                "from": {"id": 999, "is_bot": True, "first_name": "Bot"},
+                "chat": {"id": user, "type": "private"},
+                "text": "press",
+            },
+        },
+    }
+
+
+def poll() -> dict:
+    """The Bot API JSON of an update that belongs to nobody."""
+    return {
+        "update_id": next(_ids),
+        "poll": {
+            "id": "1",
+            "question": "?",
+            "options": [],
+            "total_voter_count": 0,
+            "is_closed": False,
+            "is_anonymous": True,
+            "type": "regular",
+            "allows_multiple_answers": False,
+        },
+    }
+
+
+class Threads:
+    """Threads whose errors fail the test, and which are joined at its end."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._errors: list[BaseException] = []
+
+    def start(self, target: Callable[..., object], *args: Any, name: str = "") -> threading.Thread:
+        def run() -> None:
+            try:
+                target(*args)
+            except BaseException as error:
+                self._errors.append(error)
+
+        thread = threading.Thread(target=run, name=name or None, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return thread
+
+    def join(self, timeout: float = 30) -> None:
+        for thread in self._threads:
+            thread.join(timeout)
+            assert not thread.is_alive(), f"{thread.name} hangs"
+        self._threads.clear()
+        if self._errors:
+            raise self._errors[0]
+
+
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    some = Threads()
+    yield some
+    some.join()
+
+
+@pytest.fixture
+def api() -> Iterator[OfflineBotAPI]:
+    with OfflineBotAPI(longest_poll=0.2) as server:
+        yield server

@@ -1,0 +1,746 @@
+"""The life cycle of a session, for `with` and `async with`: what is read and written, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Threads, message
+
+from session_sync import (
+    MemoryStorage,
+    Session,
+    SessionAwaitError,
+    SessionClosedError,
+    SessionDecodeError,
+    SessionEncodeError,
+    SessionKeyError,
+    SessionLockTimeout,
+    SessionManager,
+    ttl,
+)
+
+KEY = "user:1:chat:1"
+
+
+class Counting:
+    """A storage of four methods that counts its calls and the threads that they come from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, Any]] = {}
+        self.calls: list[str] = []
+        self.threads: set[int] = set()
+
+    def get(self, key: str) -> Any:
+        self._called("get")
+        return self.values.get(key)
+
+    def set(self, key: str, value: dict[str, Any]) -> None:
+        self._called("set")
+        self.values[key] = value
+
+    def delete(self, key: str) -> None:
+        self._called("delete")
+        self.values.pop(key, None)
+
+    def has(self, key: str) -> bool:
+        return key in self.values
+
+    def _called(self, name: str) -> None:
+        self.calls.append(name)
+        self.threads.add(threading.get_ident())
+
+
+def run_handler(sessions: SessionManager[Any], handler: Callable[[Any], None], how: str) -> None:
+    """Run a handler inside a scope, the sync or the async way."""
+    if how == "with":
+        with sessions.session_scope(KEY) as session:
+            handler(session)
+        return
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            if sessions._options.lazy and handler is not untouched:
+                session = await session
+            handler(session)
+
+    asyncio.run(main())
+
+
+def untouched(session: Any) -> None:
+    pass
+
+
+def reads(session: Any) -> None:
+    assert session["counter"] == 1
+    assert session.cart["items"] == ["tea"]
+    assert "counter" in session
+    assert len(session) == 2
+
+
+def writes(session: Any) -> None:
+    session["counter"] += 1
+    session.counter += 1
+    session.cart["items"].append("milk")
+    session["cart"]["items"].append("bread")
+
+
+def writes_inside(session: Any) -> None:
+    session.cart["items"].append("milk")
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+@pytest.mark.parametrize(
+    ("handler", "eager", "lazy"),
+    [
+        (untouched, ["get"], []),
+        (reads, ["get"], ["get"]),
+        (writes, ["get", "set"], ["get", "set"]),
+        (writes_inside, ["get", "set"], ["get", "set"]),
+        (Session.clear, ["get", "delete"], ["get", "delete"]),
+    ],
+)
+@pytest.mark.parametrize("is_lazy", [False, True], ids=["eager", "lazy"])
+def test_what_reaches_the_storage(
+    how: str, handler: Any, eager: list[str], lazy: list[str], is_lazy: bool
+) -> None:
+    storage = Counting()
+    storage.values[KEY] = {"counter": 1, "cart": {"items": ["tea"]}}
+    sessions: SessionManager[Any] = SessionManager(storage=storage, lazy=is_lazy)
+    run_handler(sessions, handler, how)
+    assert storage.calls == (lazy if is_lazy else eager)
+
+
+def test_a_lazy_session_that_nobody_touches_takes_no_lock(threads: Threads) -> None:
+    sessions: SessionManager[Any] = SessionManager(lazy=True, lock_timeout=0)
+    held, let_go = threading.Event(), threading.Event()
+
+    def holder() -> None:
+        with sessions.session_scope(KEY) as session:
+            session.a = 1
+            held.set()
+            assert let_go.wait(20)
+
+    threads.start(holder)
+    assert held.wait(20)
+    with sessions.session_scope(KEY):
+        pass
+    with pytest.raises(SessionLockTimeout), sessions.session_scope(KEY) as session:
+        _ = session.a
+    let_go.set()
+
+
+# -- async code
+
+
+def test_a_lazy_session_in_async_code_says_to_await_it() -> None:
+    sessions: SessionManager[Any] = SessionManager(lazy=True)
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            for touch in (
+                lambda: session["a"],
+                lambda: session.a,
+                lambda: len(session),
+                lambda: session.update(a=1),
+                lambda: "a" in session,
+            ):
+                with pytest.raises(SessionAwaitError, match="session = await session"):
+                    touch()
+            assert (await session) is session
+            session.a = 1
+            assert (await session).a == 1
+
+    asyncio.run(main())
+    assert sessions.storage.get(KEY) == {"a": 1}
+
+
+def test_awaiting_an_eager_session_gives_it_back() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            assert (await session) is session
+
+    asyncio.run(main())
+
+
+def test_a_blocking_store_never_runs_on_the_event_loop_and_memory_always_does() -> None:
+    storage = Counting()
+
+    class Memory(MemoryStorage):
+        def load(self, key: str) -> Any:
+            threads.add(threading.get_ident())
+            return super().load(key)
+
+        def save(self, key: str, record: Any) -> None:
+            threads.add(threading.get_ident())
+            super().save(key, record)
+
+    threads: set[int] = set()
+
+    async def main(sessions: SessionManager[Any]) -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            await session.aflush()
+            session.a = 2
+
+    asyncio.run(main(SessionManager(storage=storage)))
+    assert storage.calls == ["get", "set", "set"]
+    assert threading.get_ident() not in storage.threads
+    asyncio.run(main(SessionManager(storage=Memory())))
+    assert threads == {threading.get_ident()}
+
+
+def test_flush_and_release_on_the_event_loop_name_their_async_twins() -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=Counting())
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            with pytest.raises(SessionAwaitError, match=r"await session\.aflush\(\)"):
+                session.flush()
+            with pytest.raises(SessionAwaitError, match=r"await session\.arelease\(\)"):
+                session.release()
+            await asyncio.to_thread(session.flush)  # a thread may block
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_handler_is_discarded_and_its_key_free() -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=Counting())
+
+    async def handler(inside: asyncio.Event) -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            inside.set()
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        inside = asyncio.Event()
+        task = asyncio.create_task(handler(inside))
+        await inside.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert sessions.storage.get(KEY) is None
+    assert len(sessions._options.door.locks) == 0
+
+
+@pytest.mark.parametrize("during", ["get", "set"])
+def test_a_handler_cancelled_while_the_store_works_frees_the_key_only_afterwards(
+    during: str,
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counting):
+        def _called(self, name: str) -> None:
+            if name == during and not begun.is_set():
+                begun.set()
+                assert go_on.wait(20)
+            super()._called(name)
+
+    storage = Slow()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def handler(value: int) -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.setdefault("trail", []).append(value)
+
+    async def main() -> None:
+        first = asyncio.create_task(handler(1))
+        await asyncio.to_thread(begun.wait, 20)
+        first.cancel()
+        second = asyncio.create_task(handler(2))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(storage.calls) == (0 if during == "get" else 1)  # the second one waits
+        first.cancel()  # once more, while it waits for the store
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await second
+
+    asyncio.run(main())
+    assert storage.get(KEY) == {"trail": [2] if during == "get" else [1, 2]}
+    assert len(sessions._options.door.locks) == 0
+
+
+def test_a_coroutine_that_is_thrown_away_frees_its_key() -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=Counting(), on_error="flush")
+
+    async def handler() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            await asyncio.sleep(0)
+
+    async def enter() -> None:
+        coroutine = handler()
+        future: Any = coroutine.send(None)
+        while future is not None:  # what the scope waits for, before the handler's own sleep(0)
+            while not future.done():
+                await asyncio.sleep(0)
+            future = coroutine.send(None)
+        coroutine.close()
+
+    asyncio.run(enter())
+    assert len(sessions._options.door.locks) == 0
+    assert sessions.storage.get(KEY) is None
+
+
+# -- errors
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+@pytest.mark.parametrize("on_error", ["discard", "flush"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_handler_that_raises(how: str, on_error: Any, error: type[BaseException]) -> None:
+    storage = Counting()
+    sessions: SessionManager[Any] = SessionManager(storage=storage, on_error=on_error)
+    kept: list[Any] = []
+
+    def fails(session: Any) -> None:
+        session.update(a=1, items=[1])
+        if how == "with":
+            session.flush()
+        session.a = 2
+        session["items"].append(2)
+        kept.append(session)
+        raise error
+
+    with pytest.raises(error):
+        run_handler(sessions, fails, how)
+    flushed = {"a": 1, "items": [1]} if how == "with" else {}
+    expected = {"a": 2, "items": [1, 2]} if on_error == "flush" else flushed
+    assert (storage.get(KEY) or {}) == expected
+    assert kept[0] == expected  # what it shows once closed
+    assert len(sessions._options.door.locks) == 0
+
+
+class Failing(Counting):
+    """A storage that fails in one of its methods while `broken` names it."""
+
+    broken = ""
+
+    def _called(self, name: str) -> None:
+        if name == self.broken:
+            raise OSError(f"{name} on fire")
+        super()._called(name)
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_errors_of_a_store_propagate_and_leave_the_key_free(how: str) -> None:
+    storage = Failing()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    run_handler(sessions, lambda session: session.update(a=1), how)
+    for broken, handler in (
+        ("get", lambda session: pytest.fail("ran")),
+        ("set", lambda session: session.update(a=2)),
+        ("delete", Session.clear),
+    ):
+        storage.broken = broken
+        with pytest.raises(OSError, match=f"{broken} on fire"):
+            run_handler(sessions, handler, how)
+        assert len(sessions._options.door.locks) == 0
+        assert storage.values == {KEY: {"a": 1}}
+
+
+def test_a_flush_that_fails_loses_nothing_and_a_later_one_writes_it() -> None:
+    storage = Failing()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    with sessions.session_scope(KEY) as session:
+        session.update(a=1, gone=1, items=[1])
+        session.flush()
+        del session.gone
+        session.a = 2
+        session.b = ttl(3, 60)
+        session["items"].append(2)
+        storage.broken = "set"
+        with pytest.raises(OSError, match="on fire"):
+            session.flush()
+        assert session == {"a": 2, "b": 3, "items": [1, 2]}
+        assert storage.values[KEY] == {"a": 1, "gone": 1, "items": [1]}
+        storage.broken = ""
+        session["items"].append(3)
+    with sessions.session_scope(KEY) as session:
+        assert session == {"a": 2, "b": 3, "items": [1, 2, 3]}
+
+
+def test_a_value_that_contains_itself_is_refused_and_nothing_written() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    with (
+        pytest.raises(SessionEncodeError, match=r"'user:1:chat:1'.*'cart'.*contains itself"),
+        sessions.session_scope(KEY) as session,
+    ):
+        session.other = 1
+        session.cart = []
+        session.cart.append(session.cart)
+    assert sessions.storage.get(KEY) is None
+    assert len(sessions._options.door.locks) == 0
+
+
+def test_a_stored_value_that_is_no_mapping_is_refused_and_left() -> None:
+    storage = Counting()
+    storage.values[KEY] = ["not", "fields"]  # type: ignore[assignment]
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    with pytest.raises(SessionDecodeError, match=r"user:1:chat:1.*prefix"):
+        sessions.session_scope(KEY).__enter__()
+    assert storage.values[KEY] == ["not", "fields"]
+    assert len(sessions._options.door.locks) == 0
+
+
+# -- flush, release
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_flush_writes_once_and_what_follows_is_a_unit_of_its_own(how: str) -> None:
+    storage = Counting()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            await session.aflush()
+            await session.aflush()
+            assert storage.values == {KEY: {"a": 1}}
+            session.a = 2
+            raise ValueError("late")
+
+    with pytest.raises(ValueError, match="late"):
+        if how == "async with":
+            asyncio.run(main())
+        else:
+            with sessions.session_scope(KEY) as session:
+                session.a = 1
+                session.flush()
+                session.flush()
+                session.a = 2
+                raise ValueError("late")
+    assert storage.values == {KEY: {"a": 1}}
+    assert storage.calls == ["get", "set"]
+
+
+def test_what_changes_while_a_flush_is_on_its_way_is_not_lost() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counting):
+        def set(self, key: str, value: dict[str, Any]) -> None:
+            begun.set()
+            assert go_on.wait(20)
+            super().set(key, value)
+
+    sessions: SessionManager[Any] = SessionManager(storage=Slow())
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.update(a=1, b=1, c=[1])
+            flush = asyncio.create_task(session.aflush())
+            await asyncio.to_thread(begun.wait, 20)
+            session.a = 2
+            del session.b
+            session.c.append(2)
+            session.d = 1
+            assert session == {"a": 2, "c": [1, 2], "d": 1}
+            go_on.set()
+            await flush
+            assert session == {"a": 2, "c": [1, 2], "d": 1}
+
+    asyncio.run(main())
+    assert sessions.storage.get(KEY) == {"a": 2, "c": [1, 2], "d": 1}
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_release_saves_and_lets_the_next_update_in(how: str, threads: Threads) -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=Counting())
+    done = threading.Event()
+
+    def next_update() -> None:
+        with sessions.session_scope(KEY) as session:
+            session.a += 1
+        done.set()
+
+    def after(session: Any) -> None:
+        assert done.wait(20)
+        assert session.a == 1
+        with pytest.raises(SessionClosedError, match=KEY):
+            session.a = 5
+        with sessions.session_scope(KEY) as again:
+            again.a += 1
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            threads.start(next_update)
+            await session.arelease()
+            await asyncio.to_thread(after, session)
+
+    if how == "async with":
+        asyncio.run(main())
+    else:
+        with sessions.session_scope(KEY) as session:
+            session.a = 1
+            threads.start(next_update)
+            session.release()
+            after(session)
+    assert sessions.storage.get(KEY) == {"a": 3}
+
+
+def test_an_error_after_release_discards_nothing() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    with pytest.raises(ValueError, match="late"), sessions.session_scope(KEY) as session:
+        session.a = 1
+        session.release()
+        session.release()
+        session.flush()
+        raise ValueError("late")
+    assert sessions.storage.get(KEY) == {"a": 1}
+
+
+# -- initial
+
+
+def test_initial_is_asked_once_per_missing_session_and_stored_only_with_a_change() -> None:
+    default = {"counter": 5, "items": [1], "code": ttl("x", 60)}
+    asked: list[Any] = []
+
+    def initial(update: Any) -> dict[str, Any]:
+        asked.append(update)
+        return default
+
+    storage = Counting()
+    sessions: SessionManager[Any] = SessionManager(storage=storage, initial=initial)
+    update = message(1)
+    with sessions.session_scope(update) as session:
+        assert session == {"counter": 5, "items": [1], "code": "x"}
+    assert storage.values == {}
+    with sessions.session_scope(KEY) as session:
+        session["items"].append(2)
+    with sessions.session_scope("user:2") as session:
+        assert session["items"] == [1]  # two users do not share a default
+    with sessions.session_scope(KEY) as session:
+        assert session == {"counter": 5, "items": [1, 2], "code": "x"}
+    assert asked == [update, KEY, "user:2"]
+    assert default["items"] == [1]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_initial_raises_propagates_and_leaves_the_key_free(lazy: bool) -> None:
+    def initial(update: Any) -> Any:
+        raise LookupError("no such user")
+
+    sessions: SessionManager[Any] = SessionManager(initial=initial, lazy=lazy)
+    with (
+        pytest.raises(LookupError, match="no such user"),
+        sessions.session_scope(KEY) as session,
+    ):
+        _ = session.get("a")
+    assert len(sessions._options.door.locks) == 0
+
+
+# -- joining
+
+
+def test_a_scope_inside_a_scope_joins_it(threads: Threads) -> None:
+    storage = Counting()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    with sessions.session_scope(message(1)) as session:
+        session.a = 1
+        with sessions.session_scope(KEY) as inner:
+            assert inner is session
+            inner.a += 1
+        assert storage.calls == ["get"]
+        with sessions.session_scope("other") as other:
+            with sessions.session_scope(KEY) as inner:
+                assert inner is session
+            other.b = 1
+    assert storage.values == {KEY: {"a": 2}, "other": {"b": 1}}
+    assert storage.calls == ["get", "get", "set", "set"]
+
+
+def test_an_error_caught_between_joined_scopes_discards_nothing() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    with sessions.session_scope(KEY) as session:
+        with pytest.raises(ValueError, match="inner"), sessions.session_scope(KEY):
+            session.a = 1
+            raise ValueError("inner")
+    assert sessions.storage.get(KEY) == {"a": 1}
+
+
+def test_tasks_that_join_take_turns() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+
+    async def add(times: int) -> None:
+        for _ in range(times):
+            async with sessions.session_scope(KEY) as session:
+                value = session.get("n", 0)
+                await asyncio.sleep(0)
+                session.n = value + 1
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY):
+            await asyncio.gather(*(add(50) for _ in range(10)))
+
+    asyncio.run(main())
+    assert sessions.storage.get(KEY) == {"n": 500}
+
+
+def test_threads_that_join_take_turns() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+
+    def add(times: int) -> None:
+        for _ in range(times):
+            with sessions.session_scope(KEY) as session:
+                value = session.get("n", 0)
+                threading.Event().wait(0.0001)  # the handler's work, in which others could run
+                session.n = value + 1
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY):
+            await asyncio.gather(*(asyncio.to_thread(add, 20) for _ in range(5)))
+
+    asyncio.run(main())
+    assert sessions.storage.get(KEY) == {"n": 100}
+
+
+def test_a_task_that_outlives_its_handler_keeps_the_scope_open() -> None:
+    storage = Counting()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def background(inside: asyncio.Event, go_on: asyncio.Event) -> None:
+        async with sessions.session_scope(KEY) as session:
+            inside.set()
+            await go_on.wait()
+            session.b = 2
+
+    async def main() -> None:
+        inside, go_on = asyncio.Event(), asyncio.Event()
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            task = asyncio.create_task(background(inside, go_on))
+            await inside.wait()
+        assert storage.values == {}
+        go_on.set()
+        await task
+
+    asyncio.run(main())
+    assert storage.values == {KEY: {"a": 1, "b": 2}}
+    assert storage.calls == ["get", "set"]
+
+
+def test_a_job_that_inherits_the_context_of_a_finished_handler_starts_outside() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    with sessions.session_scope(KEY) as session:
+        context = contextvars.copy_context()
+        session.a = 1
+
+    def job() -> None:
+        with sessions.session_scope(KEY) as fresh:
+            assert fresh is not session
+            fresh.a += 1
+
+    context.run(job)
+    assert sessions.storage.get(KEY) == {"a": 2}
+
+
+def test_scopes_that_end_in_another_context_neither_raise_nor_pile_up() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    for number in range(100):
+        scope = sessions.session_scope(f"user:{number}")
+        scope.__enter__().update(a=1)
+        contextvars.copy_context().run(scope.__exit__, None, None, None)
+    with sessions.session_scope("user:x") as session:
+        session.a = 1
+        assert scope.outer is None
+
+
+def test_two_managers_on_one_store_exclude_each_other_and_two_stores_do_not() -> None:
+    storage = MemoryStorage()
+    one: SessionManager[Any] = SessionManager(storage=storage, lock_timeout=0)
+    two: SessionManager[Any] = SessionManager(storage=storage, lock_timeout=0)
+    three: SessionManager[Any] = SessionManager(lock_timeout=0)
+    with one.session_scope(KEY):
+
+        def other() -> None:
+            with pytest.raises(SessionLockTimeout):
+                two.session_scope(KEY).__enter__()
+            with three.session_scope(KEY) as session:
+                session.a = 1
+
+        contextvars.Context().run(lambda: thread(other))
+
+
+def thread(work: Callable[[], None]) -> None:
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    runner.join(20)
+    if errors:
+        raise errors[0]
+
+
+def test_a_closed_session_leaves_no_cycle_behind() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    gc.collect()
+    gc.disable()
+    try:
+        with sessions.session_scope(message(1)) as session:
+            session.cart = {"items": [1]}
+        alive = weakref.ref(session)
+        del session
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+# -- eight threads and eight coroutines, on one key and on many
+
+
+@pytest.mark.parametrize("keys", [1, 100])
+def test_no_update_is_lost_by_threads_and_coroutines_together(keys: int, threads: Threads) -> None:
+    sessions: SessionManager[Any] = SessionManager(lock_timeout=None)
+    times = 200
+
+    def work(number: int) -> None:
+        for count in range(times):
+            with sessions.session_scope(f"user:{(number + count) % keys}") as session:
+                value = session.get("n", 0)
+                threading.Event().wait(0.00001)  # the handler's work, in which others could run
+                session.n = value + 1
+
+    async def awork(number: int) -> None:
+        for count in range(times):
+            async with sessions.session_scope(f"user:{(number + count) % keys}") as session:
+                value = session.get("n", 0)
+                await asyncio.sleep(0)
+                session.n = value + 1
+
+    async def main() -> None:
+        await asyncio.gather(*(awork(number) for number in range(8)))
+
+    for number in range(8):
+        threads.start(work, number)
+    threads.start(lambda: asyncio.run(main()))
+    threads.join()
+    kept = [(sessions.storage.get(f"user:{number}") or {"n": 0})["n"] for number in range(keys)]
+    assert sum(kept) == 16 * times
+    assert len(sessions._options.door.locks) == 0
+
+
+def test_asking_for_the_session_of_a_poll_raises() -> None:
+    with pytest.raises(SessionKeyError, match=r"session_scope\(StorageKey\(user=\.\.\.\)\)"):
+        SessionManager().session_scope({"update_id": 1, "poll": {"id": "1"}})
