@@ -126,7 +126,8 @@ def _guarded(
         if admit_last is not None:
             if args:
                 args = (*args[:-1], admit_last(args[-1], owner))
-            kwargs = {name: admit(arg, owner) for name, arg in kwargs.items()}
+            if kwargs:
+                kwargs = {name: admit(arg, owner) for name, arg in kwargs.items()}
         return method(self, *args, **kwargs)
 
     return guarded
@@ -202,7 +203,7 @@ def _admit(value: Any, owner: Owner, seen: set[int]) -> Any:
     if cls in ATOMS:
         return value
     if cls in _OWNED and value._owner is not _NOBODY:
-        if value._owner is owner and owner.open:
+        if value._owner is owner:
             return value
         return thaw(freeze(value, _MISSING, owner), owner)
     if cls is Ttl:

@@ -125,7 +125,8 @@ class _TaskWaiter(_Begun):
     """A suspended coroutine: takes the lock only while its event loop runs.
 
     A loop that stands still may go on later (`run_until_complete` called again), so its waiter
-    keeps its place, is passed over, and looks for itself once the loop moves.
+    keeps its place, is passed over, and looks for itself once the loop moves. One that stops after
+    its waiter was given the lock keeps it, as if it had stopped a moment later, inside the scope.
     """
 
     __slots__ = ("_asked", "_loop", "future")
@@ -145,8 +146,6 @@ class _TaskWaiter(_Begun):
             self.hold = Hold(self.lock, self.party)
             self._wake()
             return "taken"
-        if self._asked and not loop.is_closed():
-            return "absent"
         if self._asked and not loop.is_closed():
             return "absent"
         running = loop.is_running()
