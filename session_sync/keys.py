@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 __all__ = ["StorageKey", "by_chat", "by_topic", "by_user", "default_storage_key"]
@@ -289,6 +292,22 @@ def default_storage_key(update: object) -> StorageKey | None:
     return _key(update, _user_and_chat)
 
 
+def default_key_text(update: object) -> str | None:
+    """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
+    kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
+    if kind is _OBJECT_TYPES["Message"]:
+        with suppress(Exception):  # as in _key
+            user, chat, business = _ids_of_message(update)
+            ids_fit = type(user) is type(chat) is int and chat >= _LOWEST and user <= _HIGHEST
+            if business is None and ids_fit and user > 0 and chat <= _HIGHEST:
+                return f"user:{user}:chat:{chat}"
+    key = default_storage_key(update)
+    return None if key is None else str(key)
+
+
+_ids_of_message: Final = attrgetter("from_user.id", "chat.id", "business_connection_id")
+
+
 def by_user(update: object) -> StorageKey | None:
     """One session per user, in whatever chat he is, business chats included.
 
@@ -409,10 +428,18 @@ def _found_in_json(update: dict[Any, Any]) -> tuple[_Kind, object] | None:
 
 
 def _found_in_object(update: object) -> tuple[_Kind, object] | None:
-    for base in type(update).__mro__:
+    kind = _kind_of(type(update))  # type: ignore[arg-type] # as above
+    if kind is _UPDATE:
+        return _inside(update)
+    return None if kind is None else (kind, update)
+
+
+@lru_cache(maxsize=256)
+def _kind_of(cls: type) -> _Kind | None:
+    for base in cls.__mro__:
         kind = _OBJECT_TYPES.get(base.__name__)
         if kind is not None and base.__module__.startswith(_LIBRARIES):
-            return _inside(update) if kind is _UPDATE else (kind, update)
+            return kind
     return None
 
 

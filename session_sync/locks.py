@@ -31,13 +31,11 @@ class Party:
 
     __slots__ = ("loop", "task", "thread")
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         # The object: the number of a thread that has ended is soon that of another one.
         self.thread: Final = threading.current_thread()
-        # asyncio exports this one for callers who may stand outside any loop; get_running_loop()
-        # would raise there, which costs more than everything else in an acquisition.
-        self.loop: Final = asyncio._get_running_loop()
-        self.task: Final = None if self.loop is None else asyncio.current_task(self.loop)
+        self.loop: Final = loop
+        self.task: Final = None if loop is None else asyncio.current_task(loop)
 
     def is_stopped_with(self, other: Party, blocking: bool) -> bool:
         """Whether `other` cannot move while this party waits, blocking its thread or not."""
@@ -51,6 +49,24 @@ class Party:
         return f"thread {self.thread.name!r}"
 
 
+def here() -> Party:
+    """Who runs this."""
+    # asyncio exports this one for callers who may stand outside any loop; get_running_loop()
+    # would raise there, which costs more than everything else in an acquisition.
+    loop = asyncio._get_running_loop()
+    return _this_thread.party if loop is None else Party(loop)
+
+
+class _ThisThread(threading.local):
+    """What a thread without an event loop is called, made once for each thread."""
+
+    def __init__(self) -> None:
+        self.party: Final = Party(None)
+
+
+_this_thread: Final = _ThisThread()
+
+
 class Hold:
     """The right to a key, from the moment it was given until `release()`."""
 
@@ -59,7 +75,7 @@ class Hold:
     def __init__(self, lock: KeyLock, party: Party) -> None:
         self._lock = lock  # another one in a forked child only
         self._since: Final = time.monotonic()
-        self.parties: Final = [party]  # more than one where a scope was joined
+        self.parties = [party]  # more than one where a scope was joined
 
     def release(self) -> None:
         """Give the key to whoever is next. To be called once."""
@@ -193,7 +209,7 @@ class Turn(_Waiter):
 
     def claim(self) -> Hold | None:
         """The key, or None if somebody passed: then `call` will be called again."""
-        return self.lock._claim(self, Party())
+        return self.lock._claim(self, here())
 
     def withdraw(self) -> None:
         """Leave the queue; no error if the turn has been taken or left already."""
@@ -228,13 +244,13 @@ class KeyLock:
     table's `setdefault` and `pop` (LockTable), `list(...)` in the deadlock check.
     """
 
-    __slots__ = ("_mutex", "_queue", "_table", "_turns", "hold", "name", "retired")
+    __slots__ = ("_locks", "_mutex", "_queue", "_turns", "hold", "name", "retired")
 
-    def __init__(self, name: str, table: LockTable | None = None) -> None:
+    def __init__(self, name: str, locks: dict[str, KeyLock] | None = None) -> None:
         self.name: Final = name
         self.hold: Hold | None = None
         self.retired = False  # out of the table: ask the table again
-        self._table: Final = table
+        self._locks: Final = locks  # the table that it stands in, if it does
         self._mutex: Final = threading.Lock()
         self._queue: Final[_Queue] = {}
         self._turns: Final[_Queue] = {}  # from the first Turn on
@@ -243,7 +259,7 @@ class KeyLock:
 
     def acquire(self, timeout: float | None, passes: bool = False) -> Hold | None:
         """Wait in this thread, at most `timeout` seconds (None: for ever)."""
-        waiter = _ThreadWaiter(self, Party())
+        waiter = _ThreadWaiter(self, here())
         try:
             if not self._join(waiter, passes) or waiter.wait(timeout):
                 return waiter.hold
@@ -256,7 +272,7 @@ class KeyLock:
 
     async def acquire_async(self, timeout: float | None, passes: bool = False) -> Hold | None:
         """Wait as a coroutine, at most `timeout` seconds (None: for ever); holds no thread."""
-        waiter = _TaskWaiter(self, Party())
+        waiter = _TaskWaiter(self, here())
         try:
             if not self._join(waiter, passes):
                 return waiter.hold
@@ -351,7 +367,11 @@ class KeyLock:
         with self._mutex:
             if self.hold is not hold:
                 raise RuntimeError(f"the session {self.name!r} was released twice")
-            self._hand_on()
+            if self._queue or self._turns:
+                self._hand_on()
+            else:
+                self.hold = None
+                self._retire()
 
     def _hand_on(self) -> None:
         """Give the lock to the first who can take it, or retire it if nobody is left."""
@@ -373,9 +393,13 @@ class KeyLock:
         if hold is None:
             if self._turns:
                 next(iter(self._turns)).offer()
-            elif not self._queue and self._table is not None:
-                self.retired = True
-                self._table._forget(self)
+            elif not self._queue:
+                self._retire()
+
+    def _retire(self) -> None:
+        if self._locks is not None:
+            self.retired = True
+            self._locks.pop(self.name, None)
 
     def _enter(self, waiter: _Waiter, queue: _Queue) -> None:
         queue[waiter] = None
@@ -466,9 +490,10 @@ class LockTable:
 
     def try_acquire(self, key: str) -> Hold | None:
         """The key if nobody holds it or waits for it, at once."""
-        fresh = KeyLock(key, self)
-        hold = fresh.hold = Hold(fresh, Party())
-        return hold if self._locks.setdefault(key, fresh) is fresh else None
+        locks = self._locks
+        fresh = KeyLock(key, locks)
+        hold = fresh.hold = Hold(fresh, here())
+        return hold if locks.setdefault(key, fresh) is fresh else None
 
     def acquire(self, key: str, timeout: float | None, passes: bool = False) -> Hold:
         """Wait for `key` in this thread, at most `timeout` seconds (None: for ever).
@@ -497,10 +522,7 @@ class LockTable:
                 return turn
 
     def _lock(self, key: str) -> KeyLock:
-        return self._locks.get(key) or self._locks.setdefault(key, KeyLock(key, self))
-
-    def _forget(self, lock: KeyLock) -> None:
-        self._locks.pop(lock.name, None)
+        return self._locks.get(key) or self._locks.setdefault(key, KeyLock(key, self._locks))
 
     def _keep_own(self) -> None:
         """In a forked child: keep what the thread that has forked holds, as if new."""
@@ -509,7 +531,7 @@ class LockTable:
             del self._locks[key]
             hold = old.hold
             if hold is not None and any(party.thread is thread for party in hold.parties):
-                lock = self._locks[key] = hold._lock = KeyLock(key, self)
+                lock = self._locks[key] = hold._lock = KeyLock(key, self._locks)
                 lock.hold = hold
 
 

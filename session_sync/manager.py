@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, c
 from .door import door_of
 from .errors import SessionKeyError
 from .expiry import seconds_of
-from .keys import StorageKey, default_storage_key
+from .keys import StorageKey, default_key_text, default_storage_key
 from .scope import Options, SessionScope
 from .session import Session
 from .storages.base import KVStorage
@@ -76,7 +76,9 @@ class SessionManager(Generic[S]):
                 raise TypeError(f"{name} is an `async def`; it must be a plain function")
         self.storage: Final = storage if storage is not None else MemoryStorage()
         self.prefix: Final = prefix
-        self._get_storage_key: Final = get_storage_key
+        # The same without a StorageKey in between, which is as much work as all the rest.
+        is_default = get_storage_key is default_storage_key
+        self._get_storage_key: Final = default_key_text if is_default else get_storage_key
         self._options: Final = Options(
             session_type=session_type,
             door=door_of(self.storage),
@@ -103,7 +105,7 @@ class SessionManager(Generic[S]):
         ...     session.counter
         1
         """
-        if isinstance(update_or_key, str | StorageKey):
+        if isinstance(update_or_key, (str, StorageKey)):
             return self.scope_of(str(update_or_key), update_or_key)
         key = self.key_of(update_or_key)
         if key is None:

@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from .door import Door
 from .errors import SessionAwaitError, SessionClosedError
-from .locks import Hold, KeyLock, Party
+from .locks import Hold, KeyLock, Party, here
 from .session import Fields, Session, open_fields
 from .steps import Call, Steps, Take, TakeTurn, arun, closers, openers, run
 from .storages.base import Record
@@ -57,6 +57,7 @@ class Scope(Generic[S]):
         "key",
         "name",
         "options",
+        "parties",
         "passes",
         "session",
         "timeout",
@@ -70,15 +71,20 @@ class Scope(Generic[S]):
         self.update: Any = entry.update  # until it closes
         self.timeout: Final = entry.timeout
         self.hold: Hold | None = entry.hold
+        self.parties: list[Party] = []  # who is in it, first the one that opened it
         self.passes: Final = passes
-        self.session: S | None = self.options.session_type(self)  # until it closes
+        self.session: S | None = None  # until it closes
         self.fields: Fields | None = None
         self.closed = False
         self._stored = False
         self._members = 1
         self._mutex: Final = threading.Lock()
         self._on_loop: Final = on_loop
-        self._loading: Final = KeyLock(entry.name) if self.options.lazy else None
+        self._loading: KeyLock | None = None
+        if entry.options.lazy:
+            self._loading = KeyLock(entry.name)
+            self.parties.append(here())
+            self.session = entry.options.session_type(self)
 
     # -- the life cycle
 
@@ -95,6 +101,10 @@ class Scope(Generic[S]):
                 record = door.load(self.name)
             self._stored = record is not None
             fields = self._missing() if record is None else Fields(self.key, record)
+            if self.session is None:
+                self.session = self.options.session_type(self, fields)
+            else:
+                open_fields(self.session, fields)
         except BaseException:
             if door.unload is not None:
                 door.unload(self.name)
@@ -102,8 +112,8 @@ class Scope(Generic[S]):
             raise
         self.hold = hold
         self.fields = fields
-        assert self.session is not None
-        open_fields(self.session, fields)
+        # From here on, whoever waits for the key waits for all who are in the scope.
+        hold.parties = self.parties = self.parties or hold.parties
 
     def _missing(self) -> Fields:
         """The fields of a session that is not stored yet, and will not be until they change."""
@@ -204,22 +214,6 @@ class Scope(Generic[S]):
         self.closed = True
         return was_open
 
-    def along_with(self, party: Party) -> None:
-        """`party` has joined: whoever waits for the key waits for it too."""
-        hold = self.hold
-        if hold is not None:
-            hold.parties.append(party)
-
-    def without(self, party: Party | None) -> None:
-        """`party` has left (None: the one that opened the scope)."""
-        hold = self.hold
-        if hold is None or not hold.parties:
-            return
-        if party is None:
-            del hold.parties[0]
-        elif party in hold.parties:
-            hold.parties.remove(party)
-
     # -- what the session asks (session.Lifecycle)
 
     def load(self) -> None:
@@ -269,6 +263,23 @@ _current: ContextVar[SessionScope[Any] | None] = ContextVar("session_sync_scope"
 in_handler: ContextVar[bool] = ContextVar("session_sync_in_handler", default=False)
 
 
+def _open_around() -> SessionScope[Any] | None:
+    """The innermost entry around this code whose scope is open. The ended ones between the open
+    ones are dropped, so that tasks which start one another leave no chain behind."""
+    around = _skip_ended(_current.get())
+    entry = around
+    while entry is not None:
+        entry.outer = _skip_ended(entry.outer)
+        entry = entry.outer
+    return around
+
+
+def _skip_ended(entry: SessionScope[Any] | None) -> SessionScope[Any] | None:
+    while entry is not None and entry._has_ended():
+        entry = entry.outer
+    return entry
+
+
 def entries() -> Iterator[SessionScope[Any]]:
     """The entries that this code runs inside, innermost first; some may have been left already."""
     entry = _current.get()
@@ -315,7 +326,8 @@ class SessionScope(Generic[S]):
         self._turn: Hold | None = None
 
     def __enter__(self) -> S:
-        return run(self._entering(on_loop=False))
+        run(self._entering(on_loop=False))
+        return self._entered()
 
     def __exit__(
         self,
@@ -326,7 +338,8 @@ class SessionScope(Generic[S]):
         run(self._leaving(error))
 
     async def __aenter__(self) -> S:
-        return await arun(self._entering(on_loop=True))
+        await arun(self._entering(on_loop=True))
+        return self._entered()
 
     async def __aexit__(
         self,
@@ -348,15 +361,13 @@ class SessionScope(Generic[S]):
 
     # -- entering and leaving
 
-    def _entering(self, on_loop: bool) -> Steps[S]:
+    def _entering(self, on_loop: bool) -> Steps[None]:
         if self._inside:
             raise RuntimeError(
                 f"this scope of {self.key!r} is entered already; call session_scope() again for "
                 f"each `with`"
             )
-        outer = _current.get()
-        while outer is not None and outer._has_ended():
-            outer = outer.outer
+        outer = _open_around()
         scope = None
         if outer is not None:
             scope = yield from self._joining(outer)
@@ -369,8 +380,11 @@ class SessionScope(Generic[S]):
         self._scope = scope
         self._inside = True
         _current.set(self)
-        assert scope.session is not None
-        return scope.session
+
+    def _entered(self) -> S:
+        assert self._scope is not None
+        assert self._scope.session is not None
+        return self._scope.session
 
     def _joining(self, outer: SessionScope[Any]) -> Steps[Scope[S] | None]:
         """The scope of the same key that is open around here, now joined; or None."""
@@ -391,7 +405,7 @@ class SessionScope(Generic[S]):
         if scope.closed:  # released by whoever had the turn before
             turn.release()
             return None
-        scope.along_with(turn.parties[0])
+        scope.parties.append(turn.parties[0])
         self._joined, self._turn = entry, turn
         return scope
 
@@ -400,20 +414,32 @@ class SessionScope(Generic[S]):
         assert scope is not None
         if _current.get() is self:
             _current.set(self.outer)
-        joined, turn = self._joined, self._turn
-        self._joined = self._turn = None
         self._inside = False
+        if self._turn is not None:
+            yield from self._leaving_joined(scope, self._turn, error)
+            return
+        if error is not None and not scope.closed:
+            scope.roll_back(error)
+        if scope.leave():
+            yield from scope.closing(error)
+        else:
+            del scope.parties[0]
+
+    def _leaving_joined(
+        self, scope: Scope[S], turn: Hold, error: BaseException | None
+    ) -> Steps[None]:
+        joined = self._joined
+        self._joined = self._turn = None
         if joined is not None and joined._inside:
             error = None  # goes on to the entry around this one, which will see to it
-        scope.without(None if turn is None else turn.parties[0])
+        scope.parties.remove(turn.parties[0])
         try:
             if error is not None and not scope.closed:
                 scope.roll_back(error)
             if scope.leave():
                 yield from scope.closing(error)
         finally:
-            if turn is not None:
-                turn.release()
+            turn.release()
 
     def _is_for(self, other: SessionScope[Any]) -> bool:
         scope = self._scope

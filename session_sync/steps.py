@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Final, Protocol, TypeVar
 
 from .locks import Hold, KeyLock, LockTable
@@ -25,13 +26,20 @@ class Step(Protocol):
     async def arun(self) -> Any: ...
 
 
+# What a step answers goes into the generator; what a life cycle answers is found in its object. (A
+# generator that ends with None ends without an exception, and most of them end without a step.)
 Steps = Generator[Step, Any, R]
 
 
-def run(steps: Steps[R]) -> R:
+def run(steps: Steps[None]) -> None:
     """Do `steps` in this thread."""
-    try:
-        step = next(steps)
+    step = next(steps, None)
+    if step is not None:
+        _run_on(steps, step)
+
+
+def _run_on(steps: Steps[None], step: Step) -> None:
+    with suppress(StopIteration):
         while True:
             try:
                 value = step.run()
@@ -39,15 +47,17 @@ def run(steps: Steps[R]) -> R:
                 step = steps.throw(error)
             else:
                 step = steps.send(value)
-    except StopIteration as end:
-        result: R = end.value
-        return result
 
 
-async def arun(steps: Steps[R]) -> R:
+async def arun(steps: Steps[None]) -> None:
     """Do `steps` as a coroutine."""
-    try:
-        step = next(steps)
+    step = next(steps, None)
+    if step is not None:
+        await _arun_on(steps, step)
+
+
+async def _arun_on(steps: Steps[None], step: Step) -> None:
+    with suppress(StopIteration):
         while True:
             try:
                 value = await step.arun()
@@ -55,9 +65,6 @@ async def arun(steps: Steps[R]) -> R:
                 step = steps.throw(error)
             else:
                 step = steps.send(value)
-    except StopIteration as end:
-        result: R = end.value
-        return result
 
 
 class Take:

@@ -661,6 +661,75 @@ def test_scopes_that_end_in_another_context_neither_raise_nor_pile_up() -> None:
         assert scope.outer is None
 
 
+def test_tasks_that_start_one_another_leave_no_chain_of_scopes() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+
+    async def link(number: int, started: asyncio.Event, tasks: list[Any]) -> None:
+        scope = sessions.session_scope(f"user:{number}")
+        async with scope:
+            started.set()
+            for _ in range(3):
+                await asyncio.sleep(0)
+            if number < 100:
+                following = asyncio.Event()
+                tasks.append(asyncio.create_task(link(number + 1, following, tasks)))
+                await following.wait()
+        depth, entry = 0, scope.outer
+        while entry is not None:
+            depth, entry = depth + 1, entry.outer
+        assert depth <= 3
+
+    async def main() -> None:
+        tasks: list[Any] = []
+        await link(0, asyncio.Event(), tasks)
+        for number in range(100):
+            await tasks[number]
+
+    asyncio.run(main())
+
+
+def test_whoever_waits_for_a_lazy_session_waits_for_all_who_are_in_it() -> None:
+    sessions: SessionManager[Any] = SessionManager(lazy=True)
+    locks = sessions._options.door.locks
+
+    def touch() -> None:
+        with sessions.session_scope(KEY) as session:
+            session.a = 1
+
+    async def child(inside: asyncio.Event, go_on: asyncio.Event) -> None:
+        async with sessions.session_scope(KEY) as session:
+            (await session).b = 1
+            inside.set()
+            await go_on.wait()
+
+    async def main() -> None:
+        inside, go_on = asyncio.Event(), asyncio.Event()
+        async with sessions.session_scope(KEY):
+            await asyncio.to_thread(touch)  # a thread that has left waits for nothing any more
+            (hold,) = (lock.hold for lock in locks._locks.values())
+            assert [party.task for party in hold.parties] == [asyncio.current_task()]
+            task = asyncio.create_task(child(inside, go_on), name="the child")
+            await inside.wait()
+        with pytest.raises(SessionLockTimeout, match="held by task 'the child'"):
+            await contextvars.Context().run(locks.acquire_async, KEY, 0)
+        go_on.set()
+        await task
+
+    asyncio.run(main())
+    assert sessions.storage.get(KEY) == {"a": 1, "b": 1}
+
+
+def test_a_session_class_that_cannot_be_made_leaves_the_key_free() -> None:
+    class Broken(Session):
+        def __init__(self, *args: Any) -> None:
+            raise LookupError("no")
+
+    sessions = SessionManager(Broken)
+    with pytest.raises(LookupError):
+        sessions.session_scope(KEY).__enter__()
+    assert len(sessions._options.door.locks) == 0
+
+
 def test_two_managers_on_one_store_exclude_each_other_and_two_stores_do_not() -> None:
     storage = MemoryStorage()
     one: SessionManager[Any] = SessionManager(storage=storage, lock_timeout=0)

@@ -96,7 +96,7 @@ class Record(Mapping[str, Any]):
     def patched(self, changes: Mapping[str, Any]) -> Record:
         """This record with `changes` put over it, in the order that a dict would have."""
         patch = {**self.patch, **changes}
-        if len(patch) > 8 + isqrt(len(self.base)):
+        if len(patch) > 8 and len(patch) > 8 + isqrt(len(self.base)):
             return Record({**self.base, **patch})
         return Record(self.base, patch)
 
