@@ -42,75 +42,80 @@ class Scope(Generic[S]):
 
     It is opened by one SessionScope and may be joined by others, which find it through a context
     variable; it closes when the last of them leaves. Whether it is still open is decided under its
-    mutex, so nobody joins a scope that has begun to close.
+    mutex, so nobody joins a scope that has begun to close, and only one closes it.
     """
 
     __slots__ = (
+        "_loaded",
         "_loading",
         "_members",
         "_mutex",
         "_on_loop",
         "_stored",
+        "_update",
         "closed",
         "fields",
-        "hold",
         "key",
+        "life",
         "name",
         "options",
         "parties",
-        "passes",
         "session",
         "timeout",
-        "update",
     )
 
-    def __init__(self, entry: SessionScope[S], passes: bool, on_loop: bool) -> None:
+    life: Steps  # made when it begins, since it knows its scope, and done when it ends: no cycle
+
+    def __init__(self, entry: SessionScope[S], on_loop: bool) -> None:
         self.options: Final = entry.options
         self.key: Final = entry.key
         self.name: Final = entry.name
-        self.update: Any = entry.update  # until it closes
         self.timeout: Final = entry.timeout
-        self.hold: Hold | None = entry.hold
-        self.parties: list[Party] = []  # who is in it, first the one that opened it
-        self.passes: Final = passes
+        self._update: Any = entry.update  # until it closes
         self.session: S | None = None  # until it closes
         self.fields: Fields | None = None
+        self.parties: list[Party] = []  # who is in it, first the one that opened it
         self.closed = False
         self._stored = False
         self._members = 1
         self._mutex: Final = threading.Lock()
         self._on_loop: Final = on_loop
-        self._loading: KeyLock | None = None
+        self._loading: KeyLock | None = None  # only a lazy scope has one
+        self._loaded = True
         if entry.options.lazy:
             self._loading = KeyLock(entry.name)
+            self._loaded = False
             self.parties.append(here())
             self.session = entry.options.session_type(self)
 
     # -- the life cycle
 
-    def opening(self) -> Steps[None]:
-        """Lock and load."""
-        door = self.options.door
-        hold = self.hold or door.locks.try_acquire(self.name)
+    def living(self, hold: Hold | None, passes: bool) -> Steps:
+        """Lock, load, hand out; stop, for as long as the session is open; then write and unlock."""
+        door, name = self.options.door, self.name
         if hold is None:
-            hold = yield Take(door.locks, self.name, self.timeout, self.passes)
+            hold = door.locks.try_acquire(name)
+        if hold is None:
+            hold = yield Take(door.locks, name, self.timeout, passes)
         try:
-            if door.blocking:
-                record = yield Call(openers, door.load, self.name)
-            else:
-                record = door.load(self.name)
-            self._stored = record is not None
-            fields = self._missing() if record is None else Fields(self.key, record)
-            if self.session is None:
-                self.session = self.options.session_type(self, fields)
-            else:
-                open_fields(self.session, fields)
-        except BaseException:
+            record = (yield Call(openers, door.load, name)) if door.blocking else door.load(name)
+            self._hand_out(record, hold)
+            yield None
+            yield from self.flushing()
+        finally:
+            if self.fields is not None:
+                self.fields.owner.open = False
             if door.unload is not None:
-                door.unload(self.name)
+                door.unload(name)
             hold.release()
-            raise
-        self.hold = hold
+
+    def _hand_out(self, record: Record | None, hold: Hold) -> None:
+        self._stored = record is not None
+        fields = self._missing() if record is None else Fields(self.key, record)
+        if self.session is None:
+            self.session = self.options.session_type(self, fields)
+        else:
+            open_fields(self.session, fields)
         self.fields = fields
         # From here on, whoever waits for the key waits for all who are in the scope.
         hold.parties = self.parties = self.parties or hold.parties
@@ -118,7 +123,7 @@ class Scope(Generic[S]):
     def _missing(self) -> Fields:
         """The fields of a session that is not stored yet, and will not be until they change."""
         initial = self.options.initial
-        given = initial(self.update) if initial is not None else None
+        given = initial(self._update) if initial is not None else None
         if not given:
             return Fields(self.key, _NO_FIELDS)
         fields = Fields(self.key, _NO_FIELDS)
@@ -126,23 +131,7 @@ class Scope(Generic[S]):
             fields.set(name, value)
         return Fields(self.key, fields.pending())
 
-    def loading(self) -> Steps[None]:
-        """Open a lazy scope, once, whoever asks first."""
-        assert self._loading is not None
-        turn = yield TakeTurn(self._loading, self.timeout)
-        try:
-            if self.closed:
-                raise SessionClosedError(
-                    f"the session {self.key!r} was closed before it was ever loaded"
-                )
-            if self.fields is None:
-                yield from self.opening()
-            if self.closed:  # meanwhile, by a thread that does not know of this one
-                yield from self.closing(None)
-        finally:
-            turn.release()
-
-    def flushing(self) -> Steps[None]:
+    def flushing(self) -> Steps:
         """Write what has changed since the last flush."""
         fields = self.fields
         if fields is None or not fields.owner.open:
@@ -164,32 +153,30 @@ class Scope(Generic[S]):
             fields.not_saved(stored)
             raise
 
-    def closing(self, error: BaseException | None) -> Steps[None]:
-        """Write, or roll back after an error, and unlock; after `leave` or `end` allowed it."""
-        with self._mutex:
-            hold, self.hold = self.hold, None
-        self.session = self.update = None  # session and scope know each other: no cycle stays
-        if self.fields is None or hold is None:
-            return  # lazy, and nobody asked
-        try:
-            if error is not None:
-                self.roll_back(error)
-            yield from self.flushing()
-        finally:
-            self.fields.owner.open = False
-            door = self.options.door
-            if door.unload is not None:
-                door.unload(self.name)
-            hold.release()
-
     def roll_back(self, error: BaseException) -> None:
         """A handler failed: forget what changed since the last flush, if the options say so."""
         # GeneratorExit: a coroutine thrown away half-way, which may not await a flush any more.
         keep = self.options.save_on_error and not isinstance(error, GeneratorExit)
-        if self.fields is not None and not keep:
+        if self.fields is not None and not self.closed and not keep:
             self.fields.roll_back()
 
-    # -- who is in it
+    # -- who is in it: each answers True for the one who now has to run `life` to its end
+
+    def leave(self) -> bool:
+        """One less, and the end of the scope if that was the last one."""
+        with self._mutex:
+            self._members -= 1
+            return self._members == 0 and self._end()
+
+    def end(self) -> bool:
+        """The end of the scope, whoever is still in it."""
+        with self._mutex:
+            return self._end()
+
+    def _end(self) -> bool:
+        was_open, self.closed = not self.closed, True
+        self.session = self._update = None  # session and scope know each other: no cycle stays
+        return was_open and self._loaded
 
     def join(self) -> bool:
         """One more is in; False if the scope has closed."""
@@ -198,23 +185,7 @@ class Scope(Generic[S]):
                 self._members += 1
             return not self.closed
 
-    def leave(self) -> bool:
-        """One less; True if that was the last one, who has to close."""
-        with self._mutex:
-            self._members -= 1
-            return self._members == 0 and self._end()
-
-    def end(self) -> bool:
-        """Everybody out; True for the one who has to close."""
-        with self._mutex:
-            return self._end()
-
-    def _end(self) -> bool:
-        was_open = not self.closed
-        self.closed = True
-        return was_open
-
-    # -- what the session asks (session.Lifecycle)
+    # -- loading a lazy session, once, whoever asks first
 
     def load(self) -> None:
         if self._on_event_loop():
@@ -223,10 +194,47 @@ class Scope(Generic[S]):
                 f"write `session = await session` first (in PTB: `session = await "
                 f"context.session`), so that the event loop goes on meanwhile"
             )
-        run(self.loading())
+        assert self._loading is not None
+        turn = self._loading.acquire(self.timeout)
+        assert turn is not None
+        try:
+            if self._begins_to_live():
+                run(self.life)
+            if self._was_ended_meanwhile():
+                run(self.life)
+        finally:
+            turn.release()
 
     async def aload(self) -> None:
-        await arun(self.loading())
+        assert self._loading is not None
+        turn = await self._loading.acquire_async(self.timeout)
+        assert turn is not None
+        try:
+            if self._begins_to_live():
+                await arun(self.life)
+            if self._was_ended_meanwhile():
+                await arun(self.life)
+        finally:
+            turn.release()
+
+    def _begins_to_live(self) -> bool:
+        if self._loaded:
+            return False
+        if self.closed:
+            raise SessionClosedError(
+                f"the session {self.key!r} was closed before it was ever loaded"
+            )
+        self.life = self.living(None, in_handler.get() or _open_around() is not None)
+        return True
+
+    def _was_ended_meanwhile(self) -> bool:
+        """By a thread that does not know of this one; then this one has to close."""
+        with self._mutex:
+            ended = self.closed and not self._loaded
+            self._loaded = True
+            return ended
+
+    # -- what else the session asks (session.Lifecycle)
 
     def flush(self) -> None:
         self._refuse_to_block("flush", "aflush")
@@ -238,11 +246,11 @@ class Scope(Generic[S]):
     def release(self) -> None:
         self._refuse_to_block("release", "arelease")
         if self.end():
-            run(self.closing(None))
+            run(self.life)
 
     async def arelease(self) -> None:
         if self.end():
-            await arun(self.closing(None))
+            await arun(self.life)
 
     def _on_event_loop(self) -> bool:
         return self._on_loop and asyncio._get_running_loop() is not None
@@ -261,6 +269,12 @@ _current: ContextVar[SessionScope[Any] | None] = ContextVar("session_sync_scope"
 #: True inside a handler that a framework's room runs, whether it has a session or not: such code
 #: never queues behind updates that have not begun, since they may need its thread.
 in_handler: ContextVar[bool] = ContextVar("session_sync_in_handler", default=False)
+
+
+def _nothing() -> Steps:
+    """No step at all."""
+    return
+    yield
 
 
 def _open_around() -> SessionScope[Any] | None:
@@ -326,8 +340,12 @@ class SessionScope(Generic[S]):
         self._turn: Hold | None = None
 
     def __enter__(self) -> S:
-        run(self._entering(on_loop=False))
-        return self._entered()
+        around = self._looks_around()
+        if around is not None:
+            run(self._joining(around))
+        if self._scope is None:
+            run(self._opening(around, on_loop=False))
+        return self._is_inside(around)
 
     def __exit__(
         self,
@@ -335,11 +353,22 @@ class SessionScope(Generic[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        run(self._leaving(error))
+        scope = self._scope
+        assert scope is not None
+        try:
+            if self._leaves(scope, error):
+                run(scope.life)
+        finally:
+            if self._turn is not None:
+                self._gives_turn_on()
 
     async def __aenter__(self) -> S:
-        await arun(self._entering(on_loop=True))
-        return self._entered()
+        around = self._looks_around()
+        if around is not None:
+            await arun(self._joining(around))
+        if self._scope is None:
+            await arun(self._opening(around, on_loop=True))
+        return self._is_inside(around)
 
     async def __aexit__(
         self,
@@ -347,7 +376,14 @@ class SessionScope(Generic[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await arun(self._leaving(error))
+        scope = self._scope
+        assert scope is not None
+        try:
+            if self._leaves(scope, error):
+                await arun(scope.life)
+        finally:
+            if self._turn is not None:
+                self._gives_turn_on()
 
     @property
     def session(self) -> S | None:
@@ -356,90 +392,78 @@ class SessionScope(Generic[S]):
 
     def roll_back(self, error: BaseException) -> None:
         """A handler failed with `error`, and the entry goes on: see Scope.roll_back."""
-        if self._scope is not None and not self._scope.closed:
+        if self._scope is not None:
             self._scope.roll_back(error)
 
     # -- entering and leaving
 
-    def _entering(self, on_loop: bool) -> Steps[None]:
+    def _looks_around(self) -> SessionScope[Any] | None:
+        """The innermost open entry around this one."""
         if self._inside:
             raise RuntimeError(
                 f"this scope of {self.key!r} is entered already; call session_scope() again for "
                 f"each `with`"
             )
-        outer = _open_around()
-        scope = None
-        if outer is not None:
-            scope = yield from self._joining(outer)
-        if scope is None:
-            scope = Scope(self, outer is not None or in_handler.get(), on_loop)
-            if not self.options.lazy:
-                yield from scope.opening()
-        self.outer = outer
-        self.hold = None
+        self._scope = None
+        return _open_around()
+
+    def _opening(self, around: SessionScope[Any] | None, on_loop: bool) -> Steps:
+        """A new scope, and how it begins."""
+        scope = Scope(self, on_loop)
+        hold, self.hold = self.hold, None
         self._scope = scope
-        self._inside = True
-        _current.set(self)
+        if self.options.lazy:
+            return _nothing()
+        scope.life = scope.living(hold, around is not None or in_handler.get())
+        return scope.life
 
-    def _entered(self) -> S:
-        assert self._scope is not None
-        assert self._scope.session is not None
-        return self._scope.session
-
-    def _joining(self, outer: SessionScope[Any]) -> Steps[Scope[S] | None]:
-        """The scope of the same key that is open around here, now joined; or None."""
-        entry: SessionScope[Any] | None = outer
+    def _joining(self, around: SessionScope[Any]) -> Steps:
+        """Join the scope of the same key that is open around here, if there is one."""
+        entry: SessionScope[Any] | None = around
         while entry is not None and not entry._is_for(self):
             entry = entry.outer
-        if entry is None:
-            return None
-        scope: Scope[S] | None = entry._scope
-        if scope is None or not scope.join():
-            return None
+        scope: Scope[S] | None = None if entry is None else entry._scope
+        if entry is None or scope is None or not scope.join():
+            return
         try:
             turn = yield TakeTurn(entry._turns_of_joiners(scope), self.timeout)
         except BaseException:
             if scope.leave():  # the others are done, and nothing of theirs failed
-                yield from scope.closing(None)
+                yield from scope.life
             raise
         if scope.closed:  # released by whoever had the turn before
             turn.release()
-            return None
+            return
         scope.parties.append(turn.parties[0])
         self._joined, self._turn = entry, turn
-        return scope
+        self._scope = scope
 
-    def _leaving(self, error: BaseException | None) -> Steps[None]:
-        scope = self._scope
-        assert scope is not None
+    def _is_inside(self, around: SessionScope[Any] | None) -> S:
+        assert self._scope is not None
+        assert self._scope.session is not None
+        self.outer = around
+        self._inside = True
+        _current.set(self)
+        return self._scope.session
+
+    def _leaves(self, scope: Scope[S], error: BaseException | None) -> bool:
+        """Out of the scope; True if this one has to close it."""
         if _current.get() is self:
             _current.set(self.outer)
         self._inside = False
-        if self._turn is not None:
-            yield from self._leaving_joined(scope, self._turn, error)
-            return
-        if error is not None and not scope.closed:
-            scope.roll_back(error)
-        if scope.leave():
-            yield from scope.closing(error)
-        else:
-            del scope.parties[0]
-
-    def _leaving_joined(
-        self, scope: Scope[S], turn: Hold, error: BaseException | None
-    ) -> Steps[None]:
         joined = self._joined
-        self._joined = self._turn = None
-        if joined is not None and joined._inside:
-            error = None  # goes on to the entry around this one, which will see to it
-        scope.parties.remove(turn.parties[0])
-        try:
-            if error is not None and not scope.closed:
-                scope.roll_back(error)
-            if scope.leave():
-                yield from scope.closing(error)
-        finally:
-            turn.release()
+        if error is not None and (joined is None or not joined._inside):
+            scope.roll_back(error)  # else it goes on to the entry around this one
+        if self._turn is not None:
+            scope.parties.remove(self._turn.parties[0])
+        elif scope._members > 1:
+            del scope.parties[0]
+        return scope.leave()
+
+    def _gives_turn_on(self) -> None:
+        turn, self._turn, self._joined = self._turn, None, None
+        assert turn is not None
+        turn.release()
 
     def _is_for(self, other: SessionScope[Any]) -> bool:
         scope = self._scope

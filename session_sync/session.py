@@ -39,10 +39,11 @@ class Fields:
     its handler touches, not a thousand.
     """
 
-    __slots__ = ("added", "gone", "live", "loose", "owner", "record", "timers", "written")
+    __slots__ = ("added", "gone", "live", "loose", "owner", "record", "spoilt", "timers", "written")
 
     def __init__(self, key: str, record: Record) -> None:
         self.owner = Owner(key)
+        self.spoilt: set[str] = set()
         self._show(record)
 
     def _show(self, record: Record) -> None:
@@ -79,7 +80,8 @@ class Fields:
         owner = self.owner
         if owner.met_object:
             owner.met_object = False
-            self.loose.add(name)
+            if name not in self.spoilt:
+                self.loose.add(name)
 
     def set(self, name: str, value: Any) -> None:
         """Assign a field."""
@@ -105,6 +107,7 @@ class Fields:
         self.live[name] = value
         self.written.add(name)
         self.loose.discard(name)
+        self.spoilt.discard(name)
         if seconds is not None and self.timers is None:
             self.timers = Timers({}, owner.key)
         if self.timers is not None:
@@ -202,12 +205,12 @@ class Fields:
         # As if all had been removed and come back: so they keep their order.
         self.gone = set(filter(_is_field, record))
         self.added = dict.fromkeys(names)
-        self.written = set(names)
 
     def roll_back(self) -> None:
         """Back to what the store has; containers handed out so far cannot be changed any more."""
         self.owner.open = False
         self.owner = Owner(self.owner.key)
+        self.spoilt |= self.loose  # the record has the objects that the failed handler changed
         self._show(self.record)
 
 

@@ -2,7 +2,7 @@
 
 A life cycle is a generator that yields what may take long: waiting for a lock, calling a storage.
 `run` does each step in the calling thread, `arun` without blocking the event loop. What never takes
-long is not yielded at all.
+long is not yielded at all. A life cycle that yields None stops there, until it is run on.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import os
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from .locks import Hold, KeyLock, LockTable
-
-R = TypeVar("R")
 
 
 class Step(Protocol):
@@ -26,45 +24,35 @@ class Step(Protocol):
     async def arun(self) -> Any: ...
 
 
-# What a step answers goes into the generator; what a life cycle answers is found in its object. (A
-# generator that ends with None ends without an exception, and most of them end without a step.)
-Steps = Generator[Step, Any, R]
+Steps = Generator[Step | None, Any, None]
 
 
-def run(steps: Steps[None]) -> None:
-    """Do `steps` in this thread."""
+def run(steps: Steps) -> None:
+    """Do `steps` in this thread, until they stop or end."""
+    step = next(steps, None)  # which costs no exception at the end, and most take no step at all
+    if step is not None:
+        with suppress(StopIteration):
+            while step is not None:
+                try:
+                    answer = step.run()
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
+
+
+async def arun(steps: Steps) -> None:
+    """Do `steps` as a coroutine, until they stop or end."""
     step = next(steps, None)
     if step is not None:
-        _run_on(steps, step)
-
-
-def _run_on(steps: Steps[None], step: Step) -> None:
-    with suppress(StopIteration):
-        while True:
-            try:
-                value = step.run()
-            except BaseException as error:
-                step = steps.throw(error)
-            else:
-                step = steps.send(value)
-
-
-async def arun(steps: Steps[None]) -> None:
-    """Do `steps` as a coroutine."""
-    step = next(steps, None)
-    if step is not None:
-        await _arun_on(steps, step)
-
-
-async def _arun_on(steps: Steps[None], step: Step) -> None:
-    with suppress(StopIteration):
-        while True:
-            try:
-                value = await step.arun()
-            except BaseException as error:
-                step = steps.throw(error)
-            else:
-                step = steps.send(value)
+        with suppress(StopIteration):
+            while step is not None:
+                try:
+                    answer = await step.arun()
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(answer)
 
 
 class Take:

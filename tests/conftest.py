@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
 
 from session_sync.testing import OfflineBotAPI
 
+# Programs that a test starts in a process of its own.
+collect_ignore_glob = ["disk_*.py"]
+
 _ids = itertools.count(1)
+
+
+def _missing_is_failure(report: Any) -> Any:
+    """With SESSION_SYNC_REQUIRE_SERVICES=1, what a test needs and does not find is a failure."""
+    required = os.environ.get("SESSION_SYNC_REQUIRE_SERVICES") == "1"
+    if required and report.skipped and "needs" in str(report.longrepr):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    return _missing_is_failure((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    return _missing_is_failure((yield))
 
 
 def message(user: int = 1, text: str = "hi", chat: int | None = None, **fields: Any) -> dict:

@@ -1077,6 +1077,24 @@ def test_a_change_inside_an_object_after_a_flush_is_saved(of_orders: Sessions) -
     assert orders(of_orders) == [["tea"], ["milk"]]
 
 
+def test_a_look_at_an_object_that_a_failed_handler_changed_does_not_save_it(tmp_path: Path) -> None:
+    for storage in (PicklingStorage(), disk(tmp_path, codec=order_codec())):
+        with SessionManager(storage=storage) as sessions:
+            fill(sessions, order=Order("tea"), nested=[{"order": Order()}])
+            for look in (True, False):
+                with sessions.session_scope(KEY) as session:
+                    session.order.items.append("milk")
+                    Session._opened(session).roll_back()
+                    assert not look or session.order
+                assert orders(sessions) == [["tea"], []]
+            with sessions.session_scope(KEY) as session:
+                Session._opened(session).roll_back()
+                session.order = Order("jam")
+                session.flush()
+                session.order.items.append("salt")
+            assert orders(sessions) == [["jam", "salt"], []]
+
+
 def test_an_object_that_was_replaced_costs_nothing_any_more() -> None:
     storage = OwnStorage()
     sessions = SessionManager(storage=storage)
@@ -1286,7 +1304,7 @@ def test_a_closed_container_is_read_but_not_changed(
         if end == "failed":
             raise LookupError
         if end == "rolled back":
-            session_sync.session.Session._opened(session).roll_back()
+            Session._opened(session).roll_back()
         else:
             change(copy.copy(places[0]))  # of an open session, it works
         if end in ("released", "rolled back"):

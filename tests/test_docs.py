@@ -1,0 +1,180 @@
+"""The pages do what they say: every Python snippet runs, and prints what stands beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import re
+import stat
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import session_sync
+from session_sync.testing import OfflineBotAPI
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
+# print(...)  # what it prints
+PRINTS = re.compile(r"^ *print\(.*\)  # (.+)$", re.M)
+POLLING = "bot.infinity_polling()\n"
+TOKEN = "123456:OFFLINE"
+
+
+class Snippet(NamedTuple):
+    line: int
+    kind: str
+    code: str
+
+
+def snippets(page: Path) -> list[Snippet]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Snippet(
+            text.count("\n", 0, match.start("code")) + 1,
+            match["kind"],
+            textwrap.dedent(match["code"]),
+        )
+        for match in FENCE.finditer(text)
+    ]
+
+
+def python_of(page: Path) -> list[Snippet]:
+    return [snippet for snippet in snippets(page) if snippet.kind == "python"]
+
+
+def execute(page: Path, snippet: Snippet, namespace: dict[str, Any]) -> str:
+    """Run a snippet, with its own lines in tracebacks, and return what it printed."""
+    code = snippet.code
+    if POLLING in code:  # it would never end: a short chat in its place
+        code = code.replace(POLLING, "_chat(bot)\n")
+        namespace["_chat"] = chat
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile("\n" * (snippet.line - 1) + code, str(page), "exec"), namespace)
+    return printed.getvalue()
+
+
+def chat(bot: Any) -> None:
+    """Say /start twice to a polling bot."""
+    from telebot import apihelper
+
+    with OfflineBotAPI(TOKEN, longest_poll=0.1) as api:
+        apihelper.API_URL = api.telebot_url
+        polling = threading.Thread(target=bot.infinity_polling)
+        polling.start()
+        try:
+            alex = api.user(1, first_name="Alex")
+            for number in ("1", "2"):
+                alex.send("/start")
+                assert number in alex.wait_reply().text
+        finally:
+            bot.stop_bot()
+            polling.join()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, and telebot's settings put back afterwards."""
+    apihelper = pytest.importorskip("telebot.apihelper")
+    pytest.importorskip("diskcache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKEN", TOKEN)
+    monkeypatch.setattr(apihelper, "API_URL", None)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_snippet_of_a_page_runs(page: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    found = python_of(page)
+    assert found
+    for snippet in found:
+        printed = execute(page, snippet, namespace)
+        assert printed.splitlines() == PRINTS.findall(snippet.code), f"{page.name}:{snippet.line}"
+    for name, value in namespace.items():
+        if name.startswith("test_"):
+            value()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_fence_is_closed_and_says_what_it_is(page: Path) -> None:
+    fences = page.read_text(encoding="utf-8").count("```")
+    assert fences == 2 * len(snippets(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_begins_with_a_command_to_run_and_one_to_test() -> None:
+    """`.ci/run` takes these two out of the page and runs them in a fresh copy."""
+    run, test = [s.code for s in snippets(ROOT / "README.md") if s.kind == "sh"]
+    for command in (run, test):
+        assert command.startswith("python3 -m venv .venv &&\n")
+        for example in re.findall(r"examples/\w+\.py", command):
+            assert (ROOT / example).exists()
+    assert run.count("examples/counter_bot.py --offline") == 2
+    assert test.endswith(".venv/bin/python -m pytest\n")
+
+
+def test_the_pages_name_every_option_and_every_storage() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    options = inspect.signature(session_sync.SessionManager.__init__).parameters
+    for name in list(options)[1:]:
+        assert f"| `{name}` |" in readme
+    for name in session_sync.__all__:
+        if name.endswith("Storage") and not getattr(
+            getattr(session_sync, name), "_is_protocol", False
+        ):
+            assert f"| `{name}(" in readme
+
+
+def _adapter() -> dict[str, Any]:
+    """The adapter of the page on storages, and its tests."""
+    page = ROOT / "docs" / "storages.md"
+    namespace: dict[str, Any] = {"__name__": __name__}
+    for snippet in python_of(page):
+        if re.search(r"^class \w*JsonFileStorage\b", snippet.code, re.M):
+            execute(page, snippet, namespace)
+    return namespace
+
+
+TestJsonFileStorage = _adapter()["TestJsonFileStorage"]
+
+
+def test_the_adapters_files_are_private(tmp_path: Path) -> None:
+    storage = _adapter()["JsonFileStorage"](tmp_path / "json")
+    storage.set("user:1", {"counter": 1})
+    (file,) = (tmp_path / "json").iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+def test_the_adapter_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
+    storage = _adapter()["JsonFileStorage"](tmp_path)
+    storage.set("user:1", {"counter": 1})
+    (tmp_path / "in the way").mkdir()
+    storage._path = lambda key: tmp_path / "in the way"
+    with pytest.raises(IsADirectoryError):
+        storage.set("user:1", {"counter": 2})
+    del storage._path
+    assert storage.get("user:1") == {"counter": 1}
+    assert len(list(tmp_path.iterdir())) == 2
