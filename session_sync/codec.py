@@ -226,6 +226,10 @@ class EncodedRecord(Record):
             {name: changes[name] if name in changes else stored(name) for name in names}, {}
         )
 
+    def reread(self) -> EncodedRecord:
+        """This record as it was stored: what was decoded is decoded again."""
+        return EncodedRecord(self.base, self.patch, self.codec, self._key, {})
+
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if type(value) is not Raw:

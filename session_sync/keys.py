@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -296,11 +295,13 @@ def default_key_text(update: object) -> str | None:
     """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
     kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
     if kind is _OBJECT_TYPES["Message"]:
-        with suppress(Exception):  # as in _key
+        try:
             user, chat, business = _ids_of_message(update)
-            ids_fit = type(user) is type(chat) is int and chat >= _LOWEST and user <= _HIGHEST
-            if business is None and ids_fit and user > 0 and chat <= _HIGHEST:
-                return f"user:{user}:chat:{chat}"
+        except Exception:  # a channel's post has no user; and what else may be wrong: see _key
+            user = chat = business = None
+        ids_fit = type(user) is type(chat) is int and chat >= _LOWEST and user <= _HIGHEST
+        if business is None and ids_fit and user > 0 and chat <= _HIGHEST:
+            return f"user:{user}:chat:{chat}"
     key = default_storage_key(update)
     return None if key is None else str(key)
 

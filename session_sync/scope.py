@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
+from .containers import freeze
 from .door import Door
 from .errors import SessionAwaitError, SessionClosedError
+from .expiry import Ttl
 from .locks import Hold, KeyLock, Party, here
 from .session import Fields, Session, open_fields
 from .steps import Call, Steps, Take, TakeTurn, arun, closers, openers, run
@@ -45,26 +47,16 @@ class Scope(Generic[S]):
     mutex, so nobody joins a scope that has begun to close, and only one closes it.
     """
 
-    __slots__ = (
-        "_loaded",
-        "_loading",
-        "_members",
-        "_mutex",
-        "_on_loop",
-        "_stored",
-        "_update",
-        "closed",
-        "fields",
-        "key",
-        "life",
-        "name",
-        "options",
-        "parties",
-        "session",
-        "timeout",
-    )
-
+    # Most scopes never have another value than these.
+    session: S | None = None  # from loading until it closes
+    fields: Fields | None = None
+    closed = False
     life: Steps  # made when it begins, since it knows its scope, and done when it ends: no cycle
+    _stored = False
+    _members = 1
+    _loading: KeyLock | None = None  # only a lazy scope has one
+    _flushes: KeyLock | None = None  # of a storage that blocks: they must not overtake each other
+    _loaded = True
 
     def __init__(self, entry: SessionScope[S], on_loop: bool) -> None:
         self.options: Final = entry.options
@@ -72,16 +64,9 @@ class Scope(Generic[S]):
         self.name: Final = entry.name
         self.timeout: Final = entry.timeout
         self._update: Any = entry.update  # until it closes
-        self.session: S | None = None  # until it closes
-        self.fields: Fields | None = None
         self.parties: list[Party] = []  # who is in it, first the one that opened it
-        self.closed = False
-        self._stored = False
-        self._members = 1
         self._mutex: Final = threading.Lock()
         self._on_loop: Final = on_loop
-        self._loading: KeyLock | None = None  # only a lazy scope has one
-        self._loaded = True
         if entry.options.lazy:
             self._loading = KeyLock(entry.name)
             self._loaded = False
@@ -101,7 +86,9 @@ class Scope(Generic[S]):
             record = (yield Call(openers, door.load, name)) if door.blocking else door.load(name)
             self._hand_out(record, hold)
             yield None
-            yield from self.flushing()
+            assert self.fields is not None
+            if self.fields.touched():
+                yield from self.flushing()
         finally:
             if self.fields is not None:
                 self.fields.owner.open = False
@@ -128,11 +115,23 @@ class Scope(Generic[S]):
             return Fields(self.key, _NO_FIELDS)
         fields = Fields(self.key, _NO_FIELDS)
         for name, value in given.items():
-            fields.set(name, value)
+            fields.set(name, _copy(value))
         return Fields(self.key, fields.pending())
 
     def flushing(self) -> Steps:
-        """Write what has changed since the last flush."""
+        """Write what has changed since the last flush, after a flush that is on its way."""
+        if not self.options.door.blocking:
+            yield from self._writing()
+            return
+        with self._mutex:
+            self._flushes = self._flushes or KeyLock(self.name)
+        turn = yield TakeTurn(self._flushes, None)
+        try:
+            yield from self._writing()
+        finally:
+            turn.release()
+
+    def _writing(self) -> Steps:
         fields = self.fields
         if fields is None or not fields.owner.open:
             return
@@ -166,7 +165,7 @@ class Scope(Generic[S]):
         """One less, and the end of the scope if that was the last one."""
         with self._mutex:
             self._members -= 1
-            return self._members == 0 and self._end()
+            return not self._members and self._end()
 
     def end(self) -> bool:
         """The end of the scope, whoever is still in it."""
@@ -271,6 +270,11 @@ _current: ContextVar[SessionScope[Any] | None] = ContextVar("session_sync_scope"
 in_handler: ContextVar[bool] = ContextVar("session_sync_in_handler", default=False)
 
 
+def _copy(value: Any) -> Any:
+    """A value that shares no container with what `initial` returned."""
+    return Ttl(freeze(value.value), value.seconds) if isinstance(value, Ttl) else freeze(value)
+
+
 def _nothing() -> Steps:
     """No step at all."""
     return
@@ -310,20 +314,14 @@ class SessionScope(Generic[S]):
     turns. The outer entry itself does not: it waits for them, or knows what it does.
     """
 
-    __slots__ = (
-        "_inside",
-        "_joined",
-        "_scope",
-        "_turn",
-        "_turns",
-        "hold",
-        "key",
-        "name",
-        "options",
-        "outer",
-        "timeout",
-        "update",
-    )
+    # Most entries never have another value than these.
+    hold: Hold | None = None  # given by who has taken the key already
+    outer: SessionScope[Any] | None = None
+    _scope: Scope[S] | None = None  # also after leaving it: a task begun inside may join
+    _inside = False
+    _joined: SessionScope[S] | None = None
+    _turns: KeyLock | None = None  # of the entries that join under this one
+    _turn: Hold | None = None
 
     def __init__(self, options: Options[S], key: str, name: str, update: Any) -> None:
         self.options: Final = options
@@ -331,13 +329,6 @@ class SessionScope(Generic[S]):
         self.name: Final = name
         self.update: Final = update
         self.timeout = options.lock_timeout
-        self.hold: Hold | None = None  # given by who has taken the key already
-        self.outer: SessionScope[Any] | None = None
-        self._scope: Scope[S] | None = None  # also after leaving it: a task begun inside may join
-        self._inside = False
-        self._joined: SessionScope[S] | None = None
-        self._turns: KeyLock | None = None  # of the entries that join under this one
-        self._turn: Hold | None = None
 
     def __enter__(self) -> S:
         around = self._looks_around()

@@ -14,6 +14,7 @@ from .expiry import TIMERS, Timers, Ttl
 from .storages.base import Record
 
 _MISSING: Final = object()
+_NONE: Final[frozenset[str]] = frozenset()
 
 
 class Lifecycle(Protocol):
@@ -33,26 +34,26 @@ class Fields:
     """The fields of one open session: what was stored, and over it what the handler has in hand.
 
     `record` is what the store has. Of its fields only those that a handler asked for are thawed,
-    into `live`; `gone` are the ones it deleted, `added` the names that it brought (in their order),
-    `written` the ones that it assigned, and `loose` the ones with an object in them whose changes
-    nobody would notice, so that they are always saved. So a session of a thousand fields costs what
-    its handler touches, not a thousand.
+    into `live`; `gone` are the ones it deleted, `written` the ones that it assigned (in their
+    order; True for a name that stands at the end, being new), and `loose` the ones with an object
+    in them whose changes nobody would notice, so that they are always saved, but for those that a
+    failed handler has `spoilt`. So a session of a thousand fields costs what its handler touches,
+    not a thousand.
     """
 
-    __slots__ = ("added", "gone", "live", "loose", "owner", "record", "spoilt", "timers", "written")
+    __slots__ = ("gone", "live", "loose", "owner", "record", "spoilt", "timers", "written")
 
     def __init__(self, key: str, record: Record) -> None:
         self.owner = Owner(key)
-        self.spoilt: set[str] = set()
+        self.spoilt = _NONE
         self._show(record)
 
     def _show(self, record: Record) -> None:
         self.record = record
         self.live: dict[str, Any] = {}
-        self.gone: set[str] = set()
-        self.added: dict[str, None] = {}
-        self.written: set[str] = set()
-        self.loose: set[str] = set()
+        self.written: dict[str, bool] = {}
+        self.gone: set[str] | frozenset[str] = _NONE
+        self.loose = _NONE
         self.timers = Timers(record[TIMERS], self.owner.key) if TIMERS in record else None
 
     # -- the handler's side
@@ -64,9 +65,11 @@ class Fields:
         live = self.live
         if name in live:
             return live[name]
-        if name in self.gone or not _is_field(name):
+        if name in self.gone:
             raise KeyError(name)
         value = self.record[name]
+        if name.startswith("$"):
+            raise KeyError(name)
         if value.__class__ in ATOMS:
             return value
         return self._thaw(name, value)
@@ -81,33 +84,28 @@ class Fields:
         if owner.met_object:
             owner.met_object = False
             if name not in self.spoilt:
-                self.loose.add(name)
+                self.loose |= {name}
 
     def set(self, name: str, value: Any) -> None:
         """Assign a field."""
         owner = self.owner
         if not owner.open:
             raise owner.refuse()
-        if name.__class__ is not str:
-            name = _plain_name(owner.key, name)
-        if name.startswith("$"):
-            raise ValueError(
-                f"session {owner.key!r}: the field name {name!r} begins with '$', which is kept "
-                f"for what the library itself stores; choose another name"
-            )
+        if name.__class__ is not str or name.startswith("$"):
+            name = _checked_name(owner.key, name)
         seconds = None
-        if value.__class__ is Ttl:
-            seconds, value = value.seconds, value.value
         if value.__class__ not in ATOMS:
+            if value.__class__ is Ttl:
+                seconds, value = value.seconds, value.value
             value = admit(value, owner, f"the value of {name!r}")
         if self.timers and self.timers.expired(name):
             self._remove(name)
-        if name not in self.live and (name in self.gone or name not in self.record):
-            self.added[name] = None
+        if name not in self.written:
+            self.written[name] = name in self.gone or name not in self.record
         self.live[name] = value
-        self.written.add(name)
-        self.loose.discard(name)
-        self.spoilt.discard(name)
+        if self.loose or self.spoilt:
+            self.loose -= {name}
+            self.spoilt -= {name}
         if seconds is not None and self.timers is None:
             self.timers = Timers({}, owner.key)
         if self.timers is not None:
@@ -123,12 +121,13 @@ class Fields:
 
     def _remove(self, name: str) -> None:
         self.live.pop(name, None)
-        self.added.pop(name, None)
-        self.written.discard(name)
-        self.loose.discard(name)
+        self.written.pop(name, None)
+        self.loose -= {name}
         if self.timers is not None:
             self.timers.drop(name)
         if name in self.record:
+            if not isinstance(self.gone, set):
+                self.gone = set()
             self.gone.add(name)
 
     def names(self) -> list[str]:
@@ -136,7 +135,7 @@ class Fields:
         self._remove_expired()
         gone = self.gone
         kept = [name for name in self.record if name not in gone and _is_field(name)]
-        return [*kept, *self.added]
+        return [*kept, *(name for name, is_new in self.written.items() if is_new)]
 
     def _remove_expired(self) -> None:
         for name in self.timers.all_expired() if self.timers else ():
@@ -150,6 +149,10 @@ class Fields:
         return name not in self.gone and _is_field(name) and name in self.record
 
     # -- the scope's side
+
+    def touched(self) -> bool:
+        """Whether anything can have changed; if not, `pending` need not look."""
+        return bool(self.live or self.gone)
 
     def pending(self) -> Record:
         """The record that the store should have; the present one if nothing changed.
@@ -171,11 +174,14 @@ class Fields:
         return record.only(kept, changes)
 
     def _changes(self) -> dict[str, Any]:
-        record = self.record
         changes = {}
         for name, value in self.live.items():
-            stored = record.get(name, _MISSING)
-            frozen = value if value.__class__ in ATOMS else self._freeze(name, value, stored)
+            if value.__class__ in ATOMS:  # only an assignment brings one in here
+                if name in self.written:
+                    changes[name] = value
+                continue
+            stored = self.record.get(name, _MISSING)
+            frozen = self._freeze(name, value, stored)
             if frozen is not stored or name in self.written or name in self.loose:
                 changes[name] = frozen
         return changes
@@ -191,9 +197,8 @@ class Fields:
     def saved(self, record: Record) -> None:
         """`record` is on its way into the store: changes count from here."""
         self.record = record
-        self.gone = set()
-        self.added = {}
-        self.written = set()
+        self.gone = _NONE
+        self.written = {}
 
     def not_saved(self, record: Record) -> None:
         """The store did not take it after all: `record` is what it has, all else is pending."""
@@ -204,27 +209,32 @@ class Fields:
         self.live = values
         # As if all had been removed and come back: so they keep their order.
         self.gone = set(filter(_is_field, record))
-        self.added = dict.fromkeys(names)
+        self.written = dict.fromkeys(names, True)
 
     def roll_back(self) -> None:
         """Back to what the store has; containers handed out so far cannot be changed any more."""
         self.owner.open = False
         self.owner = Owner(self.owner.key)
         self.spoilt |= self.loose  # the record has the objects that the failed handler changed
-        self._show(self.record)
+        self._show(self.record.reread())
 
 
 def _is_field(name: object) -> bool:
     return isinstance(name, str) and not name.startswith("$")
 
 
-def _plain_name(key: str, name: object) -> str:
-    if isinstance(name, str):  # a member of a StrEnum, say
-        return str.__str__(name)
-    raise TypeError(
-        f"session {key!r}: a field name is a str, not {type(name).__name__}; ids may be the keys "
-        f"of a dict in a field: session['carts'][user_id]"
-    )
+def _checked_name(key: str, name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(
+            f"session {key!r}: a field name is a str, not {type(name).__name__}; ids may be the "
+            f"keys of a dict in a field: session['carts'][user_id]"
+        )
+    if name.startswith("$"):
+        raise ValueError(
+            f"session {key!r}: the field name {name!r} begins with '$', which is kept for what the "
+            f"library itself stores; choose another name"
+        )
+    return str.__str__(name)  # of a member of a StrEnum, say
 
 
 class Session(MutableMapping[str, Any]):
@@ -259,8 +269,8 @@ class Session(MutableMapping[str, Any]):
         cls._reserved = frozenset(dir(cls))
 
     def __init__(self, lifecycle: Lifecycle, fields: Fields | None = None) -> None:
-        _set_slot(self, "_lifecycle", lifecycle)
-        _set_slot(self, "_fields", fields)
+        _set_lifecycle(self, lifecycle)
+        _set_fields(self, fields)
 
     def _opened(self) -> Fields:
         """The fields, loaded first if this is a lazy session."""
@@ -415,9 +425,11 @@ class Session(MutableMapping[str, Any]):
 
 
 Session._reserved = frozenset(dir(Session))
-_set_slot: Final = object.__setattr__  # past Session.__setattr__
+# Past Session.__setattr__.
+_set_fields: Final = Session.__dict__["_fields"].__set__
+_set_lifecycle: Final = Session.__dict__["_lifecycle"].__set__
 
 
 def open_fields(session: Session, fields: Fields) -> None:
     """The door through which a scope gives a lazy session its fields."""
-    _set_slot(session, "_fields", fields)
+    _set_fields(session, fields)

@@ -8,6 +8,7 @@ long is not yielded at all. A life cycle that yields None stops there, until it 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,10 +108,13 @@ class Call:
         return self._function(*self._args)
 
     async def arun(self) -> Any:
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._pool.executor(), self._function, *self._args)
+        job = self._pool.executor().submit(self._function, *self._args)
+        future = asyncio.wrap_future(job)
         try:
             return await asyncio.shield(future)
+        except GeneratorExit:  # thrown away with its loop: nobody will await anything here again
+            concurrent.futures.wait([job])
+            raise
         except asyncio.CancelledError:
             while not future.done():
                 try:

@@ -457,6 +457,53 @@ def test_what_changes_while_a_flush_is_on_its_way_is_not_lost() -> None:
     assert sessions.storage.get(KEY) == {"a": 2, "c": [1, 2], "d": 1}
 
 
+@pytest.mark.parametrize("by", ["a second flush", "the end of the scope"])
+def test_a_flush_does_not_overtake_one_that_is_on_its_way(by: str) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counting):
+        def set(self, key: str, value: dict[str, Any]) -> None:
+            if not begun.is_set():
+                begun.set()
+                assert go_on.wait(20)
+            super().set(key, value)
+
+    storage = Slow()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            first = asyncio.create_task(session.aflush())
+            await asyncio.to_thread(begun.wait, 20)
+            session.b = 2
+            second = asyncio.create_task(session.aflush()) if by == "a second flush" else None
+            asyncio.get_running_loop().call_soon(go_on.set)
+            if second is not None:
+                await second
+                assert storage.values == {KEY: {"a": 1, "b": 2}}
+        await first
+
+    asyncio.run(main())
+    assert storage.values == {KEY: {"a": 1, "b": 2}}
+    assert storage.calls == ["get", "set", "set"]
+
+
+def test_what_initial_returned_is_left_alone_whatever_is_in_it() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    with sessions.session_scope("other") as session:
+        session.update(items=[1])
+        session.flush()
+    with sessions.session_scope("other") as session:
+        items = session["items"]  # of a session that is closed now
+    default = {"a": {"b": items}}
+    sessions = SessionManager(initial=lambda update: default)
+    with sessions.session_scope(KEY) as session:
+        session.a["b"].append(2)
+    assert default["a"]["b"] is items
+    assert items == [1]
+
+
 @pytest.mark.parametrize("how", ["with", "async with"])
 def test_release_saves_and_lets_the_next_update_in(how: str, threads: Threads) -> None:
     sessions: SessionManager[Any] = SessionManager(storage=Counting())

