@@ -26,12 +26,18 @@ from .peers import USER, message, telebot_with
 from .timing import Case, Timings, arguments, measure, print_machine, table
 
 SMALL = {"counter": 0, "name": "Alex", "language": "en", "step": "menu", "paid": False}
-NESTED = {"counter": 0, "name": "Alex", "step": "menu", "user": {"id": 7, "vip": True}, "seen": [1]}
+NESTED = {
+    "counter": 0,
+    "step": "menu",
+    "user": {"name": "Alex", "language": "en"},
+    "cart": {"items": ["tea", "milk"], "total": 7},
+    "seen": [1, 2, 3],
+}
 LARGE = {
     "counter": 0,
     **{f"field{n}": {"id": n, "items": [n, n + 1], "name": f"item {n}"} for n in range(999)},
 }
-SESSIONS = {"5 plain": SMALL, "5, two of them nested": NESTED, "1,000, nested": LARGE}
+SESSIONS = {"5 plain": SMALL, "5, as bots have them": NESTED, "1,000, nested": LARGE}
 
 Work = Callable[[int], object]
 

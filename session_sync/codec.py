@@ -23,7 +23,7 @@ import msgspec
 from msgspec import Raw
 
 from session_sync.errors import SessionDecodeError, SessionEncodeError
-from session_sync.storages.base import Record
+from session_sync.storages.base import PatchedRecord, Record
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Collection[Any])
@@ -189,7 +189,7 @@ class Codec:
         return packed
 
 
-class EncodedRecord(Record):
+class EncodedRecord(PatchedRecord):
     """A record whose fields are the JSON text of each, until somebody asks for them.
 
     The texts are parts of the one buffer that the storage read, not copies: it is kept for as long

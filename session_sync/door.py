@@ -13,13 +13,13 @@ from weakref import WeakValueDictionary
 
 from .errors import SessionDecodeError
 from .locks import LockTable
-from .storages.base import KVStorage, Record, RecordStorage, TtlStorage
+from .storages.base import KVStorage, Record, RecordStorage, TtlStorage, record_of
 
 _METHODS: Final = ("get", "set", "delete", "has")
 
 
 class Door:
-    """What a scope needs of a storage: `load`, `save` and `unload`, each with a whole record.
+    """What a scope needs of a storage: `load`, `save` (a whole record), `delete` and `unload`.
 
     `blocking` says whether they may wait for a disk or a network.
     """
@@ -31,15 +31,8 @@ class Door:
         way = storage if isinstance(storage, RecordStorage) else _WholeMapping(storage)
         self.load: Final = way.load
         self.unload: Final = getattr(way, "unload", None)
-        self._save: Final = way.save
-        self._delete: Final = way.delete
-
-    def save(self, key: str, record: Record) -> None:
-        """Store `record`; an empty one is not kept."""
-        if record:
-            self._save(key, record)
-        else:
-            self._delete(key)
+        self.save: Final = way.save
+        self.delete: Final = way.delete
 
 
 class _WholeMapping:
@@ -62,7 +55,7 @@ class _WholeMapping:
             )
         if self._touch is not None:
             self._touch(key)
-        return Record(dict(value))
+        return record_of(value)
 
     def save(self, key: str, record: Record) -> None:
         self._storage.set(key, dict(record))

@@ -79,7 +79,15 @@ class Hold:
 
     def release(self) -> None:
         """Give the key to whoever is next. To be called once."""
-        self._lock._release(self)
+        lock = self._lock
+        with lock._mutex:
+            if lock.hold is not self:
+                raise RuntimeError(f"the session {lock.name!r} was released twice")
+            if lock._queue or lock._turns:
+                lock._hand_on()
+            else:  # as at its end, and most often
+                lock.hold = None
+                lock._retire()
 
     def __str__(self) -> str:
         who = " and ".join(map(str, self.parties)) or "nobody any more"
@@ -221,7 +229,7 @@ class KeyLock:
 
     Why it is correct. Whatever a lock consists of (`hold`, the queues, `retired`) is written under
     its own mutex only, held for a few lines and never while waiting. A lock changes hands inside
-    `_release`, in one step: `hold` is the old owner before and the next one after, so there is no
+    `release`, in one step: `hold` is the old owner before and the next one after, so there is no
     moment in which a newcomer could slip in, and a waiter that wakes up owns the lock already. A
     waiter that gives up (time-out, cancellation, interrupt) looks under the mutex whether it is
     still queued: if it was chosen meanwhile, it hands the lock on as any owner does, else it takes
@@ -362,16 +370,6 @@ class KeyLock:
             waiter.hold = self.hold = Hold(self, party)
             self._exit(waiter)
             return waiter.hold
-
-    def _release(self, hold: Hold) -> None:
-        with self._mutex:
-            if self.hold is not hold:
-                raise RuntimeError(f"the session {self.name!r} was released twice")
-            if self._queue or self._turns:
-                self._hand_on()
-            else:
-                self.hold = None
-                self._retire()
 
     def _hand_on(self) -> None:
         """Give the lock to the first who can take it, or retire it if nobody is left."""

@@ -105,12 +105,11 @@ class SessionManager(Generic[S]):
         ...     session.counter
         1
         """
-        if isinstance(update_or_key, (str, StorageKey)):
-            return self.scope_of(str(update_or_key), update_or_key)
-        key = self.key_of(update_or_key)
+        is_key = isinstance(update_or_key, (str, StorageKey))
+        key = str(update_or_key) if is_key else self.key_of(update_or_key)
         if key is None:
             raise SessionKeyError(no_key(update_or_key))
-        return self.scope_of(key, update_or_key)
+        return SessionScope(self._options, key, self.prefix + key, update_or_key)
 
     def with_session(self, handler: Handler) -> Handler:
         """Run a handler, sync or async, function or method, inside the scope of its update.

@@ -21,10 +21,10 @@ from .expiry import Ttl
 from .locks import Hold, KeyLock, Party, here
 from .session import Fields, Session, open_fields
 from .steps import Call, Steps, Take, TakeTurn, arun, closers, openers, run
-from .storages.base import Record
+from .storages.base import Record, record_of
 
 S = TypeVar("S", bound=Session)
-_NO_FIELDS: Final = Record({})
+_NO_FIELDS: Final = record_of({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,10 @@ class Scope(Generic[S]):
             record = (yield Call(openers, door.load, name)) if door.blocking else door.load(name)
             self._hand_out(record, hold)
             yield None
-            assert self.fields is not None
-            if self.fields.touched():
-                yield from self.flushing()
+            yield from self.flushing()
         finally:
             if self.fields is not None:
-                self.fields.owner.open = False
+                self.fields.close()
             if door.unload is not None:
                 door.unload(name)
             hold.release()
@@ -120,37 +118,35 @@ class Scope(Generic[S]):
 
     def flushing(self) -> Steps:
         """Write what has changed since the last flush, after a flush that is on its way."""
-        if not self.options.door.blocking:
-            yield from self._writing()
+        door, fields, turn = self.options.door, self.fields, None
+        if fields is None or not fields.open:
             return
+        if door.blocking:
+            turn = yield TakeTurn(self._turns_of_flushes(), None)
+        try:
+            record, stored = fields.pending(), fields.record
+            if record is stored:
+                return
+            fields.saved(record)
+            try:
+                if record or self._stored:
+                    write = (door.save, self.name, record) if record else (door.delete, self.name)
+                    if door.blocking:
+                        yield Call(closers, *write)
+                    else:
+                        write[0](*write[1:])
+                    self._stored = bool(record)
+            except BaseException:
+                fields.not_saved(stored)
+                raise
+        finally:
+            if turn is not None:
+                turn.release()
+
+    def _turns_of_flushes(self) -> KeyLock:
         with self._mutex:
             self._flushes = self._flushes or KeyLock(self.name)
-        turn = yield TakeTurn(self._flushes, None)
-        try:
-            yield from self._writing()
-        finally:
-            turn.release()
-
-    def _writing(self) -> Steps:
-        fields = self.fields
-        if fields is None or not fields.owner.open:
-            return
-        record, stored = fields.pending(), fields.record
-        if record is stored:
-            return
-        fields.saved(record)
-        try:
-            door = self.options.door
-            if not record and not self._stored:
-                return
-            if door.blocking:
-                yield Call(closers, door.save, self.name, record)
-            else:
-                door.save(self.name, record)
-            self._stored = bool(record)
-        except BaseException:
-            fields.not_saved(stored)
-            raise
+            return self._flushes
 
     def roll_back(self, error: BaseException) -> None:
         """A handler failed: forget what changed since the last flush, if the options say so."""
@@ -173,9 +169,11 @@ class Scope(Generic[S]):
             return self._end()
 
     def _end(self) -> bool:
-        was_open, self.closed = not self.closed, True
+        if self.closed:
+            return False
+        self.closed = True
         self.session = self._update = None  # session and scope know each other: no cycle stays
-        return was_open and self._loaded
+        return self._loaded
 
     def join(self) -> bool:
         """One more is in; False if the scope has closed."""
@@ -396,7 +394,7 @@ class SessionScope(Generic[S]):
                 f"each `with`"
             )
         self._scope = None
-        return _open_around()
+        return _open_around() if _current.get() is not None else None
 
     def _opening(self, around: SessionScope[Any] | None, on_loop: bool) -> Steps:
         """A new scope, and how it begins."""

@@ -41,20 +41,44 @@ class Fields:
     not a thousand.
     """
 
-    __slots__ = ("gone", "live", "loose", "owner", "record", "spoilt", "timers", "written")
+    __slots__ = (
+        "_owner",
+        "gone",
+        "key",
+        "live",
+        "loose",
+        "open",
+        "record",
+        "spoilt",
+        "timers",
+        "written",
+    )
 
     def __init__(self, key: str, record: Record) -> None:
-        self.owner = Owner(key)
+        self.key = key
+        self.open = True
+        self._owner: Owner | None = None  # from the first container on
         self.spoilt = _NONE
-        self._show(record)
-
-    def _show(self, record: Record) -> None:
         self.record = record
         self.live: dict[str, Any] = {}
         self.written: dict[str, bool] = {}
         self.gone: set[str] | frozenset[str] = _NONE
         self.loose = _NONE
-        self.timers = Timers(record[TIMERS], self.owner.key) if TIMERS in record else None
+        self.timers = Timers(record[TIMERS], key) if TIMERS in record else None
+
+    @property
+    def owner(self) -> Owner:
+        """Whom the containers belong to that these fields hand out."""
+        if self._owner is None:
+            self._owner = Owner(self.key)
+            self._owner.open = self.open
+        return self._owner
+
+    def close(self) -> None:
+        """Nothing may change any more, in no container either."""
+        self.open = False
+        if self._owner is not None:
+            self._owner.open = False
 
     # -- the handler's side
 
@@ -88,16 +112,15 @@ class Fields:
 
     def set(self, name: str, value: Any) -> None:
         """Assign a field."""
-        owner = self.owner
-        if not owner.open:
-            raise owner.refuse()
+        if not self.open:
+            raise self.owner.refuse()
         if name.__class__ is not str or name.startswith("$"):
-            name = _checked_name(owner.key, name)
+            name = _checked_name(self.key, name)
         seconds = None
         if value.__class__ not in ATOMS:
             if value.__class__ is Ttl:
                 seconds, value = value.seconds, value.value
-            value = admit(value, owner, f"the value of {name!r}")
+            value = admit(value, self.owner, f"the value of {name!r}")
         if self.timers and self.timers.expired(name):
             self._remove(name)
         if name not in self.written:
@@ -107,7 +130,7 @@ class Fields:
             self.loose -= {name}
             self.spoilt -= {name}
         if seconds is not None and self.timers is None:
-            self.timers = Timers({}, owner.key)
+            self.timers = Timers({}, self.key)
         if self.timers is not None:
             self.timers.assign(name, seconds)
 
@@ -115,7 +138,7 @@ class Fields:
         """Remove a field; raises KeyError."""
         if name not in self:
             raise KeyError(name)
-        if not self.owner.open:
+        if not self.open:
             raise self.owner.refuse()
         self._remove(name)
 
@@ -150,17 +173,29 @@ class Fields:
 
     # -- the scope's side
 
-    def touched(self) -> bool:
-        """Whether anything can have changed; if not, `pending` need not look."""
-        return bool(self.live or self.gone)
-
     def pending(self) -> Record:
         """The record that the store should have; the present one if nothing changed.
 
         Raises SessionEncodeError if a value contains itself.
         """
+        record, changes = self.record, {}
+        for name, value in self.live.items():
+            is_written = name in self.written
+            if value.__class__ in ATOMS:  # only an assignment brings one in here
+                if is_written:
+                    changes[name] = value
+                continue
+            stored = record.get(name, _MISSING)
+            frozen = self._freeze(name, value, stored)
+            if frozen is not stored or is_written or name in self.loose:
+                changes[name] = frozen
+        if self.gone or self.timers is not None:
+            return self._rearranged(changes)
+        return record.patched(changes) if changes else record  # the way that copies least
+
+    def _rearranged(self, changes: dict[str, Any]) -> Record:
+        """The record that the store should have, where fields have gone, or may have expired."""
         record = self.record
-        changes = self._changes()
         if not changes and not self.gone:
             return record
         if self.timers:
@@ -169,22 +204,9 @@ class Fields:
             if self.timers:
                 changes[TIMERS] = self.timers.to_store()
         if not self.gone and (TIMERS in changes or TIMERS not in record):
-            return record.patched(changes)  # the usual way, and the one that copies least
+            return record.patched(changes)
         kept = [*self.names(), *(name for name in changes if name == TIMERS)]
         return record.only(kept, changes)
-
-    def _changes(self) -> dict[str, Any]:
-        changes = {}
-        for name, value in self.live.items():
-            if value.__class__ in ATOMS:  # only an assignment brings one in here
-                if name in self.written:
-                    changes[name] = value
-                continue
-            stored = self.record.get(name, _MISSING)
-            frozen = self._freeze(name, value, stored)
-            if frozen is not stored or name in self.written or name in self.loose:
-                changes[name] = frozen
-        return changes
 
     def _freeze(self, name: str, value: Any, stored: Any) -> Any:
         try:
@@ -213,10 +235,10 @@ class Fields:
 
     def roll_back(self) -> None:
         """Back to what the store has; containers handed out so far cannot be changed any more."""
-        self.owner.open = False
-        self.owner = Owner(self.owner.key)
-        self.spoilt |= self.loose  # the record has the objects that the failed handler changed
-        self._show(self.record.reread())
+        self.close()
+        spoilt = self.spoilt | self.loose  # objects that the failed handler may have changed
+        Fields.__init__(self, self.key, self.record.reread())
+        self.spoilt = spoilt
 
 
 def _is_field(name: object) -> bool:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from session_sync.codec import MAX_DEPTH, Codec, EncodedRecord
 from session_sync.errors import SessionDecodeError, SessionEncodeError
-from session_sync.storages.base import Record
+from session_sync.storages.base import Record, record_of
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -726,7 +726,7 @@ class TestRecord:
         for change in (
             lambda: self.record().patched({"a": msgspec.Raw(b"nonsense")}),
             lambda: self.record().only(["a"], {"a": msgspec.Raw(b"nonsense")}),
-            lambda: Codec().encode(Record({"a": msgspec.Raw(b"nonsense")})),
+            lambda: Codec().encode(record_of({"a": msgspec.Raw(b"nonsense")})),
         ):
             with pytest.raises(SessionEncodeError, match=r"'user:1'|the session.*a is of type Raw"):
                 change()

@@ -22,7 +22,7 @@ import pytest
 from session_sync.codec import Codec
 from session_sync.errors import SessionDecodeError, SessionEncodeError
 from session_sync.storages import disk
-from session_sync.storages.base import ListableStorage, Record, RecordStorage, TtlStorage
+from session_sync.storages.base import ListableStorage, RecordStorage, TtlStorage, record_of
 from session_sync.storages.disk import DiskStorage
 
 HERE = Path(__file__).parent
@@ -123,7 +123,7 @@ class TestRecords:
             assert other.load("user:2") is None
 
     def test_are_saved_from_records(self, storage: DiskStorage) -> None:
-        storage.save("user:1", Record({"a": (1,), "b": 2}))
+        storage.save("user:1", record_of({"a": (1,), "b": 2}))
         record = storage.load("user:1")
         assert record is not None
         storage.save("user:1", record.patched({"b": {3}}))
@@ -144,7 +144,7 @@ class TestRecords:
         storage.set("user:1", {"a": 1})
         for write in (storage.set, storage.save):
             with pytest.raises(SessionEncodeError, match=r"'user:1'.* b is of type object"):
-                write("user:1", Record({"b": object()}))
+                write("user:1", record_of({"b": object()}))
         assert storage.get("user:1") == {"a": 1}
 
     @pytest.mark.parametrize(
@@ -607,7 +607,7 @@ class TestThreads:
                 other.execute("BEGIN IMMEDIATE")
                 for write in (
                     lambda: storage.set("user:1", {"a": 2}),
-                    lambda: storage.save("user:1", Record({"a": 2})),
+                    lambda: storage.save("user:1", record_of({"a": 2})),
                     lambda: storage.delete("user:1"),
                     lambda: storage.touch("user:1"),
                     lambda: storage.load("user:1"),

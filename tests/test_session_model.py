@@ -330,12 +330,12 @@ class SessionBesideADict(RuleBasedStateMachine):
     @rule()
     def flush_in_vain(self) -> None:
         door = self.sessions._options.door
-        save = door.save
+        save, delete = door.save, door.delete
 
         def fail(*_: Any) -> None:
             raise OSError
 
-        door.save = fail
+        door.save = door.delete = fail
         try:
             self.session.flush()
         except OSError:
@@ -343,7 +343,7 @@ class SessionBesideADict(RuleBasedStateMachine):
         else:
             assert shape(self.model) == shape(self.saved)
         finally:
-            door.save = save
+            door.save, door.delete = save, delete
 
     @rule()
     def close_and_open(self) -> None:

@@ -14,7 +14,7 @@ from cachetools import LRUCache
 from session_sync.codec import Codec
 from session_sync.containers import freeze
 from session_sync.expiry import life_time
-from session_sync.storages.base import Record
+from session_sync.storages.base import Record, record_of
 
 Fields = dict[str, Any]
 
@@ -61,7 +61,7 @@ class MemoryStorage:
 
     def set(self, key: str, value: Mapping[str, Any]) -> None:
         """Store a copy of `value`."""
-        self.save(key, Record(_copy(value)))
+        self.save(key, record_of(_copy(value)))
 
     def delete(self, key: str) -> None:
         """Remove a session; no error if there is none."""
@@ -92,6 +92,8 @@ class MemoryStorage:
 
     def load(self, key: str) -> Record | None:
         """The stored record itself: nobody changes it, so it need not be copied."""
+        if self._ttl is None:
+            return self._records.get(key)
         record = self._find(key)
         if record is not None:
             self.touch(key)
