@@ -47,16 +47,27 @@ class Scope(Generic[S]):
     mutex, so nobody joins a scope that has begun to close, and only one closes it.
     """
 
-    # Most scopes never have another value than these.
-    session: S | None = None  # from loading until it closes
-    fields: Fields | None = None
-    closed = False
+    __slots__ = (
+        "_flushes",
+        "_loaded",
+        "_loading",
+        "_members",
+        "_mutex",
+        "_on_loop",
+        "_stored",
+        "_update",
+        "closed",
+        "fields",
+        "key",
+        "life",
+        "name",
+        "options",
+        "parties",
+        "session",
+        "timeout",
+    )
+
     life: Steps  # made when it begins, since it knows its scope, and done when it ends: no cycle
-    _stored = False
-    _members = 1
-    _loading: KeyLock | None = None  # only a lazy scope has one
-    _flushes: KeyLock | None = None  # of a storage that blocks: they must not overtake each other
-    _loaded = True
 
     def __init__(self, entry: SessionScope[S], on_loop: bool) -> None:
         self.options: Final = entry.options
@@ -64,9 +75,18 @@ class Scope(Generic[S]):
         self.name: Final = entry.name
         self.timeout: Final = entry.timeout
         self._update: Any = entry.update  # until it closes
+        self.session: S | None = None  # from loading until it closes
+        self.fields: Fields | None = None
         self.parties: list[Party] = []  # who is in it, first the one that opened it
+        self.closed = False
+        self._stored = False
+        self._members = 1
         self._mutex: Final = threading.Lock()
         self._on_loop: Final = on_loop
+        self._loading: KeyLock | None = None  # only a lazy scope has one
+        self._loaded = True
+        # Of a storage that blocks: flushes must not overtake each other.
+        self._flushes: KeyLock | None = None
         if entry.options.lazy:
             self._loading = KeyLock(entry.name)
             self._loaded = False
@@ -312,14 +332,20 @@ class SessionScope(Generic[S]):
     turns. The outer entry itself does not: it waits for them, or knows what it does.
     """
 
-    # Most entries never have another value than these.
-    hold: Hold | None = None  # given by who has taken the key already
-    outer: SessionScope[Any] | None = None
-    _scope: Scope[S] | None = None  # also after leaving it: a task begun inside may join
-    _inside = False
-    _joined: SessionScope[S] | None = None
-    _turns: KeyLock | None = None  # of the entries that join under this one
-    _turn: Hold | None = None
+    __slots__ = (
+        "_inside",
+        "_joined",
+        "_scope",
+        "_turn",
+        "_turns",
+        "hold",
+        "key",
+        "name",
+        "options",
+        "outer",
+        "timeout",
+        "update",
+    )
 
     def __init__(self, options: Options[S], key: str, name: str, update: Any) -> None:
         self.options: Final = options
@@ -327,6 +353,13 @@ class SessionScope(Generic[S]):
         self.name: Final = name
         self.update: Final = update
         self.timeout = options.lock_timeout
+        self.hold: Hold | None = None  # given by who has taken the key already
+        self.outer: SessionScope[Any] | None = None
+        self._scope: Scope[S] | None = None  # also after leaving it: a task begun inside may join
+        self._inside = False
+        self._joined: SessionScope[S] | None = None
+        self._turns: KeyLock | None = None  # of the entries that join under this one
+        self._turn: Hold | None = None
 
     def __enter__(self) -> S:
         around = self._looks_around()
