@@ -295,12 +295,14 @@ def default_key_text(update: object) -> str | None:
     """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
     kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
     if kind is _OBJECT_TYPES["Message"]:
+        ids: Any
         try:
-            user, chat, business = _ids_of_message(update)
-        except Exception:  # a channel's post has no user; and what else may be wrong: see _key
-            user = chat = business = None
-        ids_fit = type(user) is type(chat) is int and chat >= _LOWEST and user <= _HIGHEST
-        if business is None and ids_fit and user > 0 and chat <= _HIGHEST:
+            ids = _ids_of_message(update)
+        except Exception:  # a channel's post has no user; for what else, see _key
+            ids = None, None, None
+        user, chat, business = ids
+        is_plain = type(user) is type(chat) is int and business is None
+        if is_plain and 0 < user <= _HIGHEST and _LOWEST <= chat <= _HIGHEST:
             return f"user:{user}:chat:{chat}"
     key = default_storage_key(update)
     return None if key is None else str(key)

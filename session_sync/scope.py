@@ -98,13 +98,14 @@ class Scope(Generic[S]):
     def living(self, hold: Hold | None, passes: bool) -> Steps:
         """Lock, load, hand out; stop, for as long as the session is open; then write and unlock."""
         door, name = self.options.door, self.name
-        if hold is None:
-            hold = door.locks.try_acquire(name)
-        if hold is None:
-            hold = yield Take(door.locks, name, self.timeout, passes)
+        held: Hold = (
+            hold
+            or door.locks.try_acquire(name)
+            or (yield Take(door.locks, name, self.timeout, passes))
+        )
         try:
             record = (yield Call(openers, door.load, name)) if door.blocking else door.load(name)
-            self._hand_out(record, hold)
+            self._hand_out(record, held)
             yield None
             yield from self.flushing()
         finally:
@@ -112,7 +113,7 @@ class Scope(Generic[S]):
                 self.fields.close()
             if door.unload is not None:
                 door.unload(name)
-            hold.release()
+            held.release()
 
     def _hand_out(self, record: Record | None, hold: Hold) -> None:
         self._stored = record is not None
@@ -149,19 +150,24 @@ class Scope(Generic[S]):
                 return
             fields.saved(record)
             try:
-                if record or self._stored:
-                    write = (door.save, self.name, record) if record else (door.delete, self.name)
-                    if door.blocking:
-                        yield Call(closers, *write)
-                    else:
-                        write[0](*write[1:])
-                    self._stored = bool(record)
+                if door.blocking:
+                    yield Call(closers, self._write, record)
+                else:
+                    self._write(record)
             except BaseException:
                 fields.not_saved(stored)
                 raise
         finally:
             if turn is not None:
                 turn.release()
+
+    def _write(self, record: Record) -> None:
+        door = self.options.door
+        if record:
+            door.save(self.name, record)
+        elif self._stored:
+            door.delete(self.name)
+        self._stored = bool(record)
 
     def _turns_of_flushes(self) -> KeyLock:
         with self._mutex:
