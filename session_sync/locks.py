@@ -265,6 +265,14 @@ class KeyLock:
 
     # -- taking it: each answers None if the lock was retired meanwhile
 
+    def try_acquire(self) -> Hold | None:
+        """Take the lock if nobody holds it or waits for it."""
+        with self._mutex:
+            if self.retired or self.hold is not None or self._queue or self._turns:
+                return None
+            self.hold = Hold(self, here())
+            return self.hold
+
     def acquire(self, timeout: float | None, passes: bool = False) -> Hold | None:
         """Wait in this thread, at most `timeout` seconds (None: for ever)."""
         waiter = _ThreadWaiter(self, here())

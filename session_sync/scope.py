@@ -56,6 +56,7 @@ class Scope(Generic[S]):
         "_on_loop",
         "_stored",
         "_update",
+        "_written",
         "closed",
         "fields",
         "key",
@@ -80,6 +81,7 @@ class Scope(Generic[S]):
         self.parties: list[Party] = []  # who is in it, first the one that opened it
         self.closed = False
         self._stored = False
+        self._written: Record | None = None  # the last record that reached the store
         self._members = 1
         self._mutex: Final = threading.Lock()
         self._on_loop: Final = on_loop
@@ -107,13 +109,15 @@ class Scope(Generic[S]):
             record = (yield Call(openers, door.load, name)) if door.blocking else door.load(name)
             self._hand_out(record, held)
             yield None
-            yield from self.flushing()
+            yield from self.flushing(last=True)
         finally:
             if self.fields is not None:
                 self.fields.close()
-            if door.unload is not None:
-                door.unload(name)
-            held.release()
+            try:
+                if door.unload is not None:
+                    door.unload(name)
+            finally:
+                held.release()
 
     def _hand_out(self, record: Record | None, hold: Hold) -> None:
         self._stored = record is not None
@@ -137,29 +141,47 @@ class Scope(Generic[S]):
             fields.set(name, _copy(value))
         return Fields(self.key, fields.pending())
 
-    def flushing(self) -> Steps:
-        """Write what has changed since the last flush, after a flush that is on its way."""
-        door, fields, turn = self.options.door, self.fields, None
+    def flushing(self, last: bool = False) -> Steps:
+        """Write what has changed since the last flush; `last`: before the key is given on."""
+        return self._writing_in_turn(last) if self.options.door.blocking else self._writing()
+
+    def _writing_in_turn(self, last: bool) -> Steps:
+        """A flush does not overtake one that is on its way, and none comes after the last."""
+        turns, cancelled = self._turns_of_flushes(), None
+        turn = turns.try_acquire()
+        while turn is None:
+            try:
+                turn = yield TakeTurn(turns, None)
+            except asyncio.CancelledError as error:
+                if not last:
+                    raise
+                cancelled = error  # the last one has to wait all the same
+        try:
+            yield from self._writing()
+        finally:
+            if last and self.fields is not None:
+                self.fields.close()
+            turn.release()
+        if cancelled is not None:
+            raise cancelled
+
+    def _writing(self) -> Steps:
+        fields = self.fields
         if fields is None or not fields.open:
             return
-        if door.blocking:
-            turn = yield TakeTurn(self._turns_of_flushes(), None)
+        record, stored = fields.pending(), fields.record
+        if record is stored:
+            return
+        fields.saved(record)
         try:
-            record, stored = fields.pending(), fields.record
-            if record is stored:
-                return
-            fields.saved(record)
-            try:
-                if door.blocking:
-                    yield Call(closers, self._write, record)
-                else:
-                    self._write(record)
-            except BaseException:
+            if self.options.door.blocking:
+                yield Call(closers, self._write, record)
+            else:
+                self._write(record)
+        except BaseException:
+            if self._written is not record:  # else it was cancelled, and yet has written
                 fields.not_saved(stored)
-                raise
-        finally:
-            if turn is not None:
-                turn.release()
+            raise
 
     def _write(self, record: Record) -> None:
         door = self.options.door
@@ -168,6 +190,7 @@ class Scope(Generic[S]):
         elif self._stored:
             door.delete(self.name)
         self._stored = bool(record)
+        self._written = record
 
     def _turns_of_flushes(self) -> KeyLock:
         with self._mutex:
@@ -198,8 +221,13 @@ class Scope(Generic[S]):
         if self.closed:
             return False
         self.closed = True
-        self.session = self._update = None  # session and scope know each other: no cycle stays
+        if self._loading is None or self._loading.hold is None:  # else somebody is just loading
+            self._forget()
         return self._loaded
+
+    def _forget(self) -> None:
+        """Session and scope know each other: no cycle stays."""
+        self.session = self._update = None
 
     def join(self) -> bool:
         """One more is in; False if the scope has closed."""
@@ -211,12 +239,17 @@ class Scope(Generic[S]):
     # -- loading a lazy session, once, whoever asks first
 
     def load(self) -> None:
+        """Lock and load, for whoever touches the session."""
         if self._on_event_loop():
             raise SessionAwaitError(
                 f"the lazy session {self.key!r} was touched before it was loaded; in async code "
                 f"write `session = await session` first (in PTB: `session = await "
                 f"context.session`), so that the event loop goes on meanwhile"
             )
+        self.load_now()
+
+    def load_now(self) -> None:
+        """Lock and load in this thread."""
         assert self._loading is not None
         turn = self._loading.acquire(self.timeout)
         assert turn is not None
@@ -229,6 +262,7 @@ class Scope(Generic[S]):
             turn.release()
 
     async def aload(self) -> None:
+        """Lock and load as a coroutine."""
         assert self._loading is not None
         turn = await self._loading.acquire_async(self.timeout)
         assert turn is not None
@@ -239,6 +273,11 @@ class Scope(Generic[S]):
                 await arun(self.life)
         finally:
             turn.release()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the session may be touched."""
+        return self._loaded
 
     def _begins_to_live(self) -> bool:
         if self._loaded:
@@ -255,6 +294,8 @@ class Scope(Generic[S]):
         with self._mutex:
             ended = self.closed and not self._loaded
             self._loaded = True
+            if ended:
+                self._forget()
             return ended
 
     # -- what else the session asks (session.Lifecycle)
@@ -341,6 +382,7 @@ class SessionScope(Generic[S]):
     __slots__ = (
         "_inside",
         "_joined",
+        "_party",
         "_scope",
         "_turn",
         "_turns",
@@ -352,6 +394,8 @@ class SessionScope(Generic[S]):
         "timeout",
         "update",
     )
+
+    _party: Party  # who is inside
 
     def __init__(self, options: Options[S], key: str, name: str, update: Any) -> None:
         self.options: Final = options
@@ -368,12 +412,18 @@ class SessionScope(Generic[S]):
         self._turn: Hold | None = None
 
     def __enter__(self) -> S:
-        around = self._looks_around()
-        if around is not None:
-            run(self._joining(around))
-        if self._scope is None:
-            run(self._opening(around, on_loop=False))
-        return self._is_inside(around)
+        around = self._begins()
+        try:
+            if around is not None:
+                run(self._joining(around))
+            if self._scope is None:
+                run(self._opening(around, on_loop=False))
+            elif not self.options.lazy and not self._scope.is_loaded:  # of a lazy manager
+                self._scope.load_now()
+            return self._is_inside(around)
+        except BaseException:
+            self._inside = False
+            raise
 
     def __exit__(
         self,
@@ -391,12 +441,18 @@ class SessionScope(Generic[S]):
                 self._gives_turn_on()
 
     async def __aenter__(self) -> S:
-        around = self._looks_around()
-        if around is not None:
-            await arun(self._joining(around))
-        if self._scope is None:
-            await arun(self._opening(around, on_loop=True))
-        return self._is_inside(around)
+        around = self._begins()
+        try:
+            if around is not None:
+                await arun(self._joining(around))
+            if self._scope is None:
+                await arun(self._opening(around, on_loop=True))
+            elif not self.options.lazy and not self._scope.is_loaded:  # of a lazy manager
+                await self._scope.aload()
+            return self._is_inside(around)
+        except BaseException:
+            self._inside = False
+            raise
 
     async def __aexit__(
         self,
@@ -425,13 +481,14 @@ class SessionScope(Generic[S]):
 
     # -- entering and leaving
 
-    def _looks_around(self) -> SessionScope[Any] | None:
+    def _begins(self) -> SessionScope[Any] | None:
         """The innermost open entry around this one."""
         if self._inside:
             raise RuntimeError(
                 f"this scope of {self.key!r} is entered already; call session_scope() again for "
                 f"each `with`"
             )
+        self._inside = True
         self._scope = None
         return _open_around() if _current.get() is not None else None
 
@@ -462,17 +519,20 @@ class SessionScope(Generic[S]):
         if scope.closed:  # released by whoever had the turn before
             turn.release()
             return
-        scope.parties.append(turn.parties[0])
+        self._party = turn.parties[0]
+        scope.parties.append(self._party)
         self._joined, self._turn = entry, turn
         self._scope = scope
 
     def _is_inside(self, around: SessionScope[Any] | None) -> S:
-        assert self._scope is not None
-        assert self._scope.session is not None
+        scope = self._scope
+        assert scope is not None
+        assert scope.session is not None
+        if self._turn is None:
+            self._party = scope.parties[0]
         self.outer = around
-        self._inside = True
         _current.set(self)
-        return self._scope.session
+        return scope.session
 
     def _leaves(self, scope: Scope[S], error: BaseException | None) -> bool:
         """Out of the scope; True if this one has to close it."""
@@ -482,10 +542,8 @@ class SessionScope(Generic[S]):
         joined = self._joined
         if error is not None and (joined is None or not joined._inside):
             scope.roll_back(error)  # else it goes on to the entry around this one
-        if self._turn is not None:
-            scope.parties.remove(self._turn.parties[0])
-        elif scope._members > 1:
-            del scope.parties[0]
+        if scope._members > 1 and self._party in scope.parties:
+            scope.parties.remove(self._party)
         return scope.leave()
 
     def _gives_turn_on(self) -> None:

@@ -489,6 +489,210 @@ def test_a_flush_does_not_overtake_one_that_is_on_its_way(by: str) -> None:
     assert storage.calls == ["get", "set", "set"]
 
 
+class Own:
+    """An object that a storage of four methods keeps by reference: always saved when touched."""
+
+
+def test_no_flush_writes_after_the_key_was_given_on() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counting):
+        def set(self, key: str, value: dict[str, Any]) -> None:
+            if not begun.is_set():
+                begun.set()
+                assert go_on.wait(20)
+            super().set(key, value)
+
+    storage = Slow()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def other() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.n += 100
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.n, session.own = 1, Own()
+            following = contextvars.Context().run(asyncio.create_task, other())
+            release = asyncio.create_task(session.arelease())
+            await asyncio.to_thread(begun.wait, 20)
+            flush = asyncio.create_task(session.aflush())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            go_on.set()
+            await asyncio.gather(release, flush, following)
+
+    asyncio.run(main())
+    assert storage.values[KEY]["n"] == 101
+    assert storage.calls == ["get", "set", "get", "set"]
+
+
+def slow_store(storage_class: type[Counting] = Counting) -> tuple[Any, Any, Any]:
+    """A storage whose first `set` waits, and the events around it."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(storage_class):  # type: ignore[misc,valid-type]
+        def set(self, key: str, value: dict[str, Any]) -> None:
+            if not begun.is_set():
+                begun.set()
+                assert go_on.wait(20)
+            super().set(key, value)
+
+    return Slow(), begun, go_on
+
+
+async def cancelled_while(task: asyncio.Task[Any], begun: Any, go_on: Any) -> None:
+    """Cancel `task` while the store writes, and let the store go on."""
+    await asyncio.to_thread(begun.wait, 20)
+    task.cancel()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_cancelled_flush_knows_that_it_has_written() -> None:
+    storage, begun, go_on = slow_store()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            await cancelled_while(asyncio.create_task(session.aflush()), begun, go_on)
+            session.clear()  # what was written has to be deleted
+
+    asyncio.run(main())
+    assert storage.values == {}
+    assert storage.calls == ["get", "set", "delete"]
+
+
+def test_a_release_cancelled_behind_a_flush_saves_all_the_same() -> None:
+    storage, begun, go_on = slow_store()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            flush = asyncio.create_task(session.aflush())
+            await asyncio.to_thread(begun.wait, 20)
+            session.b = 2
+            await cancelled_while(asyncio.create_task(session.arelease()), begun, go_on)
+            await flush
+
+    asyncio.run(main())
+    assert storage.values == {KEY: {"a": 1, "b": 2}}
+    assert len(sessions._options.door.locks) == 0
+
+
+def test_a_storage_that_fails_to_unload_leaves_the_key_free() -> None:
+    class Failing(MemoryStorage):
+        def unload(self, key: str) -> None:
+            raise OSError("on fire")
+
+    sessions: SessionManager[Any] = SessionManager(storage=Failing())
+    with pytest.raises(OSError, match="on fire"):
+        with sessions.session_scope(KEY) as session:
+            session.a = 1
+    assert sessions.storage.get(KEY) == {"a": 1}
+    assert len(sessions._options.door.locks) == 0
+
+
+def test_entries_of_one_thread_count_once_each(threads: Threads) -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with sessions.session_scope(KEY) as session:
+            inside.set()
+            assert go_on.wait(20)
+            session.other = 1
+
+    with sessions.session_scope(KEY):
+        with sessions.session_scope(KEY):
+            context = contextvars.copy_context()
+            thread = threads.start(context.run, other)
+            assert inside.wait(20)
+        with sessions.session_scope(KEY) as session:
+            session.mine = 1
+    go_on.set()
+    thread.join(20)
+    assert sessions.storage.get(KEY) == {"mine": 1, "other": 1}
+    assert len(sessions._options.door.locks) == 0
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_a_lazy_session_whose_scope_ends_while_it_loads_is_closed_and_not_lost(
+    how: str, threads: Threads
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counting):
+        def get(self, key: str) -> Any:
+            begun.set()
+            assert go_on.wait(20)
+            return super().get(key)
+
+    storage = Slow()
+    storage.values[KEY] = {"a": 1}
+    sessions: SessionManager[Any] = SessionManager(storage=storage, lazy=True)
+    seen: list[Any] = []
+
+    async def main() -> None:
+        async with sessions.session_scope(KEY) as session:
+            task = asyncio.ensure_future(session)
+            await asyncio.to_thread(begun.wait, 20)
+        go_on.set()
+        seen.append((await task).a)
+
+    if how == "async with":
+        asyncio.run(main())
+    else:
+        with sessions.session_scope(KEY) as session:
+            thread = threads.start(lambda: seen.append(session.a))
+            assert begun.wait(20)
+        go_on.set()
+        thread.join(20)
+    assert seen == [1]
+    assert len(sessions._options.door.locks) == 0
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_an_eager_manager_that_joins_a_lazy_one_finds_the_session_loaded(how: str) -> None:
+    storage = Counting()
+    lazy: SessionManager[Any] = SessionManager(storage=storage, lazy=True)
+    eager: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def main() -> None:
+        async with lazy.session_scope(KEY), eager.session_scope(KEY) as session:
+            session.a = 1
+
+    if how == "async with":
+        asyncio.run(main())
+    else:
+        with lazy.session_scope(KEY), eager.session_scope(KEY) as session:
+            session.a = 1
+    assert storage.values == {KEY: {"a": 1}}
+
+
+def test_one_scope_object_cannot_be_entered_twice_at_once() -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=Counting())
+    scope = sessions.session_scope(KEY)
+
+    async def use() -> None:
+        async with scope as session:
+            session.a = session.get("a", 0) + 1
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(use(), use(), return_exceptions=True)
+
+    outcome = asyncio.run(main())
+    assert [type(error) for error in outcome] == [type(None), RuntimeError]
+    with scope as session:  # one after the other is fine
+        assert session.a == 1
+    assert len(sessions._options.door.locks) == 0
+
+
 def test_what_initial_returned_is_left_alone_whatever_is_in_it() -> None:
     sessions: SessionManager[Any] = SessionManager()
     with sessions.session_scope("other") as session:

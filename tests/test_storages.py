@@ -131,6 +131,30 @@ def test_a_session_in_memory_lives_for_ttl_after_its_last_use(make: Any, clock: 
     assert set(storage._records) == {"new"}
 
 
+def test_a_write_restarts_the_life_of_a_session_that_others_sweep(clock: Clock) -> None:
+    storage = MemoryStorage(ttl=10)
+    sessions = SessionManager(storage=storage)
+    storage.set("slow", {"n": 1})
+    with sessions.session_scope("slow") as session:
+        session.n += 1
+        clock.now += 20  # a handler that outlives the ttl
+        storage.set("other", {"a": 1})
+    assert storage.get("slow") == {"n": 2}
+
+
+def test_what_has_expired_pushes_nothing_out(clock: Clock) -> None:
+    storage = LruMemoryStorage(maxsize=2, ttl=10)
+    storage.set("a", {"x": 1})
+    storage.set("b", {"x": 1})
+    storage.get("a")
+    clock.now += 6
+    storage.touch("b")
+    clock.now += 6  # "a" has expired
+    storage.set("c", {"x": 1})
+    assert sorted(storage.keys()) == ["b", "c"]
+    assert set(storage._idle) == {"b", "c"}
+
+
 def test_the_least_recently_used_session_goes() -> None:
     storage = LruMemoryStorage(maxsize=2)
     sessions = SessionManager(storage=storage)

@@ -393,6 +393,29 @@ def test_class_middlewares_swallow_the_exception_but_not_the_roll_back(
     assert stored(sessions) == {"before": True, **kept, "after": True}
 
 
+@pytest.mark.parametrize("use_class_middlewares", [False, True])
+def test_a_filter_that_raises_is_rolled_back_as_a_handler_is(
+    make_bot: Bots, sessions: SessionManager[Any], threaded: bool, use_class_middlewares: bool
+) -> None:
+    exceptions = Exceptions(sessions)
+    bot = make_bot(
+        sessions,
+        threaded=threaded,
+        exception_handler=exceptions,
+        use_class_middlewares=use_class_middlewares,
+    )
+
+    def fails(m: Any) -> bool:
+        m.session.filtered = True
+        raise ValueError("no")
+
+    bot.register_message_handler(lambda m: pytest.fail("ran"), func=fails)
+    feed(bot, message(1))
+    exceptions.wait()
+    drain(sessions)
+    assert stored(sessions) is None
+
+
 def test_class_middlewares_share_the_session_with_the_handler(
     make_bot: Bots, sessions: SessionManager[Any], threaded: bool
 ) -> None:

@@ -52,7 +52,7 @@ class MemoryStorage:
         self._records: dict[str, Record] = {}
         # With a ttl: when each record expires. All live equally long, so the oldest comes first.
         self._expiry: Final[OrderedDict[str, float]] = OrderedDict()
-        self._expiry_mutex: Final = threading.Lock()
+        self._mutex: Final = threading.RLock()  # for what must change together with the records
 
     def get(self, key: str) -> Fields | None:
         """A copy of the fields, or None."""
@@ -65,9 +65,8 @@ class MemoryStorage:
 
     def delete(self, key: str) -> None:
         """Remove a session; no error if there is none."""
-        self._records.pop(key, None)
-        with self._expiry_mutex:
-            self._expiry.pop(key, None)
+        with self._mutex:
+            self._drop(key)
 
     def has(self, key: str) -> bool:
         """Whether a session is stored."""
@@ -75,10 +74,10 @@ class MemoryStorage:
 
     def touch(self, key: str) -> None:
         """Start the life time of a session anew."""
-        if self._ttl is not None and key in self._records:
-            with self._expiry_mutex:
-                self._expiry[key] = time.monotonic() + self._ttl
-                self._expiry.move_to_end(key)
+        if self._ttl is not None:
+            with self._mutex:
+                if key in self._records:
+                    self._start_life(key, self._ttl)
 
     def keys(self) -> Iterable[str]:
         """Every stored key."""
@@ -103,9 +102,12 @@ class MemoryStorage:
         """Store a record in one step."""
         if self._codec is not None:
             self._codec.encode(record, key)
-        self._records[key] = record
-        if self._ttl is not None:
-            self.touch(key)
+        if self._ttl is None:
+            self._records[key] = record
+            return
+        with self._mutex:
+            self._records[key] = record
+            self._start_life(key, self._ttl)
             self._sweep()
 
     def _find(self, key: str) -> Record | None:
@@ -113,15 +115,20 @@ class MemoryStorage:
             return None
         return self._records.get(key)
 
+    def _start_life(self, key: str, ttl: float) -> None:
+        self._expiry[key] = time.monotonic() + ttl
+        self._expiry.move_to_end(key)
+
     def _sweep(self) -> None:
         """Remove what has expired; the longest untouched come first, so this looks no further."""
-        if self._ttl is None:
-            return
         now = time.monotonic()
-        with self._expiry_mutex:
+        with self._mutex:
             while self._expiry and next(iter(self._expiry.values())) <= now:
-                key, _ = self._expiry.popitem(last=False)
-                self._records.pop(key, None)
+                self._drop(next(iter(self._expiry)))
+
+    def _drop(self, key: str) -> None:
+        self._records.pop(key, None)
+        self._expiry.pop(key, None)
 
 
 class LruMemoryStorage(MemoryStorage):
@@ -150,9 +157,8 @@ class LruMemoryStorage(MemoryStorage):
         if maxsize < 1:
             raise ValueError(f"maxsize must be 1 or more, not {maxsize!r}")
         # A session in use stands in _in_use and not in _idle, so that it cannot be chosen to go.
-        self._idle: Final = _Idle(maxsize, super().delete)
+        self._idle: Final = _Idle(maxsize, self._drop)
         self._in_use: Final[set[str]] = set()
-        self._mutex: Final = threading.Lock()
 
     def get(self, key: str) -> Fields | None:
         """A copy of the fields, or None."""
@@ -160,11 +166,11 @@ class LruMemoryStorage(MemoryStorage):
             self._idle.get(key)  # a read is a use
         return super().get(key)
 
-    def delete(self, key: str) -> None:
-        """Remove a session; no error if there is none."""
-        super().delete(key)
+    def touch(self, key: str) -> None:
+        """Start the life time of a session anew."""
         with self._mutex:
-            self._idle.pop(key, None)
+            self._idle.get(key)
+        super().touch(key)
 
     def load(self, key: str) -> Record | None:
         """The stored record; it stays until `unload`, however many others come."""
@@ -186,6 +192,10 @@ class LruMemoryStorage(MemoryStorage):
             self._in_use.discard(key)
             if key in self._records:
                 self._idle[key] = True
+
+    def _drop(self, key: str) -> None:
+        super()._drop(key)
+        self._idle.pop(key, None)
 
 
 class _Idle(LRUCache[str, bool]):
