@@ -57,6 +57,20 @@ class Counting:
         self.threads.add(threading.get_ident())
 
 
+def slow_store() -> tuple[Counting, threading.Event, threading.Event]:
+    """A storage whose first `set` waits, and the events of its beginning and going on."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Counting):
+        def set(self, key: str, value: dict[str, Any]) -> None:
+            if not begun.is_set():
+                begun.set()
+                assert go_on.wait(20)
+            super().set(key, value)
+
+    return Slow(), begun, go_on
+
+
 def run_handler(sessions: SessionManager[Any], handler: Callable[[Any], None], how: str) -> None:
     """Run a handler inside a scope, the sync or the async way."""
     if how == "with":
@@ -429,15 +443,8 @@ def test_flush_writes_once_and_what_follows_is_a_unit_of_its_own(how: str) -> No
 
 
 def test_what_changes_while_a_flush_is_on_its_way_is_not_lost() -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    class Slow(Counting):
-        def set(self, key: str, value: dict[str, Any]) -> None:
-            begun.set()
-            assert go_on.wait(20)
-            super().set(key, value)
-
-    sessions: SessionManager[Any] = SessionManager(storage=Slow())
+    storage, begun, go_on = slow_store()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
 
     async def main() -> None:
         async with sessions.session_scope(KEY) as session:
@@ -459,16 +466,7 @@ def test_what_changes_while_a_flush_is_on_its_way_is_not_lost() -> None:
 
 @pytest.mark.parametrize("by", ["a second flush", "the end of the scope"])
 def test_a_flush_does_not_overtake_one_that_is_on_its_way(by: str) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    class Slow(Counting):
-        def set(self, key: str, value: dict[str, Any]) -> None:
-            if not begun.is_set():
-                begun.set()
-                assert go_on.wait(20)
-            super().set(key, value)
-
-    storage = Slow()
+    storage, begun, go_on = slow_store()
     sessions: SessionManager[Any] = SessionManager(storage=storage)
 
     async def main() -> None:
@@ -494,16 +492,7 @@ class Own:
 
 
 def test_no_flush_writes_after_the_key_was_given_on() -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    class Slow(Counting):
-        def set(self, key: str, value: dict[str, Any]) -> None:
-            if not begun.is_set():
-                begun.set()
-                assert go_on.wait(20)
-            super().set(key, value)
-
-    storage = Slow()
+    storage, begun, go_on = slow_store()
     sessions: SessionManager[Any] = SessionManager(storage=storage)
 
     async def other() -> None:
@@ -525,20 +514,6 @@ def test_no_flush_writes_after_the_key_was_given_on() -> None:
     asyncio.run(main())
     assert storage.values[KEY]["n"] == 101
     assert storage.calls == ["get", "set", "get", "set"]
-
-
-def slow_store(storage_class: type[Counting] = Counting) -> tuple[Any, Any, Any]:
-    """A storage whose first `set` waits, and the events around it."""
-    begun, go_on = threading.Event(), threading.Event()
-
-    class Slow(storage_class):  # type: ignore[misc,valid-type]
-        def set(self, key: str, value: dict[str, Any]) -> None:
-            if not begun.is_set():
-                begun.set()
-                assert go_on.wait(20)
-            super().set(key, value)
-
-    return Slow(), begun, go_on
 
 
 async def cancelled_while(task: asyncio.Task[Any], begun: Any, go_on: Any) -> None:
