@@ -106,7 +106,7 @@ class _Waiter:
 
     def offer(self) -> _Answer:
         """Take the free lock, that is, set `hold`; or say why not."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of waiter has its own way
 
 
 class _Begun(_Waiter):

@@ -225,7 +225,7 @@ class _Shape:
 
     def dress(self, wrapper: Callable[..., Any]) -> Any:
         """Give the wrapper the handler's signature, less the session."""
-        wrapper.__signature__ = self._signature  # type: ignore[attr-defined]
+        wrapper.__signature__ = self._signature  # type: ignore[attr-defined] # what inspect reads
         return wrapper
 
 

@@ -342,8 +342,7 @@ def _copy(value: Any) -> Any:
 
 def _nothing() -> Steps:
     """No step at all."""
-    return
-    yield
+    yield from ()
 
 
 def _open_around() -> SessionScope[Any] | None:
@@ -423,6 +422,8 @@ class SessionScope(Generic[S]):
             return self._is_inside(around)
         except BaseException:
             self._inside = False
+            if self._turn is not None:  # joined already
+                self.__exit__(None, None, None)
             raise
 
     def __exit__(
@@ -452,6 +453,8 @@ class SessionScope(Generic[S]):
             return self._is_inside(around)
         except BaseException:
             self._inside = False
+            if self._turn is not None:  # joined already
+                await self.__aexit__(None, None, None)
             raise
 
     async def __aexit__(

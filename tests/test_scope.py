@@ -650,6 +650,35 @@ def test_an_eager_manager_that_joins_a_lazy_one_finds_the_session_loaded(how: st
     assert storage.values == {KEY: {"a": 1}}
 
 
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_an_eager_manager_that_cannot_load_what_it_joined_leaves_it_again(how: str) -> None:
+    storage = Failing()
+    storage.values[KEY] = {"a": 1}
+    storage.broken = "get"
+    lazy: SessionManager[Any] = SessionManager(storage=storage, lazy=True, lock_timeout=5)
+    eager: SessionManager[Any] = SessionManager(storage=storage, lock_timeout=5)
+
+    async def main() -> None:
+        async with lazy.session_scope(KEY):
+            with pytest.raises(OSError, match="on fire"):
+                await eager.session_scope(KEY).__aenter__()
+            storage.broken = ""
+            async with eager.session_scope(KEY) as session:
+                session.a += 1
+
+    if how == "async with":
+        asyncio.run(main())
+    else:
+        with lazy.session_scope(KEY):
+            with pytest.raises(OSError, match="on fire"):
+                eager.session_scope(KEY).__enter__()
+            storage.broken = ""
+            with eager.session_scope(KEY) as session:
+                session.a += 1
+    assert storage.values == {KEY: {"a": 2}}
+    assert len(eager._options.door.locks) == 0
+
+
 def test_one_scope_object_cannot_be_entered_twice_at_once() -> None:
     sessions: SessionManager[Any] = SessionManager(storage=Counting())
     scope = sessions.session_scope(KEY)

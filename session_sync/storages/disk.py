@@ -180,7 +180,7 @@ class _ForeignError(Exception):
     """A row that this library did not write: what it is."""
 
 
-class _Disk(diskcache.Disk):  # type: ignore[misc]
+class _Disk(diskcache.Disk):  # type: ignore[misc] # it has no types
     """What goes into a row: a key as text and a value as bytes. No pickles and no files at all.
 
     The columns of a row may have been written by anybody: neither is a pickle loaded, nor is a file
@@ -236,7 +236,7 @@ class _Connection(sqlite3.Connection):
             self.close()
 
 
-class _Cache(diskcache.Cache):  # type: ignore[misc]
+class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
     """diskcache's cache, with the connections looked after: one for each thread, as before."""
 
     def __init__(self, directory: str, **settings: object) -> None:
