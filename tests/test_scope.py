@@ -25,6 +25,7 @@ from session_sync import (
     SessionManager,
     ttl,
 )
+from session_sync.session import Fields
 
 KEY = "user:1:chat:1"
 
@@ -525,6 +526,25 @@ async def cancelled_while(task: asyncio.Task[Any], begun: Any, go_on: Any) -> No
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_a_session_is_closed_before_its_last_flush_gives_its_turn_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a thread that waits with a flush of its own could write once more, without the key."""
+    sessions: SessionManager[Any] = SessionManager(storage=Counting())
+    turn_is_held: list[bool] = []
+    close = Fields.close
+
+    def watched(fields: Fields) -> None:
+        turn_is_held.append(scope._flushes.hold is not None)
+        close(fields)
+
+    monkeypatch.setattr(Fields, "close", watched)
+    with sessions.session_scope(KEY) as session:
+        scope: Any = session._lifecycle
+        session.a = 1
+    assert turn_is_held[0]
 
 
 def test_a_cancelled_flush_knows_that_it_has_written() -> None:
