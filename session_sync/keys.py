@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 __all__ = ["StorageKey", "by_chat", "by_topic", "by_user", "default_storage_key"]
@@ -243,6 +242,7 @@ _OBJECT_KINDS: Final = {
 }
 _UPDATE: Final = _Kind("Update", ("update_id",))
 _OBJECT_TYPES: Final = {kind.type: kind for kind in (_UPDATE, *_OBJECT_KINDS.values())}
+_MESSAGE_OBJECT: Final = _OBJECT_TYPES["Message"]
 _LIBRARIES: Final = ("telebot.", "telegram.")
 # The marks of a message are fields of a reaction as well: it comes last.
 _MARKS: Final = [
@@ -293,22 +293,20 @@ def default_storage_key(update: object) -> StorageKey | None:
 
 def default_key_text(update: object) -> str | None:
     """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
-    kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
-    if kind is _OBJECT_TYPES["Message"]:
-        ids: Any
+    if _kind_of(type(update)) is _MESSAGE_OBJECT:  # type: ignore[arg-type] # mypy: a class has no hash
+        message: Any = update
+        user: Any
+        chat: Any
         try:
-            ids = _ids_of_message(update)
+            user, chat = message.from_user.id, message.chat.id
+            business = message.business_connection_id
         except Exception:  # a channel's post has no user; for what else, see _key
-            ids = None, None, None
-        user, chat, business = ids
-        is_plain = type(user) is type(chat) is int and business is None
+            user = chat = business = None
+        is_plain = user.__class__ is chat.__class__ is int and business is None
         if is_plain and 0 < user <= _HIGHEST and _LOWEST <= chat <= _HIGHEST:
             return f"user:{user}:chat:{chat}"
     key = default_storage_key(update)
     return None if key is None else str(key)
-
-
-_ids_of_message: Final = attrgetter("from_user.id", "chat.id", "business_connection_id")
 
 
 def by_user(update: object) -> StorageKey | None:

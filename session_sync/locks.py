@@ -80,7 +80,9 @@ class Hold:
     def release(self) -> None:
         """Give the key to whoever is next. To be called once."""
         lock = self._lock
-        with lock._mutex:
+        mutex = lock._mutex
+        mutex.acquire()  # and no `with`, which costs twice as much: every update comes by here
+        try:
             if lock.hold is not self:
                 raise RuntimeError(f"the session {lock.name!r} was released twice")
             if lock._queue or lock._turns:
@@ -88,6 +90,8 @@ class Hold:
             else:  # as at its end, and most often
                 lock.hold = None
                 lock._retire()
+        finally:
+            mutex.release()
 
     def __str__(self) -> str:
         who = " and ".join(map(str, self.parties)) or "nobody any more"

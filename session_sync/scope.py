@@ -1,7 +1,8 @@
 """One life cycle: lock, load, hand out, flush, unlock; for `with` and for `async with`.
 
-The steps are written once, as generators (see steps.py). A scope knows a door to its storage and
-the options of its manager; it knows nothing of updates or frameworks.
+What may take long is written once, as generators (see steps.py); what cannot is done at once, which
+is the way of most updates of a session in memory. A scope knows a door to its storage and the
+options of its manager; it knows nothing of updates or frameworks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .door import Door
 from .errors import SessionAwaitError, SessionClosedError
 from .expiry import Ttl
 from .locks import Hold, KeyLock, Party, here
-from .session import Fields, Session, open_fields
+from .session import Fields, Session
 from .steps import Call, Steps, Take, TakeTurn, arun, closers, openers, run
 from .storages.base import Record, record_of
 
@@ -49,91 +50,98 @@ class Scope(Generic[S]):
 
     __slots__ = (
         "_flushes",
-        "_loaded",
         "_loading",
-        "_members",
         "_mutex",
         "_on_loop",
         "_stored",
-        "_update",
         "_written",
+        "begun",
         "closed",
         "fields",
+        "hold",
+        "is_loaded",
         "key",
-        "life",
+        "members",
         "name",
         "options",
         "parties",
         "session",
         "timeout",
+        "update",
     )
 
-    life: Steps  # made when it begins, since it knows its scope, and done when it ends: no cycle
+    parties: list[Party]  # who is in it, first the one that opened it
+    _stored: bool
+    _written: Record | None  # the last record that reached a store that blocks
+    _loading: KeyLock  # of a lazy scope: who loads it
 
-    def __init__(self, entry: SessionScope[S], on_loop: bool) -> None:
-        self.options: Final = entry.options
-        self.key: Final = entry.key
-        self.name: Final = entry.name
-        self.timeout: Final = entry.timeout
-        self._update: Any = entry.update  # until it closes
-        self.session: S | None = None  # from loading until it closes
-        self.fields: Fields | None = None
-        self.parties: list[Party] = []  # who is in it, first the one that opened it
-        self.closed = False
-        self._stored = False
-        self._written: Record | None = None  # the last record that reached the store
-        self._members = 1
+    def __init__(self, options: Options[S], key: str, name: str, update: Any) -> None:
+        self.options: Final = options
+        self.key: Final = key
+        self.name: Final = name
+        self.update: Any = update  # until it closes
+        self.timeout = options.lock_timeout
+        self.hold: Hold | None = None  # before it has opened: given by who has taken the key
+        self.session: S | None = None  # until it closes
+        self.fields: Fields | None = None  # from loading on
+        self.is_loaded = not options.lazy  # whether the session may be touched once it is there
+        self.begun = self.closed = False
+        self.members = 1
         self._mutex: Final = threading.Lock()
-        self._on_loop: Final = on_loop
-        self._loading: KeyLock | None = None  # only a lazy scope has one
-        self._loaded = True
+        self._on_loop = False
         # Of a storage that blocks: flushes must not overtake each other.
         self._flushes: KeyLock | None = None
-        if entry.options.lazy:
-            self._loading = KeyLock(entry.name)
-            self._loaded = False
-            self.parties.append(here())
-            self.session = entry.options.session_type(self)
 
     # -- the life cycle
 
-    def living(self, hold: Hold | None, passes: bool) -> Steps:
-        """Lock, load, hand out; stop, for as long as the session is open; then write and unlock."""
+    def opens_at_once(self) -> bool:
+        """Lock and load, if nothing in that may take long; else False, and nothing was done."""
+        options = self.options
+        door = options.door
+        if door.blocking or options.lazy:
+            return False
+        hold = self.hold or door.locks.try_acquire(self.name)
+        if hold is None:
+            return False
+        self.hold = hold
+        try:
+            self._hand_out(door.load(self.name))
+        except BaseException:
+            self._unlock()
+            raise
+        return True
+
+    def opening(self, passes: bool) -> Steps:
+        """Lock and load. `passes`: see LockTable.acquire."""
         door, name = self.options.door, self.name
-        held: Hold = (
-            hold
+        self.hold = (
+            self.hold
             or door.locks.try_acquire(name)
             or (yield Take(door.locks, name, self.timeout, passes))
         )
         try:
             record = (yield Call(openers, door.load, name)) if door.blocking else door.load(name)
-            self._hand_out(record, held)
-            yield None
-            yield from self.flushing(last=True)
-        finally:
-            if self.fields is not None:
-                self.fields.close()
-            try:
-                if door.unload is not None:
-                    door.unload(name)
-            finally:
-                held.release()
+            self._hand_out(record)
+        except BaseException:
+            self._unlock()
+            raise
 
-    def _hand_out(self, record: Record | None, hold: Hold) -> None:
+    def _hand_out(self, record: Record | None) -> None:
+        hold = self.hold
+        assert hold is not None
         self._stored = record is not None
         fields = self._missing() if record is None else Fields(self.key, record)
         if self.session is None:
-            self.session = self.options.session_type(self, fields)
-        else:
-            open_fields(self.session, fields)
+            self.parties = hold.parties
+            self.session = self.options.session_type(self)
+        else:  # a lazy one; from here on, whoever waits for the key waits for all who are in it
+            hold.parties = self.parties
         self.fields = fields
-        # From here on, whoever waits for the key waits for all who are in the scope.
-        hold.parties = self.parties = self.parties or hold.parties
 
     def _missing(self) -> Fields:
         """The fields of a session that is not stored yet, and will not be until they change."""
         initial = self.options.initial
-        given = initial(self._update) if initial is not None else None
+        given = initial(self.update) if initial is not None else None
         if not given:
             return Fields(self.key, _NO_FIELDS)
         fields = Fields(self.key, _NO_FIELDS)
@@ -141,9 +149,40 @@ class Scope(Generic[S]):
             fields.set(name, _copy(value))
         return Fields(self.key, fields.pending())
 
+    def closes_at_once(self) -> bool:
+        """Write and unlock, if nothing in that may take long; else False, and nothing was done."""
+        if self.options.door.blocking:
+            return False
+        try:
+            self._write_at_once()
+        finally:
+            self._unlock()
+        return True
+
+    def closing(self) -> Steps:
+        """Write and unlock."""
+        try:
+            yield from self.flushing(last=True)
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        door, hold, self.hold = self.options.door, self.hold, None
+        assert hold is not None
+        if self.fields is not None:
+            self.fields.close()
+        try:
+            if door.unload is not None:
+                door.unload(self.name)
+        finally:
+            hold.release()
+
     def flushing(self, last: bool = False) -> Steps:
         """Write what has changed since the last flush; `last`: before the key is given on."""
-        return self._writing_in_turn(last) if self.options.door.blocking else self._writing()
+        if self.options.door.blocking:
+            yield from self._writing_in_turn(last)
+        else:
+            self._write_at_once()
 
     def _writing_in_turn(self, last: bool) -> Steps:
         """A flush does not overtake one that is on its way, and none comes after the last."""
@@ -169,18 +208,30 @@ class Scope(Generic[S]):
         fields = self.fields
         if fields is None or not fields.open:
             return
-        record, stored = fields.pending(), fields.record
+        stored = fields.record
+        record = fields.take_changes()
         if record is stored:
             return
-        fields.saved(record)
+        self._written = None
         try:
-            if self.options.door.blocking:
-                yield Call(closers, self._write, record)
-            else:
-                self._write(record)
+            yield Call(closers, self._write, record)
         except BaseException:
             if self._written is not record:  # else it was cancelled, and yet has written
                 fields.not_saved(stored)
+            raise
+
+    def _write_at_once(self) -> None:
+        fields = self.fields
+        if fields is None or not fields.open:
+            return
+        stored = fields.record
+        record = fields.take_changes()
+        if record is stored:
+            return
+        try:
+            self._write(record)
+        except BaseException:
+            fields.not_saved(stored)
             raise
 
     def _write(self, record: Record) -> None:
@@ -197,20 +248,24 @@ class Scope(Generic[S]):
             self._flushes = self._flushes or KeyLock(self.name)
             return self._flushes
 
-    def roll_back(self, error: BaseException) -> None:
+    def discard(self, error: BaseException) -> None:
         """A handler failed: forget what changed since the last flush, if the options say so."""
         # GeneratorExit: a coroutine thrown away half-way, which may not await a flush any more.
         keep = self.options.save_on_error and not isinstance(error, GeneratorExit)
         if self.fields is not None and not self.closed and not keep:
             self.fields.roll_back()
 
-    # -- who is in it: each answers True for the one who now has to run `life` to its end
+    # -- who is in it: each answers True for the one who now has to close it
 
     def leave(self) -> bool:
         """One less, and the end of the scope if that was the last one."""
-        with self._mutex:
-            self._members -= 1
-            return not self._members and self._end()
+        mutex = self._mutex
+        mutex.acquire()  # and no `with`, which costs twice as much: every update comes by here
+        try:
+            self.members -= 1
+            return not self.members and self._end()
+        finally:
+            mutex.release()
 
     def end(self) -> bool:
         """The end of the scope, whoever is still in it."""
@@ -221,84 +276,62 @@ class Scope(Generic[S]):
         if self.closed:
             return False
         self.closed = True
-        if self._loading is None or self._loading.hold is None:  # else somebody is just loading
-            self._forget()
-        return self._loaded
-
-    def _forget(self) -> None:
-        """Session and scope know each other: no cycle stays."""
-        self.session = self._update = None
+        if self.is_loaded or self._loading.hold is None:  # else somebody is just loading
+            self.session = self.update = None  # they know the scope: no cycle stays
+        return self.is_loaded
 
     def join(self) -> bool:
         """One more is in; False if the scope has closed."""
         with self._mutex:
             if not self.closed:
-                self._members += 1
+                self.members += 1
             return not self.closed
 
-    # -- loading a lazy session, once, whoever asks first
+    # -- a lazy session, loaded once, by whoever asks first
+
+    def begin_lazily(self) -> None:
+        """Hand out a session that is not loaded yet."""
+        self._loading = KeyLock(self.name)
+        self.parties = [here()]
+        self.session = self.options.session_type(self)
+
+    def loading(self) -> Steps:
+        """Lock and load a lazy session, once."""
+        turn = yield TakeTurn(self._loading, self.timeout)
+        try:
+            if self.is_loaded:
+                return
+            if self.closed:
+                raise SessionClosedError(
+                    f"the session {self.key!r} was closed before it was ever loaded"
+                )
+            yield from self.opening(in_handler.get() or _open_around() is not None)
+            if self._was_ended_meanwhile():
+                yield from self.closing()
+        finally:
+            turn.release()
+
+    def _was_ended_meanwhile(self) -> bool:
+        """By a thread that does not know of this one; then this one has to close."""
+        with self._mutex:
+            self.is_loaded = True
+            if self.closed:
+                self.session = self.update = None
+            return self.closed
+
+    # -- what the session asks (session.Lifecycle)
 
     def load(self) -> None:
-        """Lock and load, for whoever touches the session."""
         if self._on_event_loop():
             raise SessionAwaitError(
                 f"the lazy session {self.key!r} was touched before it was loaded; in async code "
                 f"write `session = await session` first (in PTB: `session = await "
                 f"context.session`), so that the event loop goes on meanwhile"
             )
-        self.load_now()
-
-    def load_now(self) -> None:
-        """Lock and load in this thread."""
-        assert self._loading is not None
-        turn = self._loading.acquire(self.timeout)
-        assert turn is not None
-        try:
-            if self._begins_to_live():
-                run(self.life)
-            if self._was_ended_meanwhile():
-                run(self.life)
-        finally:
-            turn.release()
+        run(self.loading())
 
     async def aload(self) -> None:
-        """Lock and load as a coroutine."""
-        assert self._loading is not None
-        turn = await self._loading.acquire_async(self.timeout)
-        assert turn is not None
-        try:
-            if self._begins_to_live():
-                await arun(self.life)
-            if self._was_ended_meanwhile():
-                await arun(self.life)
-        finally:
-            turn.release()
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the session may be touched."""
-        return self._loaded
-
-    def _begins_to_live(self) -> bool:
-        if self._loaded:
-            return False
-        if self.closed:
-            raise SessionClosedError(
-                f"the session {self.key!r} was closed before it was ever loaded"
-            )
-        self.life = self.living(None, in_handler.get() or _open_around() is not None)
-        return True
-
-    def _was_ended_meanwhile(self) -> bool:
-        """By a thread that does not know of this one; then this one has to close."""
-        with self._mutex:
-            ended = self.closed and not self._loaded
-            self._loaded = True
-            if ended:
-                self._forget()
-            return ended
-
-    # -- what else the session asks (session.Lifecycle)
+        await arun(self.loading())
 
     def flush(self) -> None:
         self._refuse_to_block("flush", "aflush")
@@ -310,11 +343,11 @@ class Scope(Generic[S]):
     def release(self) -> None:
         self._refuse_to_block("release", "arelease")
         if self.end():
-            run(self.life)
+            run(self.closing())
 
     async def arelease(self) -> None:
         if self.end():
-            await arun(self.life)
+            await arun(self.closing())
 
     def _on_event_loop(self) -> bool:
         return self._on_loop and asyncio._get_running_loop() is not None
@@ -340,11 +373,6 @@ def _copy(value: Any) -> Any:
     return Ttl(freeze(value.value), value.seconds) if isinstance(value, Ttl) else freeze(value)
 
 
-def _nothing() -> Steps:
-    """No step at all."""
-    yield from ()
-
-
 def _open_around() -> SessionScope[Any] | None:
     """The innermost entry around this code whose scope is open. The ended ones between the open
     ones are dropped, so that tasks which start one another leave no chain behind."""
@@ -357,7 +385,7 @@ def _open_around() -> SessionScope[Any] | None:
 
 
 def _skip_ended(entry: SessionScope[Any] | None) -> SessionScope[Any] | None:
-    while entry is not None and entry._has_ended():
+    while entry is not None and entry.scope.closed:
         entry = entry.outer
     return entry
 
@@ -370,61 +398,34 @@ def entries() -> Iterator[SessionScope[Any]]:
         entry = entry.outer
 
 
-class SessionScope(Generic[S]):
+class SessionScope(Scope[S]):
     """One `with` or `async with` around a session, made by `SessionManager.session_scope`.
 
-    Inside another one for the same key it joins that one's scope and gives the same session.
-    Entries that join at the same time under the same outer entry (`gather`, several threads) take
-    turns. The outer entry itself does not: it waits for them, or knows what it does.
+    Inside another one for the same key it joins that one's scope and gives the same session; else
+    it is a scope itself. Entries that join at the same time under the same outer entry (`gather`,
+    several threads) take turns. The outer entry itself does not: it waits for them, or knows what
+    it does.
     """
 
-    __slots__ = (
-        "_inside",
-        "_joined",
-        "_party",
-        "_scope",
-        "_turn",
-        "_turns",
-        "hold",
-        "key",
-        "name",
-        "options",
-        "outer",
-        "timeout",
-        "update",
-    )
+    __slots__ = ("_inside", "_party", "_turn", "_turns", "_under", "joined", "outer")
 
-    _party: Party  # who is inside
-
-    def __init__(self, options: Options[S], key: str, name: str, update: Any) -> None:
-        self.options: Final = options
-        self.key: Final = key
-        self.name: Final = name
-        self.update: Final = update
-        self.timeout = options.lock_timeout
-        self.hold: Hold | None = None  # given by who has taken the key already
-        self.outer: SessionScope[Any] | None = None
-        self._scope: Scope[S] | None = None  # also after leaving it: a task begun inside may join
-        self._inside = False
-        self._joined: SessionScope[S] | None = None
-        self._turns: KeyLock | None = None  # of the entries that join under this one
-        self._turn: Hold | None = None
+    outer: SessionScope[Any] | None
+    joined: Scope[S] | None  # also after leaving it: a task begun inside may join
+    _inside: bool
+    _under: SessionScope[Any]  # where it has joined: the entry that found the scope open ...
+    _party: Party  # ... who has joined ...
+    _turn: Hold | None  # ... and when
+    _turns: KeyLock | None  # of the entries that join under this one
 
     def __enter__(self) -> S:
         around = self._begins()
-        try:
-            if around is not None:
-                run(self._joining(around))
-            if self._scope is None:
-                run(self._opening(around, on_loop=False))
-            elif not self.options.lazy and not self._scope.is_loaded:  # of a lazy manager
-                self._scope.load_now()
-            return self._is_inside(around)
-        except BaseException:
-            self._inside = False
-            if self._turn is not None:  # joined already
-                self.__exit__(None, None, None)
-            raise
+        if around is not None or not self.opens_at_once():
+            run(self._entering(around))
+        session = (self.joined or self).session
+        assert session is not None
+        self._inside = True
+        _current.set(self)
+        return session
 
     def __exit__(
         self,
@@ -432,30 +433,23 @@ class SessionScope(Generic[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        scope = self._scope
-        assert scope is not None
         try:
-            if self._leaves(scope, error):
-                run(scope.life)
+            if self._leaves(error) and not self.scope.closes_at_once():
+                run(self.scope.closing())
         finally:
             if self._turn is not None:
-                self._gives_turn_on()
+                self._give_turn_on()
 
     async def __aenter__(self) -> S:
         around = self._begins()
-        try:
-            if around is not None:
-                await arun(self._joining(around))
-            if self._scope is None:
-                await arun(self._opening(around, on_loop=True))
-            elif not self.options.lazy and not self._scope.is_loaded:  # of a lazy manager
-                await self._scope.aload()
-            return self._is_inside(around)
-        except BaseException:
-            self._inside = False
-            if self._turn is not None:  # joined already
-                await self.__aexit__(None, None, None)
-            raise
+        self._on_loop = True
+        if around is not None or not self.opens_at_once():
+            await arun(self._entering(around))
+        session = (self.joined or self).session
+        assert session is not None
+        self._inside = True
+        _current.set(self)
+        return session
 
     async def __aexit__(
         self,
@@ -463,108 +457,97 @@ class SessionScope(Generic[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        scope = self._scope
-        assert scope is not None
         try:
-            if self._leaves(scope, error):
-                await arun(scope.life)
+            if self._leaves(error) and not self.scope.closes_at_once():
+                await arun(self.scope.closing())
         finally:
             if self._turn is not None:
-                self._gives_turn_on()
+                self._give_turn_on()
 
     @property
-    def session(self) -> S | None:
-        """The session, from entering until the scope closes."""
-        return None if self._scope is None else self._scope.session
-
-    def roll_back(self, error: BaseException) -> None:
-        """A handler failed with `error`, and the entry goes on: see Scope.roll_back."""
-        if self._scope is not None:
-            self._scope.roll_back(error)
+    def scope(self) -> Scope[S]:
+        """The one that was joined, or this one."""
+        return self.joined or self
 
     # -- entering and leaving
 
     def _begins(self) -> SessionScope[Any] | None:
         """The innermost open entry around this one."""
-        if self._inside:
+        if self.begun:
             raise RuntimeError(
-                f"this scope of {self.key!r} is entered already; call session_scope() again for "
+                f"this scope of {self.key!r} was entered before; call session_scope() again for "
                 f"each `with`"
             )
-        self._inside = True
-        self._scope = None
-        return _open_around() if _current.get() is not None else None
+        self.begun = True
+        self.joined = self._turn = self._turns = None
+        self.outer = around = _open_around() if _current.get() is not None else None
+        return around
 
-    def _opening(self, around: SessionScope[Any] | None, on_loop: bool) -> Steps:
-        """A new scope, and how it begins."""
-        scope = Scope(self, on_loop)
-        hold, self.hold = self.hold, None
-        self._scope = scope
-        if self.options.lazy:
-            return _nothing()
-        scope.life = scope.living(hold, around is not None or in_handler.get())
-        return scope.life
+    def _entering(self, around: SessionScope[Any] | None) -> Steps:
+        """Join a scope that is open around here, or open this one."""
+        if around is not None:
+            yield from self._joining(around)
+        joined = self.joined
+        if joined is None:
+            if self.options.lazy:
+                self.begin_lazily()
+            else:
+                yield from self.opening(around is not None or in_handler.get())
+        elif not self.options.lazy and not joined.is_loaded:  # of a lazy manager
+            try:
+                yield from joined.loading()
+            except BaseException:
+                try:
+                    if self._leaves(None):
+                        yield from joined.closing()
+                finally:
+                    self._give_turn_on()
+                raise
 
     def _joining(self, around: SessionScope[Any]) -> Steps:
         """Join the scope of the same key that is open around here, if there is one."""
         entry: SessionScope[Any] | None = around
         while entry is not None and not entry._is_for(self):
             entry = entry.outer
-        scope: Scope[S] | None = None if entry is None else entry._scope
-        if entry is None or scope is None or not scope.join():
+        if entry is None or not entry.scope.join():
             return
+        scope: Scope[S] = entry.scope
         try:
             turn = yield TakeTurn(entry._turns_of_joiners(scope), self.timeout)
         except BaseException:
             if scope.leave():  # the others are done, and nothing of theirs failed
-                yield from scope.life
+                yield from scope.closing()
             raise
         if scope.closed:  # released by whoever had the turn before
             turn.release()
             return
+        self.joined, self._under, self._turn = scope, entry, turn
         self._party = turn.parties[0]
         scope.parties.append(self._party)
-        self._joined, self._turn = entry, turn
-        self._scope = scope
 
-    def _is_inside(self, around: SessionScope[Any] | None) -> S:
-        scope = self._scope
-        assert scope is not None
-        assert scope.session is not None
-        if self._turn is None:
-            self._party = scope.parties[0]
-        self.outer = around
-        _current.set(self)
-        return scope.session
-
-    def _leaves(self, scope: Scope[S], error: BaseException | None) -> bool:
+    def _leaves(self, error: BaseException | None) -> bool:
         """Out of the scope; True if this one has to close it."""
         if _current.get() is self:
             _current.set(self.outer)
         self._inside = False
-        joined = self._joined
-        if error is not None and (joined is None or not joined._inside):
-            scope.roll_back(error)  # else it goes on to the entry around this one
-        if scope._members > 1 and self._party in scope.parties:
-            scope.parties.remove(self._party)
+        scope = self.joined or self
+        if error is not None and (scope is self or not self._under._inside):
+            scope.discard(error)  # else it goes on to the entry around this one
+        if scope.members > 1:
+            party = self.parties[0] if scope is self else self._party
+            if party in scope.parties:
+                scope.parties.remove(party)
         return scope.leave()
 
-    def _gives_turn_on(self) -> None:
-        turn, self._turn, self._joined = self._turn, None, None
-        assert turn is not None
-        turn.release()
+    def _give_turn_on(self) -> None:
+        assert self._turn is not None
+        self._turn.release()
 
     def _is_for(self, other: SessionScope[Any]) -> bool:
-        scope = self._scope
+        scope = self.scope
         return (
-            scope is not None
-            and not scope.closed
-            and self.name == other.name
-            and self.options.door is other.options.door
+            not scope.closed and self.name == other.name and self.options.door is other.options.door
         )
-
-    def _has_ended(self) -> bool:
-        return self._scope is None or self._scope.closed
 
     def _turns_of_joiners(self, scope: Scope[Any]) -> KeyLock:
         with scope._mutex:

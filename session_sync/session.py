@@ -22,6 +22,8 @@ class Lifecycle(Protocol):
 
     @property
     def key(self) -> str: ...
+    @property
+    def fields(self) -> Fields | None: ...  # from loading on
     def load(self) -> None: ...
     async def aload(self) -> None: ...
     def flush(self) -> None: ...
@@ -216,11 +218,14 @@ class Fields:
         self._note_loose(name)
         return frozen
 
-    def saved(self, record: Record) -> None:
-        """`record` is on its way into the store: changes count from here."""
-        self.record = record
-        self.gone = _NONE
-        self.written = {}
+    def take_changes(self) -> Record:
+        """The record that is to go into the store, as `pending`; changes count from here."""
+        record = self.pending()
+        if record is not self.record:
+            self.record = record
+            self.gone = _NONE
+            self.written = {}
+        return record
 
     def not_saved(self, record: Record) -> None:
         """The store did not take it after all: `record` is what it has, all else is pending."""
@@ -280,9 +285,8 @@ class Session(MutableMapping[str, Any]):
     True
     """
 
-    __slots__ = ("__weakref__", "_fields", "_lifecycle")
+    __slots__ = ("__weakref__", "_lifecycle")
 
-    _fields: Fields | None
     _lifecycle: Lifecycle
     _reserved: ClassVar[frozenset[str]]  # what the class itself has: no field by attribute
 
@@ -290,27 +294,28 @@ class Session(MutableMapping[str, Any]):
         super().__init_subclass__(**kwargs)
         cls._reserved = frozenset(dir(cls))
 
-    def __init__(self, lifecycle: Lifecycle, fields: Fields | None = None) -> None:
+    def __init__(self, lifecycle: Lifecycle) -> None:
         _set_lifecycle(self, lifecycle)
-        _set_fields(self, fields)
 
     def _opened(self) -> Fields:
         """The fields, loaded first if this is a lazy session."""
-        if self._fields is None:
+        fields = self._lifecycle.fields
+        if fields is None:
             self._lifecycle.load()
-            assert self._fields is not None
-        return self._fields
+            fields = self._lifecycle.fields
+            assert fields is not None
+        return fields
 
     # -- as a mapping
 
     def __getitem__(self, name: str) -> Any:
-        fields = self._fields
+        fields = self._lifecycle.fields
         if fields is None:
             fields = self._opened()
         return fields.get(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        fields = self._fields
+        fields = self._lifecycle.fields
         if fields is None:
             fields = self._opened()
         fields.set(name, value)
@@ -365,7 +370,7 @@ class Session(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         """The key and the names of the fields; never a value, since a repr ends in logs."""
-        fields = self._fields
+        fields = self._lifecycle.fields
         inside = "not loaded" if fields is None else ", ".join(fields.names())
         return f"<{type(self).__name__} {self.key!r}: {inside}>"
 
@@ -441,17 +446,10 @@ class Session(MutableMapping[str, Any]):
 
     def __await__(self) -> Generator[Any, None, Self]:
         """Lock and load a lazy session in async code: `session = await session`."""
-        if self._fields is None:
+        if self._lifecycle.fields is None:
             yield from self._lifecycle.aload().__await__()
         return self
 
 
 Session._reserved = frozenset(dir(Session))
-# Past Session.__setattr__.
-_set_fields: Final = Session.__dict__["_fields"].__set__
-_set_lifecycle: Final = Session.__dict__["_lifecycle"].__set__
-
-
-def open_fields(session: Session, fields: Fields) -> None:
-    """The door through which a scope gives a lazy session its fields."""
-    _set_fields(session, fields)
+_set_lifecycle: Final = Session.__dict__["_lifecycle"].__set__  # past Session.__setattr__

@@ -2,7 +2,7 @@
 
 A life cycle is a generator that yields what may take long: waiting for a lock, calling a storage.
 `run` does each step in the calling thread, `arun` without blocking the event loop. What never takes
-long is not yielded at all. A life cycle that yields None stops there, until it is run on.
+long is not yielded at all.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Step(Protocol):
     async def arun(self) -> Any: ...
 
 
-Steps = Generator[Step | None, Any, None]
+Steps = Generator[Step, Any, None]
 
 
 def run(steps: Steps) -> None:
-    """Do `steps` in this thread, until they stop or end."""
-    step = next(steps, None)  # which costs no exception at the end, and most take no step at all
+    """Do `steps` in this thread."""
+    step = next(steps, None)  # which costs no exception at the end, and many take no step at all
     if step is not None:
         with suppress(StopIteration):
-            while step is not None:
+            while True:
                 try:
                     answer = step.run()
                 except BaseException as error:
@@ -43,11 +43,11 @@ def run(steps: Steps) -> None:
 
 
 async def arun(steps: Steps) -> None:
-    """Do `steps` as a coroutine, until they stop or end."""
+    """Do `steps` as a coroutine."""
     step = next(steps, None)
     if step is not None:
         with suppress(StopIteration):
-            while step is not None:
+            while True:
                 try:
                     answer = await step.arun()
                 except BaseException as error:

@@ -145,7 +145,7 @@ class _Room:
         except Exception as error:
             for entry in entries():
                 if entry.update is update:
-                    entry.roll_back(error)
+                    entry.scope.discard(error)
             raise
 
     def close_pool(self) -> None:
@@ -219,7 +219,7 @@ class _RollsBack:
         try:
             return self.__wrapped__(*args, **kwargs)
         except Exception as error:
-            self._scope.roll_back(error)
+            self._scope.scope.discard(error)
             raise
 
 
@@ -238,8 +238,8 @@ def _bind(update: Any, session: Session | None) -> None:
 
 def _session_of(update: Any) -> Any:
     for entry in entries():
-        if entry.update is update and entry.session is not None:
-            return entry.session
+        if entry.update is update and entry.scope.session is not None:
+            return entry.scope.session
     reference, session = _bound.get(id(update), _UNBOUND)
     if reference() is not update:
         raise AttributeError(

@@ -18,7 +18,7 @@ pytest.importorskip("diskcache")
     ("name", "tiny", "row"),
     [
         ("lost_updates", ["--updates=16"], "| session_sync, memory "),
-        ("overhead", ["--updates=2"], "| 1,000, nested "),
+        ("overhead", ["--updates=2"], "| 1,000 "),
         ("reading", ["--times=1"], "| list[index] "),
         ("threads", ["--updates=128"], "| one key "),
         ("lock_table", ["--keys=100"], "| one thread, traced "),

@@ -699,7 +699,7 @@ def test_an_eager_manager_that_cannot_load_what_it_joined_leaves_it_again(how: s
     assert len(eager._options.door.locks) == 0
 
 
-def test_one_scope_object_cannot_be_entered_twice_at_once() -> None:
+def test_one_scope_object_serves_one_with() -> None:
     sessions: SessionManager[Any] = SessionManager(storage=Counting())
     scope = sessions.session_scope(KEY)
 
@@ -712,7 +712,9 @@ def test_one_scope_object_cannot_be_entered_twice_at_once() -> None:
 
     outcome = asyncio.run(main())
     assert [type(error) for error in outcome] == [type(None), RuntimeError]
-    with scope as session:  # one after the other is fine
+    with pytest.raises(RuntimeError, match="call session_scope"), scope:  # nor one after the other
+        pass
+    with sessions.session_scope(KEY) as session:
         assert session.a == 1
     assert len(sessions._options.door.locks) == 0
 

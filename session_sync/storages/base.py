@@ -114,7 +114,7 @@ class SmallRecord(dict[str, Any], Record):
     def patched(self, changes: Mapping[str, Any]) -> Record:
         """This record with `changes` put over it."""
         record = SmallRecord(self)
-        record.update(changes)
+        record |= changes
         return record if len(record) <= _SMALL else record_of(record)
 
 
