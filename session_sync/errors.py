@@ -36,3 +36,15 @@ class SessionEncodeError(SessionError, TypeError):
 
 class SessionDecodeError(SessionError, ValueError):
     """A stored record is not one that this library wrote; it is left as it is."""
+
+
+# PTB 20 and later, and PTB 13. By name, since the frameworks are not imported here.
+_CONTROL_FLOW = ("ApplicationHandlerStop", "DispatcherHandlerStop")
+
+
+def is_control_flow(error: BaseException) -> bool:
+    """Whether a framework raises this to say what comes next, and not because anything failed."""
+    return any(
+        cls.__name__ in _CONTROL_FLOW and cls.__module__.startswith("telegram.")
+        for cls in type(error).__mro__
+    )

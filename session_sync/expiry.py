@@ -18,7 +18,8 @@ class Ttl:
     """A value with a life time, on its way into a session. Made by `ttl()`."""
 
     __slots__ = ("seconds", "value")
-    __hash__ = None  # type: ignore[assignment] # so it gets into no set and is no dict's key
+    # So that it gets into no set and is no dict's key.
+    __hash__ = None  # type: ignore[assignment] # pyright: ignore[reportAssignmentType]
 
     def __init__(self, value: Any, seconds: float) -> None:
         self.value: Final = value

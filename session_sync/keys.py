@@ -241,7 +241,9 @@ _OBJECT_KINDS: Final = {
     for name, kind in _KINDS.items()
 }
 _UPDATE: Final = _Kind("Update", ("update_id",))
-_OBJECT_TYPES: Final = {kind.type: kind for kind in (_UPDATE, *_OBJECT_KINDS.values())}
+# What PTB gives to a job's callback instead of an update: the job knows whom it is for.
+_JOB: Final = _Kind("CallbackContext", (), user=("job", "user_id"), chat=("job", "chat_id"))
+_OBJECT_TYPES: Final = {kind.type: kind for kind in (_UPDATE, _JOB, *_OBJECT_KINDS.values())}
 _MESSAGE_OBJECT: Final = _OBJECT_TYPES["Message"]
 _LIBRARIES: Final = ("telebot.", "telegram.")
 # The marks of a message are fields of a reaction as well: it comes last.
@@ -279,6 +281,7 @@ def default_storage_key(update: object) -> StorageKey | None:
     Args:
         update: an object that telebot hands to a handler, telebot's or PTB's `Update` or what is in
             it, or the JSON of one of these as a dict. The same update gives the same key in each.
+            Also the context of one of PTB's jobs, which has the key of the job's user and chat.
 
     Returns:
         The key; None for an update with neither user nor chat (a poll), and for anything else.

@@ -17,7 +17,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from .containers import freeze
 from .door import Door
-from .errors import SessionAwaitError, SessionClosedError
+from .errors import SessionAwaitError, SessionClosedError, is_control_flow
 from .expiry import Ttl
 from .locks import Hold, KeyLock, Party, here
 from .session import Fields, Session
@@ -252,13 +252,28 @@ class Scope(Generic[S]):
         """A handler failed: forget what changed since the last flush, if the options say so."""
         # GeneratorExit: a coroutine thrown away half-way, which may not await a flush any more.
         keep = self.options.save_on_error and not isinstance(error, GeneratorExit)
-        if self.fields is not None and not self.closed and not keep:
-            self.fields.roll_back()
+        if keep or is_control_flow(error) or self.fields is None or self.closed:
+            return
+        self.fields.roll_back()
 
-    # -- who is in it: each answers True for the one who now has to close it
+    # -- who is in it
 
-    def leave(self) -> bool:
-        """One less, and the end of the scope if that was the last one."""
+    def join(self) -> bool:
+        """One more is to come in; False if the scope has closed."""
+        with self._mutex:
+            if not self.closed:
+                self.members += 1
+            return not self.closed
+
+    def arrive(self, party: Party) -> None:
+        """`party` has joined and is here: whoever waits for the key waits for it, too."""
+        self.parties.append(party)
+
+    def leave(self, party: Party | None = None) -> bool:
+        """One less, and the end of the scope if that was the last one: True if whoever leaves now
+        has to close it."""
+        if party is not None and self.members > 1 and party in self.parties:
+            self.parties.remove(party)
         mutex = self._mutex
         mutex.acquire()  # and no `with`, which costs twice as much: every update comes by here
         try:
@@ -268,7 +283,7 @@ class Scope(Generic[S]):
             mutex.release()
 
     def end(self) -> bool:
-        """The end of the scope, whoever is still in it."""
+        """The end of the scope, whoever is still in it; True as in `leave`."""
         with self._mutex:
             return self._end()
 
@@ -279,13 +294,6 @@ class Scope(Generic[S]):
         if self.is_loaded or self._loading.hold is None:  # else somebody is just loading
             self.session = self.update = None  # they know the scope: no cycle stays
         return self.is_loaded
-
-    def join(self) -> bool:
-        """One more is in; False if the scope has closed."""
-        with self._mutex:
-            if not self.closed:
-                self.members += 1
-            return not self.closed
 
     # -- a lazy session, loaded once, by whoever asks first
 
@@ -366,6 +374,11 @@ _current: ContextVar[SessionScope[Any] | None] = ContextVar("session_sync_scope"
 #: True inside a handler that a framework's room runs, whether it has a session or not: such code
 #: never queues behind updates that have not begun, since they may need its thread.
 in_handler: ContextVar[bool] = ContextVar("session_sync_in_handler", default=False)
+
+
+def step_outside() -> None:
+    """From here on this task runs inside no scope, whoever has made it."""
+    _current.set(None)
 
 
 def _copy(value: Any) -> Any:
@@ -523,7 +536,7 @@ class SessionScope(Scope[S]):
             return
         self.joined, self._under, self._turn = scope, entry, turn
         self._party = turn.parties[0]
-        scope.parties.append(self._party)
+        scope.arrive(self._party)
 
     def _leaves(self, error: BaseException | None) -> bool:
         """Out of the scope; True if this one has to close it."""
@@ -533,11 +546,7 @@ class SessionScope(Scope[S]):
         scope = self.joined or self
         if error is not None and (scope is self or not self._under._inside):
             scope.discard(error)  # else it goes on to the entry around this one
-        if scope.members > 1:
-            party = self.parties[0] if scope is self else self._party
-            if party in scope.parties:
-                scope.parties.remove(party)
-        return scope.leave()
+        return scope.leave(self.parties[0] if scope is self else self._party)
 
     def _give_turn_on(self) -> None:
         assert self._turn is not None

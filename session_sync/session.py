@@ -451,5 +451,22 @@ class Session(MutableMapping[str, Any]):
         return self
 
 
+def replace_fields(session: Session, fields: Mapping[str, Any] | None) -> None:
+    """What `message.session = ...` and `context.session = ...` mean: other fields, or none.
+
+    Raises TypeError if `fields` is neither a mapping nor None.
+    """
+    if fields is session:  # context.session |= {...}
+        return
+    if fields is not None and not isinstance(fields, Mapping):
+        raise TypeError(
+            f"session {session.key!r} can be replaced by a mapping of fields or emptied by None, "
+            f"not set to {type(fields).__name__}"
+        )
+    fields = dict(fields or {})
+    session.clear()
+    session.update(fields)
+
+
 Session._reserved = frozenset(dir(Session))
 _set_lifecycle: Final = Session.__dict__["_lifecycle"].__set__  # past Session.__setattr__

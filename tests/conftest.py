@@ -87,6 +87,8 @@ def poll() -> dict:
             "is_anonymous": True,
             "type": "regular",
             "allows_multiple_answers": False,
+            "allows_revoting": False,
+            "members_only": False,
         },
     }
 

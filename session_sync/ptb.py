@@ -1,0 +1,436 @@
+"""python-telegram-bot's room: `install` gives every handler its session, as `context.session`.
+
+All that PTB does with an update goes through `Application.process_update`, whoever calls it, so
+that is where a session's scope is put around it; the tasks that PTB makes for an update keep the
+scope open until the last of them has ended. Nothing else in session_sync knows PTB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from contextvars import ContextVar, copy_context
+from typing import Any, Final, Generic, TypeVar, cast, overload
+
+try:
+    import telegram.ext
+    from telegram import Update
+    from telegram.ext import (
+        Application,
+        ApplicationBuilder,
+        CallbackContext,
+        ContextTypes,
+        ExtBot,
+        JobQueue,
+    )
+    from telegram.ext.filters import UpdateFilter
+except ImportError as error:  # pragma: no cover - shown by a test in a process of its own
+    raise ImportError(
+        "session_sync.ptb needs python-telegram-bot 20 or newer: pip install 'session-sync[ptb]'"
+    ) from error
+
+from .errors import SessionAwaitError, SessionKeyError
+from .locks import here
+from .manager import SessionManager, no_key
+from .scope import Scope, SessionScope, step_outside
+from .session import Session, replace_fields
+from .steps import arun
+
+S = TypeVar("S", bound=Session)
+BT = TypeVar("BT", bound=telegram.Bot)
+UD = TypeVar("UD")
+CD = TypeVar("CD")
+BD = TypeVar("BD")
+JQ = TypeVar("JQ", bound="JobQueue[Any] | None")
+OwnContext = TypeVar("OwnContext", bound="SessionContext[Any]")
+_Data = dict[Any, Any]
+
+
+class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic[S]):
+    """The context of a bot with sessions: PTB's own, and `session`.
+
+    For annotations, `context: SessionContext[Bag]`, and as the base of a context class of one's
+    own. Under `install`, a context class that is not based on it gets it as one more base.
+
+    >>> from session_sync import Session
+    >>> from telegram import Update
+    >>> async def count(update: Update, context: SessionContext[Session]) -> None:
+    ...     context.session.counter = context.session.get("counter", 0) + 1
+    """
+
+    _unit: _Unit | None = None
+
+    @classmethod
+    def from_update(cls, update: object, application: Any) -> Any:
+        """PTB makes a context for an update, or for an error in it."""
+        context = super().from_update(update, application)
+        context._unit = _Unit.of(update)
+        return context
+
+    @classmethod
+    def from_job(cls, job: Any, application: Any) -> Any:
+        """PTB makes a context for a job, in the job's own task."""
+        # Which has copied its context variables from a handler, if it was made in one.
+        _Unit.current.set(None)
+        step_outside()
+        return super().from_job(job, application)
+
+    @property
+    def session(self) -> S:
+        """The session of the update that is being handled; of a lazy manager, to be awaited.
+
+        Assigning a mapping replaces all fields, None empties the session.
+
+        Raises SessionKeyError where there is none: for an update without a key, in a job, and in
+        what a conversation's time-out calls, since that gets the context of an update long gone.
+        """
+        if self._unit is None:
+            raise SessionKeyError(_no_unit(self))
+        return cast(S, self._unit.session)
+
+    @session.setter
+    def session(self, fields: Mapping[str, Any] | None) -> None:
+        replace_fields(self.session, fields)
+
+
+class _Unit:
+    """One update with its session's scope (None: the update has no key)."""
+
+    #: The one that this task belongs to.
+    current: Final[ContextVar[_Unit | None]] = ContextVar("session_sync_ptb_unit", default=None)
+
+    def __init__(self, update: object, entry: SessionScope[Any] | None) -> None:
+        self.update = update
+        self.entry: Final = entry
+        self._session: Final[Session | None] = None if entry is None else entry.scope.session
+
+    @classmethod
+    def of(cls, update: object) -> _Unit | None:
+        """The unit of `update`, if this task belongs to it."""
+        unit = cls.current.get()
+        return unit if unit is not None and unit.update is update else None
+
+    @property
+    def session(self) -> Session:
+        """The session, also after it was released."""
+        if self.entry is None:
+            raise SessionKeyError(no_key(self.update))
+        if self._session is None or not self.entry.scope.members:
+            raise SessionKeyError(
+                "the update of this context has been handled and its session is closed (what a "
+                "conversation's time-out calls is given the old context); open it again with "
+                "`async with sessions.session_scope(update) as session:`"
+            )
+        return self._session
+
+    def discard(self, error: BaseException) -> None:
+        """A handler failed with `error`."""
+        if self.entry is not None:
+            self.entry.scope.discard(error)
+
+
+def _no_unit(context: CallbackContext[Any, Any, Any, Any]) -> str:
+    if context.job is not None:
+        return (
+            "a job runs outside of every session; decorate its callback with "
+            "@sessions.with_session (run_once(..., user_id=..., chat_id=...) says whose), or open "
+            "one: `async with sessions.session_scope(StorageKey(user=..., chat=...)) as session:`"
+        )
+    return (
+        "no session is open in this context: it was not made for an update that is being handled; "
+        "`async with sessions.session_scope(update) as session:` opens one anywhere"
+    )
+
+
+# -- install
+
+
+# A context class based on SessionContext stays what it is to a type checker; of any other, that
+# its bot gets the session as well is known only at run time.
+@overload
+def install(
+    builder: ApplicationBuilder[BT, OwnContext, UD, CD, BD, JQ], sessions: SessionManager[Any]
+) -> ApplicationBuilder[BT, OwnContext, UD, CD, BD, JQ]: ...
+@overload
+def install(
+    builder: ApplicationBuilder[BT, Any, UD, CD, BD, Any], sessions: SessionManager[S]
+) -> ApplicationBuilder[BT, SessionContext[S], UD, CD, BD, JobQueue[SessionContext[S]]]: ...
+def install(builder: Any, sessions: SessionManager[Any]) -> Any:
+    """Give every update of the application that `builder` builds its session: `context.session`.
+
+    One update is one unit: its session is opened before its handlers and closed after the last of
+    them, the non-blocking ones included, and the tasks of `application.create_task(..., update)`.
+    The updates of one user are handled one after the other in the order in which they came, those
+    of different users side by side as far as `concurrent_updates` lets them; one that waits holds
+    no thread. When a handler raises, what its unit changed since the last flush is discarded (see
+    `on_error`), and then PTB's error handlers run; ApplicationHandlerStop is no error. An update
+    without a key is handled too; asking for its session raises SessionKeyError.
+
+    Arguments:
+        builder: a builder of PTB 20 or newer, before or after its other choices: a bot's own
+            context class and application class are kept, and get the session as well.
+        sessions: where the sessions come from.
+
+    Returns the builder. Raises TypeError if `builder` is no ApplicationBuilder, RuntimeError if it
+    has sessions already, or if this version of PTB lacks what is needed here.
+
+    >>> import session_sync.ptb
+    >>> from session_sync import SessionManager
+    >>> from telegram.ext import Application
+    >>> sessions = SessionManager()
+    >>> builder = session_sync.ptb.install(Application.builder().token("1:token"), sessions)
+    >>> application = builder.build()
+    >>> issubclass(application.context_types.context, session_sync.ptb.SessionContext)
+    True
+    """
+    if not isinstance(builder, ApplicationBuilder):
+        raise TypeError(
+            f"install() takes an ApplicationBuilder (Application.builder().token(...)), not "
+            f"{type(builder).__name__}; call it before .build()"
+        )
+    if isinstance(builder, _SessionBuilder):
+        raise RuntimeError("this builder has sessions already: install() was called before")
+    if not (hasattr(Application, _CREATE_TASK) and hasattr(Application, _RUN_TASK)):
+        raise RuntimeError(
+            "this version of python-telegram-bot starts its tasks in a way that is not known here: "
+            "pip install --upgrade 'session-sync[ptb]'"
+        )
+    # Not by application_class() and context_types(), which may be called once more afterwards.
+    kind = type(builder)
+    builder.__class__ = type(
+        kind.__name__, (_SessionBuilder, kind), {"__slots__": (), "sessions": sessions}
+    )
+    return builder
+
+
+# The private methods of PTB through which all tasks go: its public create_task is not asked for the
+# non-blocking error handlers, and no public method runs in the task itself.
+_CREATE_TASK: Final = "_Application__create_task"
+_RUN_TASK: Final = "_Application__create_task_callback"
+
+
+class _SessionBuilder(ApplicationBuilder[Any, Any, Any, Any, Any, Any]):
+    """A builder that adds the sessions when it builds, to whatever was chosen until then."""
+
+    __slots__ = ()
+
+    sessions: SessionManager[Any]
+
+    def build(self) -> Any:
+        chosen = self._application_class, self._context_types
+        application_class = _chosen(self._application_class)
+        types = _chosen(self._context_types)
+        self._application_class = _mixed(_SessionApplication, application_class)
+        self._context_types = ContextTypes(
+            context=_mixed(SessionContext, types.context),
+            bot_data=types.bot_data,
+            chat_data=types.chat_data,
+            user_data=types.user_data,
+        )
+        try:
+            application: Any = super().build()
+        finally:
+            self._application_class, self._context_types = chosen
+        application.sessions = self.sessions
+        application.closing = set()
+        return application
+
+
+def _chosen(value: Any) -> Any:
+    """What a builder holds under a default value of PTB's (which has no public class) or as is."""
+    return value.value if type(value).__name__ == "DefaultValue" else value
+
+
+def _mixed(first: type[Any], chosen: type[Any]) -> type[Any]:
+    """`chosen` with `first` before it, unless one is based on the other."""
+    if issubclass(chosen, first):
+        return chosen
+    if issubclass(first, chosen):
+        return first
+    return type(chosen.__name__, (first, chosen), {"__module__": chosen.__module__})
+
+
+class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
+    """An application in which every update is a unit, and so are the tasks that are tied to it."""
+
+    sessions: SessionManager[Any]
+    closing: set[asyncio.Task[None]]  # see _Member.ended
+
+    async def process_update(self, update: object) -> None:
+        """Handle one update inside its session's scope."""
+        entry = None
+        try:
+            key = self.sessions.key_of(update)
+            if key is not None:
+                entry = self.sessions.scope_of(key, update)
+                entry.timeout = None  # a queue must not drop updates
+                await entry.__aenter__()
+        except Exception as error:
+            await self.process_error(update=update, error=error)
+            return
+        around = _Unit.current.get()
+        _Unit.current.set(_Unit(update, entry))
+        try:
+            await super().process_update(update)
+        except BaseException as error:
+            _Unit.current.set(around)
+            if entry is not None:
+                await entry.__aexit__(type(error), error, error.__traceback__)
+            raise
+        _Unit.current.set(around)
+        if entry is not None:
+            await self.saves(update, entry.__aexit__(None, None, None))
+
+    async def process_error(self, update: object, error: Exception, *args: Any, **kw: Any) -> bool:
+        """Let the error handlers see what was before the handler that has failed."""
+        unit = _Unit.of(update)
+        if unit is not None:
+            unit.discard(error)
+        return await super().process_error(update, error, *args, **kw)
+
+    async def saves(self, update: object, saving: Coroutine[Any, Any, None]) -> None:
+        """What fails when a session is saved goes where goes what fails in a handler."""
+        try:
+            await saving
+        except Exception as error:
+            await self.process_error(update=update, error=error)
+
+    def add_error_handler(self, callback: Any, *args: Any, **kw: Any) -> None:
+        """PTB swallows what an error handler raises, so that its unit would not see it."""
+        super().add_error_handler(_ErrorHandler(callback), *args, **kw)
+
+    async def stop(self) -> None:
+        """Stop when what is being saved is saved."""
+        await super().stop()
+        await asyncio.gather(*self.closing)
+
+    # -- tasks: those of a unit keep its scope open, all others run outside of it
+
+    def _Application__create_task(  # noqa: N802 (create_task and PTB itself call this)
+        self, coroutine: Any, update: object = None, *args: Any, **kw: Any
+    ) -> asyncio.Task[Any]:
+        unit, context = _Unit.of(update), copy_context()
+        member = None
+        if unit is None:
+            context.run(_Unit.current.set, None)
+            context.run(step_outside)
+        elif unit.entry is not None and unit.entry.scope.join():
+            member = _Member(self, update, unit.entry.scope)
+        context.run(_Member.current.set, member)
+        create_task = getattr(super(), _CREATE_TASK)
+        task: asyncio.Task[Any] = context.run(create_task, coroutine, update, *args, **kw)
+        if member is not None:
+            task.add_done_callback(member.ended)
+        return task
+
+    async def _Application__create_task_callback(  # noqa: N802
+        self, *args: Any, **kw: Any
+    ) -> Any:
+        run = getattr(super(), _RUN_TASK)
+        member = _Member.current.get()
+        if member is None:
+            return await run(*args, **kw)
+        _Member.current.set(None)
+        return await member.run(run(*args, **kw))
+
+
+class _Member:
+    """A task that PTB has made for a unit: the scope stays open until it has ended."""
+
+    #: The one that the task is which is just being made.
+    current: Final[ContextVar[_Member | None]] = ContextVar("session_sync_ptb", default=None)
+
+    def __init__(self, application: _SessionApplication, update: object, scope: Scope[Any]) -> None:
+        self._application: Final = application
+        self._update: Final = update
+        self._scope: Final = scope
+        self._begun = False
+
+    async def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Do what the task is for, which includes its error handlers, and leave."""
+        self._begun = True
+        party = here()
+        self._scope.arrive(party)
+        try:
+            return await work
+        except Exception:
+            raise  # process_error has seen it
+        except BaseException as error:
+            self._scope.discard(error)
+            raise
+        finally:
+            if self._scope.leave(party):
+                await self._close()
+
+    def ended(self, task: asyncio.Task[Any]) -> None:
+        """A task that was cancelled before its first step has done nothing of `run`."""
+        if not self._begun and self._scope.leave():
+            closing = asyncio.create_task(self._close())
+            self._application.closing.add(closing)
+            closing.add_done_callback(self._application.closing.discard)
+
+    async def _close(self) -> None:
+        await self._application.saves(self._update, arun(self._scope.closing()))
+
+
+class _ErrorHandler:
+    """An error handler that discards what it has done when it raises; to PTB it is the same one."""
+
+    def __init__(self, callback: Callable[..., Coroutine[Any, Any, Any]]) -> None:
+        self.callback: Final = callback
+
+    async def __call__(self, update: object, context: Any) -> Any:
+        try:
+            return await self.callback(update, context)
+        except Exception as error:
+            unit = _Unit.of(update)
+            if unit is not None:
+                unit.discard(error)
+            raise
+
+    def __eq__(self, other: object) -> bool:
+        callback = other.callback if isinstance(other, _ErrorHandler) else other
+        return bool(self.callback == callback)
+
+    def __hash__(self) -> int:
+        return hash(self.callback)
+
+
+# -- filters
+
+
+def session_filter(check: Callable[[Any], object], name: str | None = None) -> UpdateFilter:
+    """A filter that asks the session of the update; it combines with PTB's own (`&`, `|`, `~`).
+
+    Arguments:
+        check: called with the session, answers whether the filter lets the update through.
+        name: what the filter is called where PTB prints it.
+
+    It needs `install`, and a manager that is not lazy, since a filter cannot await. Raises
+    SessionKeyError for an update that has no session; that, and what `check` raises, goes to the
+    error handlers.
+
+    >>> from telegram.ext import filters
+    >>> asks_name = filters.TEXT & session_filter(lambda session: session.get("step") == "name")
+    """
+    return _SessionFilter(check, name)
+
+
+class _SessionFilter(UpdateFilter):
+    def __init__(self, check: Callable[[Any], object], name: str | None) -> None:
+        super().__init__(name=name or f"session_filter({check!r})")
+        self._check: Final = check
+
+    def filter(self, update: Update) -> bool:
+        unit = _Unit.of(update)
+        if unit is None:
+            raise SessionKeyError(
+                "session_filter was asked about an update that has no session; it needs "
+                "session_sync.ptb.install()"
+            )
+        if unit.entry is not None and unit.entry.options.lazy:
+            raise SessionAwaitError(
+                "session_filter was given a lazy session, which a filter cannot await; make the "
+                "manager without lazy=True"
+            )
+        return bool(self._check(unit.session))

@@ -1,0 +1,43 @@
+"""What type checkers know of `context.session`. Never run: mypy and pyright read it."""
+
+from typing import assert_type
+
+from telegram import Update
+from telegram.ext import Application, CommandHandler, ContextTypes, filters
+
+from session_sync import Session, SessionManager
+from session_sync.ptb import SessionContext, install, session_filter
+
+
+class Bag(Session):
+    pass
+
+
+class OwnContext(SessionContext[Bag]):
+    greeting: str
+
+
+async def start(update: Update, context: SessionContext[Bag]) -> None:
+    assert_type(context.session, Bag)
+    context.session = {"counter": 1}
+    context.session = None
+    context.session = 5  # type: ignore[assignment] # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def greet(update: Update, context: OwnContext) -> None:
+    assert_type(context.session, Bag)
+    assert_type(context.greeting, str)
+
+
+async def lazily(update: Update, context: SessionContext[Bag]) -> None:
+    assert_type(await context.session, Bag)
+
+
+application = install(Application.builder().token("1:token"), SessionManager(Bag)).build()
+application.add_handler(CommandHandler("start", start))
+application.add_handler(CommandHandler("start", greet))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+types = ContextTypes(context=OwnContext)
+own = install(Application.builder().token("1:token").context_types(types), SessionManager(Bag))
+own.build().add_handler(CommandHandler("start", greet))
+assert_type(filters.TEXT & session_filter(bool), filters.BaseFilter)
