@@ -1,17 +1,21 @@
 """pyTelegramBotAPI's room: `install` gives every handler its session, as `message.session`.
 
-All that telebot does with an update (handlers, next-step and reply callbacks, in its pool or not)
-goes through `TeleBot._exec_task`, so that is where a session's scope is put around it. Nothing else
+All that a TeleBot does with an update (handlers, next-step and reply callbacks, in its pool or not)
+goes through its `_exec_task`, and all that an AsyncTeleBot does with one goes through its
+`_run_middlewares_and_handlers`, so that is where a session's scope is put around it. Nothing else
 in session_sync knows telebot.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 try:
     import telebot
@@ -27,8 +31,13 @@ from .manager import SessionManager, no_key
 from .scope import SessionScope, entries, in_handler
 from .session import Session
 
+if TYPE_CHECKING:  # it needs aiohttp, which who has no AsyncTeleBot may not have
+    from telebot.async_telebot import AsyncTeleBot
 
-def install(bot: telebot.TeleBot, sessions: SessionManager[Any]) -> telebot.TeleBot:
+Bot = TypeVar("Bot", bound="telebot.TeleBot | AsyncTeleBot")
+
+
+def install(bot: Bot, sessions: SessionManager[Any]) -> Bot:
     """Give every update of `bot` its session: `message.session`, `call.session`, ...
 
     It is there in handlers of every kind, in their filters, in class middlewares, and in next-step
@@ -39,8 +48,14 @@ def install(bot: telebot.TeleBot, sessions: SessionManager[Any]) -> telebot.Tele
     fields, `= None` empties the session. An update without a key is handled too; asking for its
     session raises SessionKeyError.
 
-    Returns the bot. Raises TypeError if `bot` is no TeleBot, RuntimeError if it has sessions
-    already, or if this version of telebot lacks what is needed here.
+    All of this holds for an AsyncTeleBot as well; of a lazy manager, its handlers first say
+    `session = await message.session`. An exception that comes from outside of its handlers (from a
+    class middleware, `get_storage_key`, the storage) goes to the bot's exception handler too, and
+    leaves `process_new_updates` if that one does not answer True.
+
+    Returns the bot. Raises TypeError if `bot` is neither a TeleBot nor an AsyncTeleBot,
+    RuntimeError if it has sessions already, or if this version of telebot lacks what is needed
+    here.
 
     >>> import telebot
     >>> from session_sync import SessionManager
@@ -59,23 +74,50 @@ def install(bot: telebot.TeleBot, sessions: SessionManager[Any]) -> telebot.Tele
     1
     2
     """
-    if not isinstance(bot, telebot.TeleBot):
-        raise TypeError(f"install() takes a telebot.TeleBot, not {type(bot).__name__}")
-    run = getattr(bot, "_run_middlewares_and_handler", None)
-    if run is None or "update_type" not in inspect.signature(run).parameters:
-        raise RuntimeError(
-            "this version of pyTelegramBotAPI runs filters outside of its tasks, where a session "
-            "cannot be open yet: pip install --upgrade 'session-sync[telebot]'"
-        )
-    if isinstance(getattr(bot._exec_task, "__self__", None), _Room):
+    room = _room_for(bot)
+    if isinstance(getattr(bot.process_new_updates, "__self__", None), room):
         raise RuntimeError("this bot has sessions already: install() was called before")
+    run = getattr(bot, room.task, None)
+    if run is None or list(inspect.signature(run).parameters)[:4] != _TASK_PARAMETERS:
+        raise RuntimeError(
+            "this version of pyTelegramBotAPI has no one task for all of an update (middlewares, "
+            "filters, handlers) that a session could be open for: "
+            "pip install --upgrade 'session-sync[telebot]'"
+        )
     setattr(JsonDeserializable, "session", _SessionAttribute())  # noqa: B010 (for type checkers)
-    _Room(bot, sessions)
+    room(bot, sessions)
     return bot
 
 
+_TASK_PARAMETERS: Final = ["message", "handlers", "middlewares", "update_type"]
+
+
+def _room_for(bot: Any) -> type[_Room | _AsyncRoom]:
+    if isinstance(bot, telebot.TeleBot):
+        return _Room
+    module = sys.modules.get("telebot.async_telebot")  # who has such a bot has imported it
+    if module is not None and isinstance(bot, module.AsyncTeleBot):
+        return _AsyncRoom
+    raise TypeError(f"install() takes a TeleBot or an AsyncTeleBot, not {type(bot).__name__}")
+
+
+def _scope_of(sessions: SessionManager[Any], update: Any) -> SessionScope[Any] | None:
+    """The scope that goes around an update, or None if it has no key; raises as `key_of` does."""
+    key = sessions.key_of(update)
+    if key is None:
+        return None
+    scope = sessions.scope_of(key, update)
+    scope.timeout = None  # a queue must not drop messages
+    return scope
+
+
+# -- TeleBot
+
+
 class _Room:
-    """What `install` puts in the place of some methods of one bot."""
+    """What `install` puts in the place of some methods of one TeleBot."""
+
+    task: ClassVar = "_run_middlewares_and_handler"
 
     def __init__(self, bot: Any, sessions: SessionManager[Any]) -> None:
         self._bot: Final = bot
@@ -105,16 +147,12 @@ class _Room:
             self._exec_task(_as_handler, functools.partial(task, *args, **kwargs))
             return
         try:
-            key = self._sessions.key_of(update)
+            scope = _scope_of(self._sessions, update)
         except Exception as error:  # not here, in the polling thread: the batch would be lost
             self._exec_task(_raise, error)
             return
-        scope = None
-        if key is not None:
-            scope = self._sessions.scope_of(key, update)
-            scope.timeout = None  # a queue must not drop messages
-            if self._bot.use_class_middlewares and kwargs.get("handlers"):
-                kwargs["handlers"] = _rolling_back(kwargs["handlers"], scope)
+        if scope is not None and self._bot.use_class_middlewares and kwargs.get("handlers"):
+            kwargs["handlers"] = _rolling_back(kwargs["handlers"], _RollsBack)
         job = _Job(scope, update, functools.partial(task, *args, **kwargs))
         if scope is None or scope.options.lazy or self._stopped or not self._bot.threaded:
             self._exec_task(_as_handler, job.run)
@@ -143,9 +181,7 @@ class _Room:
         try:
             return bool(self._test_message_handler(handler, update))
         except Exception as error:
-            for entry in entries():
-                if entry.update is update:
-                    entry.scope.discard(error)
+            _roll_back(update, error)
             raise
 
     def close_pool(self) -> None:
@@ -197,29 +233,105 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-# -- class middlewares: telebot swallows what a handler raises, so its scope would not see it
+# -- AsyncTeleBot
+
+
+class _AsyncRoom:
+    """What `install` puts in the place of some methods of one AsyncTeleBot."""
+
+    task: ClassVar = "_run_middlewares_and_handlers"
+
+    def __init__(self, bot: Any, sessions: SessionManager[Any]) -> None:
+        self._bot: Final = bot
+        self._sessions: Final = sessions
+        self._process_new_updates: Final = bot.process_new_updates
+        self._run_middlewares_and_handlers: Final = bot._run_middlewares_and_handlers
+        self._test_message_handler: Final = bot._test_message_handler
+        bot.process_new_updates = self.process_new_updates
+        bot._run_middlewares_and_handlers = self.run_middlewares_and_handlers
+        bot._test_message_handler = self.test_message_handler
+
+    async def process_new_updates(self, updates: Iterable[Any]) -> None:
+        """Each in a task of its own: telebot would handle all messages of a batch before the first
+        button press. Tasks begin in the order in which they were made, so the updates of one user
+        queue for their key as they came. A single update has its task as well: without it, it would
+        overtake a batch that came before it."""
+        results = await asyncio.gather(
+            *(self._process_new_updates([update]) for update in updates), return_exceptions=True
+        )
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if len(errors) > 1:
+            raise BaseExceptionGroup(f"{len(errors)} updates were not handled", errors)
+        if errors:
+            raise errors[0]
+
+    async def run_middlewares_and_handlers(
+        self, update: Any, handlers: Iterable[Mapping[str, Any]], *args: Any
+    ) -> None:
+        """Run all of it inside the scope of the update; called in a task that is its own."""
+        try:
+            async with _scope_of(self._sessions, update) or nullcontext() as session:
+                _bind(update, session)
+                in_handler.set(True)
+                await self._run_middlewares_and_handlers(
+                    update, _rolling_back(handlers, _AsyncRollsBack), *args
+                )
+        except Exception as error:
+            if not await self._handle_exception(error):
+                raise
+
+    async def test_message_handler(self, handler: Any, update: Any) -> bool:
+        """A filter that raises has failed as a handler does."""
+        try:
+            return bool(await self._test_message_handler(handler, update))
+        except Exception as error:
+            _roll_back(update, error)
+            raise
+
+    async def _handle_exception(self, error: Exception) -> bool:
+        handler = self._bot.exception_handler
+        handled = handler is not None and handler.handle(error)
+        return bool(await handled if inspect.isawaitable(handled) else handled)
+
+
+# -- telebot swallows what a handler raises (a TeleBot with class middlewares, an AsyncTeleBot
+#    always), so its scope would not see it
+
+
+def _roll_back(update: Any, error: Exception) -> None:
+    """Roll the session of `update` back before anybody sees what its handler raised."""
+    for entry in entries():
+        if entry.update is update:
+            entry.scope.discard(error)
 
 
 def _rolling_back(
-    handlers: Iterable[Mapping[str, Any]], scope: SessionScope[Any]
+    handlers: Iterable[Mapping[str, Any]], wrap: type[_RollsBack]
 ) -> Iterator[dict[str, Any]]:
-    """The handlers, each made to roll its session back before anybody sees what it raised."""
     for handler in handlers:
-        yield {**handler, "function": _RollsBack(handler["function"], scope)}
+        yield {**handler, "function": wrap(handler["function"])}
 
 
 class _RollsBack:
     """A handler's function; telebot looks at its signature, which `__wrapped__` leads to."""
 
-    def __init__(self, function: Callable[..., Any], scope: SessionScope[Any]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.__wrapped__: Final = function
-        self._scope: Final = scope
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, update: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return self.__wrapped__(*args, **kwargs)
+            return self.__wrapped__(update, *args, **kwargs)
         except Exception as error:
-            self._scope.scope.discard(error)
+            _roll_back(update, error)
+            raise
+
+
+class _AsyncRollsBack(_RollsBack):
+    async def __call__(self, update: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await self.__wrapped__(update, *args, **kwargs)
+        except Exception as error:
+            _roll_back(update, error)
             raise
 
 

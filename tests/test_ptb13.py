@@ -1,4 +1,4 @@
-"""python-telegram-bot 13, synchronous and threaded: the decorator and the block know its objects."""
+"""python-telegram-bot 13, synchronous and threaded: the decorator and the block know its types."""
 
 from __future__ import annotations
 
