@@ -16,6 +16,7 @@ from .codec import Codec
 from .errors import (
     SessionAwaitError,
     SessionClosedError,
+    SessionConflictError,
     SessionDeadlockError,
     SessionDecodeError,
     SessionEncodeError,
@@ -46,6 +47,7 @@ __all__ = [
     "Session",
     "SessionAwaitError",
     "SessionClosedError",
+    "SessionConflictError",
     "SessionDeadlockError",
     "SessionDecodeError",
     "SessionEncodeError",

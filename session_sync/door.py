@@ -7,32 +7,75 @@ other, because both get the same door.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from .errors import SessionDecodeError
 from .locks import LockTable
-from .storages.base import KVStorage, Record, RecordStorage, TtlStorage, record_of
+from .storages.base import (
+    KVStorage,
+    OpenRecord,
+    Record,
+    RecordStorage,
+    SharedStorage,
+    TtlStorage,
+    record_of,
+)
 
 _METHODS: Final = ("get", "set", "delete", "has")
 
 
 class Door:
-    """What a scope needs of a storage: `load`, `save` (a whole record), `delete` and `unload`.
+    """What a scope needs of a storage.
 
-    `blocking` says whether they may wait for a disk or a network.
+    One that may wait for a disk or a network (`blocking`) is opened for each session: `open` gives
+    an OpenRecord, after waiting for other processes if it is `shared`. One that never waits needs
+    no such object: `load`, `save` (a whole record), `delete` and `unload`.
     """
 
     def __init__(self, storage: KVStorage[Any]) -> None:
         self.storage: Final = storage
         self.locks: Final = LockTable()
-        self.blocking: Final[bool] = getattr(storage, "blocking", True)
+        self.shared: Final = isinstance(storage, SharedStorage)
+        self.blocking: Final[bool] = self.shared or getattr(storage, "blocking", True)
         way = storage if isinstance(storage, RecordStorage) else _WholeMapping(storage)
         self.load: Final = way.load
-        self.unload: Final = getattr(way, "unload", None)
+        self.unload: Final[Callable[[str], None] | None] = getattr(way, "unload", None)
         self.save: Final = way.save
         self.delete: Final = way.delete
+        self._open: Final = storage.open_record if isinstance(storage, SharedStorage) else None
+
+    def open(self, key: str, timeout: float) -> OpenRecord:
+        """Open what is stored under `key`; raises SessionLockTimeout after `timeout` seconds."""
+        return _Alone(self, key) if self._open is None else self._open(key, timeout)
+
+
+class _Alone:
+    """A record of a storage that knows of no other processes."""
+
+    def __init__(self, door: Door, key: str) -> None:
+        self._door: Final = door
+        self._key: Final = key
+        try:
+            self.record: Final = door.load(key)
+        except BaseException:
+            self.close(None)
+            raise
+
+    def save(self, record: Record) -> None:
+        if record:
+            self._door.save(self._key, record)
+        else:
+            self._door.delete(self._key)
+
+    def close(self, record: Record | None) -> None:
+        try:
+            if record is not None:
+                self.save(record)
+        finally:
+            if self._door.unload is not None:
+                self._door.unload(self._key)
 
 
 class _WholeMapping:

@@ -30,6 +30,10 @@ class SessionDeadlockError(SessionError, RuntimeError):
     """This wait for a session could never have ended."""
 
 
+class SessionConflictError(SessionError, RuntimeError):
+    """Somebody else may have had the session meanwhile; nothing was written over what they did."""
+
+
 class SessionEncodeError(SessionError, TypeError):
     """A session holds a value that its storage cannot keep; nothing was written."""
 

@@ -8,7 +8,9 @@ options of its manager; it knows nothing of updates or frameworks.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,15 +19,21 @@ from typing import Any, Final, Generic, TypeVar
 
 from .containers import freeze
 from .door import Door
-from .errors import SessionAwaitError, SessionClosedError, is_control_flow
+from .errors import (
+    SessionAwaitError,
+    SessionClosedError,
+    SessionLockTimeout,
+    is_control_flow,
+)
 from .expiry import Ttl
 from .locks import Hold, KeyLock, Party, here
 from .session import Fields, Session
-from .steps import Call, Steps, Take, TakeTurn, arun, closers, openers, run
-from .storages.base import Record, record_of
+from .steps import Call, Steps, Take, TakeTurn, arun, closers, openers, run, waiters
+from .storages.base import OpenRecord, Record, record_of
 
 S = TypeVar("S", bound=Session)
 _NO_FIELDS: Final = record_of({})
+_SHORT_WAIT: Final = 1.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,7 @@ class Scope(Generic[S]):
         "_loading",
         "_mutex",
         "_on_loop",
+        "_opened",
         "_stored",
         "_written",
         "begun",
@@ -72,7 +81,8 @@ class Scope(Generic[S]):
 
     parties: list[Party]  # who is in it, first the one that opened it
     _stored: bool
-    _written: Record | None  # the last record that reached a store that blocks
+    _opened: OpenRecord | None  # in a store that blocks ...
+    _written: Record | None  # ... and the last record that has reached it
     _loading: KeyLock  # of a lazy scope: who loads it
 
     def __init__(self, options: Options[S], key: str, name: str, update: Any) -> None:
@@ -120,23 +130,59 @@ class Scope(Generic[S]):
             or (yield Take(door.locks, name, self.timeout, passes))
         )
         try:
-            record = (yield Call(openers, door.load, name)) if door.blocking else door.load(name)
-            self._hand_out(record)
+            if door.blocking:
+                yield from self._opening_store()
+            else:
+                self._hand_out(door.load(name))
         except BaseException:
             self._unlock()
             raise
+
+    def _opening_store(self) -> Steps:
+        self._opened = None
+        try:
+            try:
+                yield Call(openers, self._open_store, 0)
+            except SessionLockTimeout:
+                yield from self._waiting_for_another_process()
+            assert self._opened is not None
+            self._hand_out(self._opened.record)
+        except BaseException:
+            if self._opened is not None:
+                yield Call(closers, self._opened.close, None)
+            raise
+
+    def _waiting_for_another_process(self) -> Steps:
+        """In short waits, so that a coroutine which is cancelled meanwhile soon ends; and with
+        threads of its own, since it may take as long as somebody's handler does."""
+        timeout = self.options.lock_timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while self._opened is None:
+            left = deadline - time.monotonic()
+            try:
+                yield Call(waiters, self._open_store, max(0, min(left, _SHORT_WAIT)))
+            except SessionLockTimeout as error:
+                if left <= _SHORT_WAIT:
+                    raise SessionLockTimeout(
+                        f"the session {self.name!r} was not free within {timeout:g} s: {error}. "
+                        f"Let that handler call session.release() before it goes on for long, or "
+                        f"give the manager a longer lock_timeout."
+                    ) from None
+
+    def _open_store(self, timeout: float) -> None:
+        # Not as an answer, which nobody would be given where a coroutine was cancelled meanwhile.
+        self._opened = self.options.door.open(self.name, timeout)
 
     def _hand_out(self, record: Record | None) -> None:
         hold = self.hold
         assert hold is not None
         self._stored = record is not None
-        fields = self._missing() if record is None else Fields(self.key, record)
+        self.fields = self._missing() if record is None else Fields(self.key, record)
         if self.session is None:
             self.parties = hold.parties
             self.session = self.options.session_type(self)
         else:  # a lazy one; from here on, whoever waits for the key waits for all who are in it
             hold.parties = self.parties
-        self.fields = fields
 
     def _missing(self) -> Fields:
         """The fields of a session that is not stored yet, and will not be until they change."""
@@ -154,7 +200,7 @@ class Scope(Generic[S]):
         if self.options.door.blocking:
             return False
         try:
-            self._write_at_once()
+            self._write_at_once(last=True)
         finally:
             self._unlock()
         return True
@@ -162,8 +208,16 @@ class Scope(Generic[S]):
     def closing(self) -> Steps:
         """Write and unlock."""
         try:
-            yield from self.flushing(last=True)
+            if self.options.door.blocking:
+                yield from self._writing_in_turn(last=True)
+            else:
+                self._write_at_once(last=True)
         finally:
+            self._unlock()
+
+    def __del__(self) -> None:
+        # Entered and never left (an interrupt came between, say): else the key would stay locked.
+        if getattr(self, "hold", None) is not None:
             self._unlock()
 
     def _unlock(self) -> None:
@@ -172,17 +226,38 @@ class Scope(Generic[S]):
         if self.fields is not None:
             self.fields.close()
         try:
-            if door.unload is not None:
+            if door.unload is not None and not door.blocking:
                 door.unload(self.name)
         finally:
             hold.release()
 
-    def flushing(self, last: bool = False) -> Steps:
-        """Write what has changed since the last flush; `last`: before the key is given on."""
+    def flushing(self) -> Steps:
+        """Write what has changed since the last flush."""
         if self.options.door.blocking:
-            yield from self._writing_in_turn(last)
+            yield from self._writing_in_turn(last=False)
         else:
-            self._write_at_once()
+            self._write_at_once(last=False)
+
+    def _write_at_once(self, last: bool) -> None:
+        fields = self.fields
+        if fields is None or not fields.open:
+            return
+        if last:
+            fields.close()  # first: a change that comes now would be lost
+        stored = fields.record
+        record = fields.take_changes()
+        if record is stored:
+            return
+        door = self.options.door
+        try:
+            if record:
+                door.save(self.name, record)
+            elif self._stored:
+                door.delete(self.name)
+        except BaseException:
+            fields.not_saved(stored)
+            raise
+        self._stored = bool(record)
 
     def _writing_in_turn(self, last: bool) -> Steps:
         """A flush does not overtake one that is on its way, and none comes after the last."""
@@ -196,52 +271,47 @@ class Scope(Generic[S]):
                     raise
                 cancelled = error  # the last one has to wait all the same
         try:
-            yield from self._writing()
+            yield from self._writing(last)
         finally:
-            if last and self.fields is not None:
-                self.fields.close()
             turn.release()
         if cancelled is not None:
             raise cancelled
 
-    def _writing(self) -> Steps:
-        fields = self.fields
-        if fields is None or not fields.open:
-            return
-        stored = fields.record
-        record = fields.take_changes()
-        if record is stored:
+    def _writing(self, last: bool) -> Steps:
+        fields, opened = self.fields, self._opened
+        assert fields is not None
+        assert opened is not None
+        stored = record = fields.record
+        try:
+            if fields.open:  # else a flush comes after the last one
+                if last:
+                    fields.close()  # first: a change that comes now would be lost
+                record = fields.take_changes()
+        except BaseException:
+            if last:
+                yield Call(closers, opened.close, None)
+            raise
+        changed = record is not stored
+        if not (changed or last):
             return
         self._written = None
         try:
-            yield Call(closers, self._write, record)
+            yield Call(closers, self._write, opened, record if changed else None, last)
         except BaseException:
-            if self._written is not record:  # else it was cancelled, and yet has written
+            if changed and self._written is not record:  # else it was cancelled, and yet written
                 fields.not_saved(stored)
             raise
 
-    def _write_at_once(self) -> None:
-        fields = self.fields
-        if fields is None or not fields.open:
-            return
-        stored = fields.record
-        record = fields.take_changes()
-        if record is stored:
-            return
-        try:
-            self._write(record)
-        except BaseException:
-            fields.not_saved(stored)
-            raise
-
-    def _write(self, record: Record) -> None:
-        door = self.options.door
-        if record:
-            door.save(self.name, record)
-        elif self._stored:
-            door.delete(self.name)
-        self._stored = bool(record)
-        self._written = record
+    def _write(self, opened: OpenRecord, record: Record | None, last: bool) -> None:
+        if record is not None and not record and not self._stored:
+            record = None  # nothing to remove
+        if last:
+            opened.close(record)
+        elif record is not None:
+            opened.save(record)
+        if record is not None:
+            self._stored = bool(record)
+            self._written = record
 
     def _turns_of_flushes(self) -> KeyLock:
         with self._mutex:
@@ -274,13 +344,9 @@ class Scope(Generic[S]):
         has to close it."""
         if party is not None and self.members > 1 and party in self.parties:
             self.parties.remove(party)
-        mutex = self._mutex
-        mutex.acquire()  # and no `with`, which costs twice as much: every update comes by here
-        try:
+        with self._mutex:
             self.members -= 1
             return not self.members and self._end()
-        finally:
-            mutex.release()
 
     def end(self) -> bool:
         """The end of the scope, whoever is still in it; True as in `leave`."""
@@ -333,8 +399,8 @@ class Scope(Generic[S]):
         if self._on_event_loop():
             raise SessionAwaitError(
                 f"the lazy session {self.key!r} was touched before it was loaded; in async code "
-                f"write `session = await session` first (in PTB: `session = await "
-                f"context.session`), so that the event loop goes on meanwhile"
+                f"write `session = await session` first (`await context.session` in PTB, `await "
+                f"message.session` in telebot), so that the event loop goes on meanwhile"
             )
         run(self.loading())
 
@@ -434,7 +500,7 @@ class SessionScope(Scope[S]):
         around = self._begins()
         if around is not None or not self.opens_at_once():
             run(self._entering(around))
-        session = (self.joined or self).session
+        session = self.session
         assert session is not None
         self._inside = True
         _current.set(self)
@@ -458,7 +524,7 @@ class SessionScope(Scope[S]):
         self._on_loop = True
         if around is not None or not self.opens_at_once():
             await arun(self._entering(around))
-        session = (self.joined or self).session
+        session = self.session
         assert session is not None
         self._inside = True
         _current.set(self)
@@ -472,7 +538,10 @@ class SessionScope(Scope[S]):
     ) -> None:
         try:
             if self._leaves(error) and not self.scope.closes_at_once():
-                await arun(self.scope.closing())
+                if isinstance(error, GeneratorExit):  # thrown away with its loop: may not await
+                    run(self.scope.closing())
+                else:
+                    await arun(self.scope.closing())
         finally:
             if self._turn is not None:
                 self._give_turn_on()
@@ -501,12 +570,7 @@ class SessionScope(Scope[S]):
         if around is not None:
             yield from self._joining(around)
         joined = self.joined
-        if joined is None:
-            if self.options.lazy:
-                self.begin_lazily()
-            else:
-                yield from self.opening(around is not None or in_handler.get())
-        elif not self.options.lazy and not joined.is_loaded:  # of a lazy manager
+        if joined is not None and not self.options.lazy and not joined.is_loaded:  # of a lazy one
             try:
                 yield from joined.loading()
             except BaseException:
@@ -516,6 +580,14 @@ class SessionScope(Scope[S]):
                 finally:
                     self._give_turn_on()
                 raise
+            if joined.closed:  # released while it was loaded here
+                self._give_turn_on()
+                self.joined = self._turn = self.session = joined = None
+        if joined is None:
+            if self.options.lazy:
+                self.begin_lazily()
+            else:
+                yield from self.opening(around is not None or in_handler.get())
 
     def _joining(self, around: SessionScope[Any]) -> Steps:
         """Join the scope of the same key that is open around here, if there is one."""
@@ -531,7 +603,8 @@ class SessionScope(Scope[S]):
             if scope.leave():  # the others are done, and nothing of theirs failed
                 yield from scope.closing()
             raise
-        if scope.closed:  # released by whoever had the turn before
+        self.session = scope.session
+        if self.session is None:  # released by whoever had the turn before
             turn.release()
             return
         self.joined, self._under, self._turn = scope, entry, turn
@@ -544,6 +617,8 @@ class SessionScope(Scope[S]):
             _current.set(self.outer)
         self._inside = False
         scope = self.joined or self
+        if scope is not self:
+            self.session = None
         if error is not None and (scope is self or not self._under._inside):
             scope.discard(error)  # else it goes on to the entry around this one
         return scope.leave(self.parties[0] if scope is self else self._party)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from queue import SimpleQueue
+from typing import Any, Final, NoReturn, Protocol
 
 from .locks import Hold, KeyLock, LockTable
 
@@ -33,13 +35,17 @@ def run(steps: Steps) -> None:
     step = next(steps, None)  # which costs no exception at the end, and many take no step at all
     if step is not None:
         with suppress(StopIteration):
-            while True:
-                try:
-                    answer = step.run()
-                except BaseException as error:
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(answer)
+            _run_on(steps, step)
+
+
+def _run_on(steps: Steps, step: Step) -> NoReturn:
+    while True:  # until StopIteration says that there are no more
+        try:
+            answer = step.run()
+        except BaseException as error:
+            step = steps.throw(error)
+        else:
+            step = steps.send(answer)
 
 
 async def arun(steps: Steps) -> None:
@@ -50,6 +56,8 @@ async def arun(steps: Steps) -> None:
             while True:
                 try:
                     answer = await step.arun()
+                except GeneratorExit as error:  # thrown away with its loop: nobody awaits any more
+                    _run_on(steps, steps.throw(error))
                 except BaseException as error:
                     step = steps.throw(error)
                 else:
@@ -105,44 +113,99 @@ class Call:
         self._args: Final = args
 
     def run(self) -> Any:
-        return self._function(*self._args)
+        try:
+            return self._function(*self._args)
+        except StopIteration as error:  # which would end a generator, and a future cannot hold it
+            raise RuntimeError("the storage raised StopIteration") from error
 
     async def arun(self) -> Any:
-        job = self._pool.executor().submit(self._function, *self._args)
+        job = self._pool.executor().submit(self.run)
         future = asyncio.wrap_future(job)
         try:
-            return await asyncio.shield(future)
+            try:
+                return await asyncio.shield(future)
+            except asyncio.CancelledError:
+                while not future.done():
+                    try:
+                        await asyncio.wait([future])
+                    except asyncio.CancelledError:
+                        continue  # cancelled once more, while it waits
+                if not future.cancelled():
+                    future.exception()  # looked at, so that asyncio does not warn of it
+                raise
         except GeneratorExit:  # thrown away with its loop: nobody will await anything here again
             concurrent.futures.wait([job])
-            raise
-        except asyncio.CancelledError:
-            while not future.done():
-                try:
-                    await asyncio.wait([future])
-                except asyncio.CancelledError:
-                    continue  # cancelled once more, while it waits
-            if not future.cancelled():
-                future.exception()  # looked at, so that asyncio does not warn of it
             raise
 
 
 class Pool:
-    """Threads for blocking calls, started at first use and anew in a forked child."""
+    """Threads for blocking calls, started at first use and anew in a forked child.
 
-    def __init__(self, name: str, size: int) -> None:
-        self._name: Final = name
+    `daemon`: they may block for as long as somebody else likes, so the process does not wait for
+    them when it ends.
+    """
+
+    def __init__(self, name: str, size: int, daemon: bool) -> None:
+        self._name: Final = f"session_sync-{name}"
         self._size: Final = size
-        self._made: Final[dict[int, ThreadPoolExecutor]] = {}  # by process
+        self._kind: Final = DaemonExecutor if daemon else ThreadPoolExecutor
+        self._made: Final[dict[int, Executor]] = {}  # by process
 
-    def executor(self) -> ThreadPoolExecutor:
+    def executor(self) -> Executor:
         pid = os.getpid()
         made = self._made.get(pid)
         if made is None:  # an executor starts no thread before it is used: one too many is nothing
-            fresh = ThreadPoolExecutor(self._size, thread_name_prefix=f"session_sync-{self._name}")
-            made = self._made.setdefault(pid, fresh)
+            made = self._made.setdefault(pid, self._kind(self._size, self._name))
         return made
 
 
-# Two, because opening may wait for somebody else's closing, which must not queue behind it.
-openers: Final = Pool("open", 16)
-closers: Final = Pool("close", 16)
+class DaemonExecutor(Executor):
+    """As ThreadPoolExecutor, whose threads Python joins when it ends, whatever they wait for."""
+
+    def __init__(self, max_workers: int, thread_name_prefix: str) -> None:
+        self._size: Final = max_workers
+        self._name: Final = thread_name_prefix
+        self._jobs: Final[SimpleQueue[Callable[[], None]]] = SimpleQueue()
+        self._idle: Final = threading.Semaphore(0)
+        self._mutex: Final = threading.Lock()
+        self._started = 0
+
+    def submit(
+        self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> concurrent.futures.Future[Any]:
+        """Call `function` in a thread."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def job() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    answer = function(*args, **kwargs)
+                except BaseException as error:
+                    future.set_exception(error)
+                else:
+                    future.set_result(answer)
+
+        self._jobs.put(job)
+        if not self._idle.acquire(blocking=False):
+            self._start_one()
+        return future
+
+    def _start_one(self) -> None:
+        with self._mutex:
+            if self._started == self._size:
+                return
+            self._started += 1
+            name = f"{self._name}_{self._started - 1}"
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+            self._idle.release()
+
+
+# Opening may wait for somebody else's closing, which must not queue behind it; and who waits for
+# another process's handler holds up nobody who could open his own session at once.
+openers: Final = Pool("open", 16, daemon=True)
+waiters: Final = Pool("wait", 64, daemon=True)
+closers: Final = Pool("close", 16, daemon=False)

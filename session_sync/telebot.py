@@ -29,7 +29,7 @@ from .errors import SessionKeyError
 from .locks import Hold, Turn
 from .manager import SessionManager, no_key
 from .scope import SessionScope, entries, in_handler
-from .session import Session
+from .session import Session, replace_fields
 
 if TYPE_CHECKING:  # it needs aiohttp, which who has no AsyncTeleBot may not have
     from telebot.async_telebot import AsyncTeleBot
@@ -371,14 +371,4 @@ class _SessionAttribute:
         return self if update is None else _session_of(update)
 
     def __set__(self, update: Any, fields: Mapping[str, Any] | None) -> None:
-        session = _session_of(update)
-        if fields is session:  # message.session |= {...}
-            return
-        if fields is not None and not isinstance(fields, Mapping):
-            raise TypeError(
-                f"session {session.key!r} can be replaced by a mapping of fields or emptied by "
-                f"None, not set to {type(fields).__name__}"
-            )
-        fields = dict(fields or {})
-        session.clear()
-        session.update(fields)
+        replace_fields(_session_of(update), fields)

@@ -1275,7 +1275,7 @@ def test_a_lazy_session_is_awaited(api: OfflineBotAPI, handler: str, expected: l
         if handler == "nothing":
             assert len(sessions._options.door.locks) == 0
         elif handler == "touches":
-            with pytest.raises(SessionAwaitError, match=r"session = await context\.session"):
+            with pytest.raises(SessionAwaitError, match=r"`await context\.session` in PTB"):
                 context.session.get("a")
             calls.append("error")
         else:

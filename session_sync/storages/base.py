@@ -55,8 +55,9 @@ class ListableStorage(KVStorage[V], Protocol[V]):
 
 @runtime_checkable
 class RecordStorage(Protocol):
-    """A door for the scope alone, past the public `get` and `set`, for storages that can do better
-    than to copy a whole mapping: one that takes the changed fields only, or decodes on demand.
+    """A door for the scope alone, past the public `get` and `set`, for storages of one process that
+    can do better than to copy a whole mapping: one that takes the changed fields only, or decodes
+    on demand.
 
     `blocking` says whether these calls may wait for a disk or a network; such a storage is never
     called on an event loop's thread. A storage without this attribute is taken to block.
@@ -72,6 +73,44 @@ class RecordStorage(Protocol):
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
+
+
+class OpenRecord(Protocol):
+    """One record for as long as it is open: no other process can open it until it is closed."""
+
+    @property
+    def record(self) -> Record | None:
+        """What was stored when it was opened, its life time started anew; None: nothing."""
+
+    def save(self, record: Record, /) -> None:
+        """Store `record` whole (an empty one: remove what is stored) and stay open; or raise and
+        leave what was stored before.
+
+        Raises SessionConflictError if somebody else may have opened it meanwhile; nothing is
+        written then.
+        """
+
+    def close(self, record: Record | None, /) -> None:
+        """Store `record` as `save` does, unless it is None, and let others open it: the latter
+        also if storing fails. Called once."""
+
+
+@runtime_checkable
+class SharedStorage(Protocol):
+    """A storage that several processes share, which brings the exclusion between them with it.
+
+    Open is to lock and load, close is to save and unlock: one step each, since a server needs one
+    round trip for both halves. Within one storage object a key is open once at a time: the scope
+    sees to that. The calls may wait, and are never made on an event loop's thread.
+    """
+
+    def open_record(self, key: str, timeout: float, /) -> OpenRecord:
+        """Wait until no other process has `key` open, and open it.
+
+        Raises SessionLockTimeout, saying who has it, after `timeout` seconds (0: at once). It is
+        then called again, for as long as the scope may wait: if it can, it keeps its place.
+        """
+        ...
 
 
 class Record(Mapping[str, Any]):
