@@ -10,6 +10,7 @@
 What a framework needs is in `session_sync.telebot`; importing `session_sync` imports no framework.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from .codec import Codec
@@ -31,9 +32,11 @@ from .scope import SessionScope
 from .session import Session
 from .storages.base import KVStorage, ListableStorage, TtlStorage
 from .storages.memory import LruMemoryStorage, MemoryStorage
+from .storages.urls import storage_from_url
 
 if TYPE_CHECKING:
     from .storages.disk import DiskStorage
+    from .storages.sqlite import SQLiteStorage
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
     "ListableStorage",
     "LruMemoryStorage",
     "MemoryStorage",
+    "SQLiteStorage",
     "Session",
     "SessionAwaitError",
     "SessionClosedError",
@@ -62,14 +66,19 @@ __all__ = [
     "by_topic",
     "by_user",
     "default_storage_key",
+    "storage_from_url",
     "ttl",
 ]
 
 
-def __getattr__(name: str) -> object:
-    """`DiskStorage` is imported when it is asked for, because it needs an extra."""
-    if name == "DiskStorage":
-        from .storages.disk import DiskStorage
+# Imported when they are asked for, because they bring in what not everybody has or wants.
+_STORAGES = {
+    "DiskStorage": ".storages.disk",
+    "SQLiteStorage": ".storages.sqlite",
+}
 
-        return DiskStorage
+
+def __getattr__(name: str) -> object:
+    if name in _STORAGES:
+        return getattr(importlib.import_module(_STORAGES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

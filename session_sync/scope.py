@@ -218,7 +218,12 @@ class Scope(Generic[S]):
     def __del__(self) -> None:
         # Entered and never left (an interrupt came between, say): else the key would stay locked.
         if getattr(self, "hold", None) is not None:
-            self._unlock()
+            opened = getattr(self, "_opened", None)
+            try:
+                if opened is not None:
+                    opened.close(None)
+            finally:
+                self._unlock()
 
     def _unlock(self) -> None:
         door, hold, self.hold = self.options.door, self.hold, None

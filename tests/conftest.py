@@ -13,7 +13,7 @@ import pytest
 from session_sync.testing import OfflineBotAPI
 
 # Programs that a test starts in a process of its own, and what only type checkers read.
-collect_ignore_glob = ["disk_*.py", "typing/*"]
+collect_ignore_glob = ["disk_*.py", "shared_worker.py", "typing/*"]
 
 _ids = itertools.count(1)
 

@@ -55,6 +55,24 @@ class TestDisk(StorageConformance):
         return self.make_storage()
 
 
+class TestSQLite(StorageConformance):
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> Any:
+        self.folder, self.made = tmp_path, []
+        yield
+        for storage in self.made:
+            storage.close()
+
+    def make_storage(self) -> KVStorage[Any]:
+        from session_sync import SQLiteStorage
+
+        self.made.append(SQLiteStorage(self.folder / "sessions.db", ttl=60))
+        return self.made[-1]
+
+    def reopen(self, storage: KVStorage[Any]) -> KVStorage[Any]:
+        return self.make_storage()
+
+
 class TestFourMethodsAreEnough(StorageConformance):
     def make_storage(self) -> KVStorage[Any]:
         class Plain:

@@ -63,7 +63,8 @@ class RecordStorage(Protocol):
     called on an event loop's thread. A storage without this attribute is taken to block.
     """
 
-    blocking: bool
+    @property
+    def blocking(self) -> bool: ...
 
     def load(self, key: str, /) -> Record | None:
         """The stored record, its life time started anew, or None."""

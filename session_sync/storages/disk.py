@@ -20,6 +20,7 @@ from session_sync.codec import Codec
 from session_sync.errors import SessionDecodeError
 from session_sync.expiry import life_time
 from session_sync.storages.base import Record
+from session_sync.storages.filelocks import FileLocks, LockedRecord
 
 try:
     import diskcache as _diskcache
@@ -95,7 +96,9 @@ class DiskStorage:
     ) -> None:
         self._ttl = None if ttl is None else life_time(ttl)
         self._codec = Codec() if codec is None else codec
-        self._cache = _Cache(_private(directory), disk=_Disk, **_SETTINGS)
+        path = _private(directory)
+        self._cache = _Cache(path, disk=_Disk, **_SETTINGS)
+        self._locks = FileLocks(os.path.join(path, "locks"))
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None.
@@ -138,6 +141,7 @@ class DiskStorage:
     def close(self) -> None:
         """Close every thread's connection. The storage opens new ones when it is used again."""
         self._cache.close()
+        self._locks.close()
 
     def load(self, key: str, /) -> Record | None:
         """The stored record, its life time started anew, or None."""
@@ -151,6 +155,10 @@ class DiskStorage:
     def save(self, key: str, record: Record, /) -> None:
         """Store `record` whole, or raise and leave what was stored before."""
         self.set(key, record)
+
+    def open_record(self, key: str, timeout: float, /) -> LockedRecord:
+        """Open `key` when no other process has it open; raises SessionLockTimeout."""
+        return LockedRecord(self, key, self._locks.acquire(key, timeout))
 
     def _read(self, key: str) -> bytes | None:
         with self._refusing(key):

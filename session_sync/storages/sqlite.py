@@ -1,0 +1,342 @@
+"""Sessions in one SQLite file, by the standard library: for threads and processes on one machine.
+
+This module knows records and their bytes; it knows no session.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, Final, Literal
+
+from ..codec import Codec
+from ..errors import SessionDecodeError
+from ..expiry import life_time
+from .base import Record
+from .filelocks import FileLocks, LockedRecord
+
+_OURS: Final = 0x73657373  # "sess", in the file's header; 0 there: a file of nobody
+_VERSION: Final = 1  # of the table
+_TABLE: Final = """
+    CREATE TABLE IF NOT EXISTS sessions (
+        key TEXT PRIMARY KEY, value BLOB NOT NULL, expires REAL
+    ) WITHOUT ROWID
+"""
+_INDEX: Final = """
+    CREATE INDEX IF NOT EXISTS expiry ON sessions (expires) WHERE expires IS NOT NULL
+"""
+_LIVE: Final = "key = ? AND (expires IS NULL OR expires > ?)"
+_UPSERT: Final = """
+    INSERT INTO sessions VALUES (?, ?, ?)
+    ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires
+"""
+_SWEEP: Final = """
+    DELETE FROM sessions WHERE key IN (SELECT key FROM sessions WHERE expires <= ? LIMIT 100)
+"""
+_TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
+_PAUSE: Final = 1.0  # seconds between two sweeps
+
+
+class SQLiteStorage:
+    """Sessions in the file `path`, one row for each: what to take on one machine.
+
+    Any number of threads and processes on one machine may use the same file, each session open in
+    one of them at a time; no file on a network share. Records that were left alone for `ttl`
+    seconds (a number or a `timedelta`; None: never) disappear: a read (to the hundredth of `ttl`)
+    and a write start the time anew. `codec` brings in types of your own.
+
+    A write that has returned outlives the process, also one killed at any moment. What a power cut
+    or a crash of the system can take is a choice, `synchronous`: with "full" nothing; with "normal"
+    the last writes, but never a part of one, nor what was there before; with "off" the same where
+    the system lives on, else perhaps the file. "full" waits for the disk at every write.
+
+    The table `sessions` has a key, the fields as JSON, and when the record expires, in seconds
+    since 1970. The file has mode 0600; folders are made with 0700. Beside it lie SQLite's own
+    `-wal` and `-shm`, and `-locks`, which stays empty.
+
+    Raises ValueError if `ttl` is not positive, `synchronous` none of the three, or the file is a
+    database of something else. Lets through what SQLite and the file system raise.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     storage = SQLiteStorage(f"{directory}/sessions.db", ttl=86_400)
+    ...     storage.set("user:1", {"counter": 1, "seen": {7}})
+    ...     storage.get("user:1"), list(storage.keys())
+    ...     storage.close()
+    ({'counter': 1, 'seen': {7}}, ['user:1'])
+    """
+
+    blocking: Final = True
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        ttl: float | timedelta | None = None,
+        *,
+        synchronous: Literal["full", "normal", "off"] = "normal",
+        codec: Codec | None = None,
+    ) -> None:
+        if synchronous not in ("full", "normal", "off"):
+            raise ValueError(f"synchronous must be 'full', 'normal' or 'off', not {synchronous!r}")
+        self._ttl: Final = None if ttl is None else life_time(ttl)
+        self._codec: Final = Codec() if codec is None else codec
+        self._swept = 0.0
+        self._connections: Final = _Connections(_private(path), synchronous)
+        self._locks: Final = FileLocks(f"{self._connections.path}-locks")
+        grip = self._locks.acquire("$table", _TIMEOUT)  # four workers may begin at once
+        try:
+            self._connections.make_table()
+        finally:
+            grip.release()
+
+    def get(self, key: str, /) -> dict[str, Any] | None:
+        """The fields stored under `key`, or None.
+
+        Raises `SessionDecodeError` if what lies there is not ours.
+        """
+        found = self._find(key)
+        return None if found is None else self._codec.decode(_bytes(found[0], key), key)
+
+    def set(self, key: str, value: Mapping[str, Any], /) -> None:
+        """Store `value` under `key`, in one transaction.
+
+        Raises `SessionEncodeError` if it holds something that the codec does not keep.
+        """
+        data = self._codec.encode(value, key)
+        now = time.time()
+        expires = None if self._ttl is None else now + self._ttl
+        self._run(_UPSERT, _stored(key), data, expires)
+        if expires is not None and not self._swept <= now <= self._swept + _PAUSE:
+            self._swept = now
+            self._run(_SWEEP, now)
+
+    def delete(self, key: str, /) -> None:
+        """Remove `key`; no error if there is none."""
+        self._run("DELETE FROM sessions WHERE key = ?", _stored(key))
+
+    def has(self, key: str, /) -> bool:
+        """Whether something is stored under `key`."""
+        return bool(self._run(f"SELECT 1 FROM sessions WHERE {_LIVE}", _stored(key), time.time()))
+
+    def touch(self, key: str, /) -> None:
+        """Start the life time of the record anew; no error if there is none."""
+        if self._ttl is not None:
+            now = time.time()
+            expires = now + self._ttl
+            self._run(f"UPDATE sessions SET expires = ? WHERE {_LIVE}", expires, _stored(key), now)
+
+    def keys(self) -> Iterator[str]:
+        """Every stored key, in their order."""
+        after: bytes | str = b""
+        condition = "key > ? AND (expires IS NULL OR expires > ?)"
+        more = f"SELECT key FROM sessions WHERE {condition} ORDER BY key LIMIT 1000"
+        after = ""
+        while rows := self._run(more, after, time.time()):
+            for (key,) in rows:
+                yield key.decode("utf-8", "surrogatepass")
+            after = _as_bound(rows[-1][0])
+
+    def close(self) -> None:
+        """Close all connections. The storage opens new ones when it is used again."""
+        self._connections.close()
+        self._locks.close()
+
+    def load(self, key: str, /) -> Record | None:
+        """The stored record, its life time started anew, or None."""
+        found = self._find(key)
+        if found is None:
+            return None
+        data, expires = found
+        record = self._codec.decode_record(_bytes(data, key), key)
+        # A write for each read would cost more than all the rest.
+        if self._ttl is not None and (expires or 0) < time.time() + 0.99 * self._ttl:
+            self.touch(key)
+        return record
+
+    def save(self, key: str, record: Record, /) -> None:
+        """Store `record` whole, or raise and leave what was stored before."""
+        self.set(key, record)
+
+    def open_record(self, key: str, timeout: float, /) -> LockedRecord:
+        """Open `key` when no other process has it open; raises SessionLockTimeout."""
+        return LockedRecord(self, key, self._locks.acquire(key, timeout))
+
+    def _find(self, key: str) -> tuple[object, float | None] | None:
+        select = f"SELECT value, expires FROM sessions WHERE {_LIVE}"
+        rows: list[Any] = self._run(select, _stored(key), time.time())
+        return rows[0] if rows else None
+
+    def _run(self, statement: str, *values: object) -> list[Any]:
+        with self._connections.one() as connection:
+            return connection.execute(statement, values).fetchall()
+
+
+def _stored(key: str) -> str | bytes:
+    """How a key is stored: as text, or as bytes if it has halves of surrogate pairs in it."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return key.encode("utf-8", "surrogatepass")
+    return key
+
+
+def _as_bound(key: bytes) -> str | bytes:
+    return _stored(key.decode("utf-8", "surrogatepass"))
+
+
+def _bytes(value: object, key: str) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    raise SessionDecodeError(
+        f"session {key!r} cannot be read: it is of type {type(value).__name__}, which was not "
+        f"written here. It is left as it is."
+    )
+
+
+class _Connections:
+    """Connections to one file, each used by one thread at a time.
+
+    SQLite keeps its locks by process, so no connection may be open while the process forks: the
+    child would take the parent's locks for its own. Before a fork the gate is shut and those in use
+    are waited for, which takes as long as one statement.
+    """
+
+    def __init__(self, path: str, synchronous: str) -> None:
+        self.path: Final = path
+        self._synchronous: Final = synchronous
+        self._idle: Final[deque[sqlite3.Connection]] = deque()
+        self._gate = threading.Condition()
+        self._in_use = 0
+        self._is_shut = False
+        _all[id(self)] = self
+
+    @contextmanager
+    def one(self) -> Iterator[sqlite3.Connection]:
+        """A connection, for as long as one statement takes."""
+        with self._gate:
+            while self._is_shut:
+                self._gate.wait()
+            self._in_use += 1
+            connection = self._idle.pop() if self._idle else None
+        try:
+            if connection is None:
+                connection = self._connect()
+            yield connection
+        finally:
+            with self._gate:
+                if connection is not None:
+                    self._idle.append(connection)
+                self._in_use -= 1
+                if self._is_shut:
+                    self._gate.notify_all()
+
+    def make_table(self) -> None:
+        """Make the table, if the file is new.
+
+        Raises ValueError if it is somebody else's.
+        """
+        with self.one() as connection:
+            ((ours,),) = connection.execute("PRAGMA application_id").fetchall()
+            ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+            ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+            if ours != _OURS and tables:
+                raise ValueError(
+                    f"{self.path} is a database of another program; give SQLiteStorage a file of "
+                    f"its own"
+                )
+            if version > _VERSION:
+                raise ValueError(
+                    f"{self.path} was made by a newer session_sync (its tables have version "
+                    f"{version}, known here is {_VERSION}); upgrade this one"
+                )
+            if ours == _OURS and version == _VERSION:
+                return
+            connection.execute("PRAGMA journal_mode = wal")
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                for statement in (_TABLE, _INDEX):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id = {_OURS}")
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close those that are not in use."""
+        while self._idle:
+            with suppress(IndexError):  # somebody else took the last one
+                self._idle.pop().close()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path,
+            timeout=_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,  # one thread at a time, which the gate sees to
+        )
+        # What is no text would be named in the error of who reads it as text, with its value.
+        connection.text_factory = bytes
+        connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        return connection
+
+    # -- around a fork
+
+    def shut(self) -> None:
+        """Wait until no connection is in use, and close them."""
+        self._gate.acquire()
+        self._is_shut = True
+        while self._in_use:
+            self._gate.wait()
+        self.close()
+
+    def open_again(self) -> None:
+        """Go on, in the parent."""
+        self._is_shut = False
+        self._gate.notify_all()
+        self._gate.release()
+
+    def begin_anew(self) -> None:
+        """Go on, in the child: whoever stood at the gate is not in this process."""
+        self._is_shut = False
+        self._gate = threading.Condition()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+_all: Final[weakref.WeakValueDictionary[int, _Connections]] = weakref.WeakValueDictionary()
+
+
+def _each(act: Callable[[_Connections], None]) -> None:
+    for reference in _all.valuerefs():
+        if (connections := reference()) is not None:
+            act(connections)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: _each(_Connections.shut),
+        after_in_parent=lambda: _each(_Connections.open_again),
+        after_in_child=lambda: _each(_Connections.begin_anew),
+    )
+
+
+def _private(path: str | os.PathLike[str]) -> str:
+    """The absolute path of a file that is closed to everybody else; made, with its folders."""
+    absolute = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    folder = os.path.dirname(absolute)
+    if not os.path.isdir(folder):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    # A new one only: to close an existing one would drop SQLite's locks on it (see disk.py).
+    with suppress(FileExistsError):
+        os.close(os.open(absolute, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    return absolute

@@ -1,0 +1,111 @@
+"""One of several processes on one store. Usage: URL of the store, what to do, arguments."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+import time
+from typing import Any
+
+from session_sync import SessionManager, storage_from_url
+
+url, what, *arguments = sys.argv[1:]
+sessions: SessionManager[Any] = SessionManager(storage=storage_from_url(url), lock_timeout=60)
+
+
+def say(word: object) -> None:
+    print(word, flush=True)
+
+
+def heard() -> None:
+    """Wait for a line of whoever started this."""
+    sys.stdin.readline()
+
+
+def add(key: str) -> int:
+    with sessions.session_scope(key) as session:
+        counter = session.get("counter", 0)
+        time.sleep(0)  # let others in, if they can come in
+        session.counter = counter + 1
+        session["list"] = [counter] * 20
+    return counter + 1
+
+
+def count(keys: str, threads: str, times: str) -> None:
+    """Add 1, `times` in each of `threads`, going round `keys` keys."""
+    heard()
+
+    def work(number: int) -> None:
+        for n in range(int(times)):
+            add(f"key:{(n + number) % int(keys)}")
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(int(threads))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def without_lock(*rest: str) -> None:
+    """The same, where every process believes that it is alone."""
+    from session_sync.storages import filelocks
+
+    filelocks._HAS_OFD = False
+    count(*rest)
+
+
+def hold(*keys: str) -> None:
+    """Keep keys open until a line comes."""
+    scopes = [sessions.session_scope(key) for key in keys]
+    for scope in scopes:
+        scope.__enter__().held = os.getpid()
+    say("holding")
+    heard()
+    for scope in scopes:
+        scope.__exit__(None, None, None)
+
+
+def turns(key: str, seconds: str) -> None:
+    """How many turns this process gets."""
+    heard()
+    number, end = 0, time.monotonic() + float(seconds)
+    while time.monotonic() < end:
+        with sessions.session_scope(key):
+            number += 1
+            time.sleep(0.005)
+    say(number)
+
+
+def go_on_adding(key: str) -> None:
+    """Until this is killed; says each number that is saved for certain."""
+    while True:
+        say(add(key))
+
+
+def full_disk(key: str) -> None:
+    """A file that may not grow any more."""
+    size = max(entry.stat().st_size for entry in os.scandir(arguments[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with sessions.session_scope(key) as session:
+            session.text = "x" * 10_000_000
+    except Exception as error:
+        say(type(error).__name__)
+    with sessions.session_scope(key) as session:
+        say(session.get("counter"))
+
+
+if __name__ == "__main__":
+    {
+        "count": count,
+        "without_lock": without_lock,
+        "hold": hold,
+        "turns": turns,
+        "go_on_adding": go_on_adding,
+        "full_disk": lambda key, folder: full_disk(key),
+    }[what](*arguments)

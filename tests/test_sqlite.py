@@ -1,0 +1,261 @@
+"""SQLiteStorage: the file, what expires, and what somebody else has put there."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sqlite3
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Threads
+
+from session_sync import (
+    SessionDecodeError,
+    SessionEncodeError,
+    SessionManager,
+    SQLiteStorage,
+    StorageKey,
+    storage_from_url,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "bot" / "sessions.db"
+
+
+@pytest.fixture
+def storage(path: Path) -> Iterator[SQLiteStorage]:
+    made = SQLiteStorage(path)
+    yield made
+    made.close()
+
+
+def sql(path: Path, statement: str, *values: object) -> list[Any]:
+    """As another program does it."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return connection.execute(statement, values).fetchall()
+
+
+def test_a_row_is_readable_for_people(storage: SQLiteStorage, path: Path) -> None:
+    storage.set("user:1", {"counter": 1, "name": "Åse"})
+    ((key, value, expires),) = sql(path, "SELECT key, CAST(value AS TEXT), expires FROM sessions")
+    assert (key, expires) == ("user:1", None)
+    assert '"counter":1' in value
+    assert "Åse" in value
+
+
+def test_everything_is_private(storage: SQLiteStorage, path: Path) -> None:
+    storage.set("user:1", {"counter": 1})
+    with SessionManager(storage=storage).session_scope("user:1") as session:
+        session.counter += 1
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    files = {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in os.scandir(path.parent)}
+    assert files.keys() >= {"sessions.db", "sessions.db-wal", "sessions.db-locks"}
+    assert set(files.values()) == {0o600}
+
+
+def test_what_expires_is_gone_and_later_removed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    with closing(SQLiteStorage(path, ttl=60)) as storage:
+        for number in range(5):
+            storage.set(f"user:{number}", {"a": number})
+        clock[0] += 50
+        sessions: SessionManager[Any] = SessionManager(storage=storage)
+        with sessions.session_scope("user:0") as session:
+            assert session.a == 0  # which starts its life anew
+        storage.touch("user:1")
+        assert storage.get("user:2") == {"a": 2}  # which does not
+        clock[0] += 20
+        assert list(storage.keys()) == ["user:0", "user:1"]
+        assert [storage.has(f"user:{number}") for number in range(3)] == [True, True, False]
+        assert storage.get("user:2") is None
+        assert sql(path, "SELECT count(*) FROM sessions") == [(5,)]
+        storage.set("user:9", {})
+        assert sql(path, "SELECT key FROM sessions") == [("user:0",), ("user:1",), ("user:9",)]
+
+
+def test_a_read_writes_only_when_a_hundredth_of_the_life_has_gone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    with closing(SQLiteStorage(path, ttl=100)) as storage:
+        storage.set("user:1", {"a": 1})
+        for gone, expires in ((0.5, 1100.0), (1.5, 1101.5)):
+            clock[0] = 1000.0 + gone
+            storage.load("user:1")
+            assert sql(path, "SELECT expires FROM sessions") == [(expires,)]
+
+
+def test_the_sweep_stops_nobody(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a hundred rows at a time, at most once a second."""
+    clock = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    with closing(SQLiteStorage(path, ttl=60)) as storage:
+        for number in range(250):
+            storage.set(f"user:{number}", {"a": 1})
+        clock[0] += 1000
+        left = []
+        for number in range(4):
+            storage.set("me", {"a": number})
+            storage.set("me", {"a": -number})
+            left.append(sql(path, "SELECT count(*) FROM sessions")[0][0])
+            clock[0] += 1.5
+    assert left == [151, 51, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (pickle.dumps({"a": 1}), "user:1"),
+        (b"\xff\x00garbage", "user:1"),
+        (b"", "user:1"),
+        (5, "of type int"),
+        ("text that is none of ours", "user:1"),
+    ],
+)
+def test_what_is_not_ours_is_refused_and_left(
+    storage: SQLiteStorage, path: Path, value: object, cause: str
+) -> None:
+    sql(path, "INSERT INTO sessions VALUES ('user:1', ?, NULL)", value)
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    with pytest.raises(SessionDecodeError, match=cause):
+        storage.get("user:1")
+    with pytest.raises(SessionDecodeError, match=cause), sessions.session_scope("user:1"):
+        pass
+    assert sql(path, "SELECT value FROM sessions") == [(value,)]
+    assert len(sessions._options.door.locks) == 0
+    with sessions.session_scope("user:2") as session:
+        session.a = 1
+
+
+def test_a_value_that_cannot_be_kept_is_refused_with_its_path(storage: SQLiteStorage) -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    with pytest.raises(SessionEncodeError, match=r"cart\.items\[1\]"):
+        with sessions.session_scope("user:1") as session:
+            session.cart = {"items": [1, object()]}
+    assert storage.get("user:1") is None
+
+
+def test_a_database_of_another_program_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    sql(path, "CREATE TABLE sessions (a)")
+    with pytest.raises(ValueError, match="is a database of another program"):
+        SQLiteStorage(path)
+    assert sql(path, "SELECT name FROM sqlite_master") == [("sessions",)]
+
+
+def test_a_file_of_a_newer_version_is_refused(storage: SQLiteStorage, path: Path) -> None:
+    storage.close()
+    sql(path, "PRAGMA user_version = 2")
+    with pytest.raises(ValueError, match="made by a newer session_sync"):
+        SQLiteStorage(path)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("dear diary, " * 100)
+    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
+        SQLiteStorage(path)
+    assert path.read_text() == "dear diary, " * 100
+
+
+@pytest.mark.parametrize("synchronous", ["full", "normal", "off"])
+def test_synchronous_is_what_was_asked_for(path: Path, synchronous: Any) -> None:
+    with closing(SQLiteStorage(path, synchronous=synchronous)) as storage:
+        level = storage._run("PRAGMA synchronous")
+        assert level == [({"off": 0, "normal": 1, "full": 2}[synchronous],)]
+        assert storage._run("PRAGMA journal_mode") == [(b"wal",)]
+
+
+def test_bad_options_are_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="'full', 'normal' or 'off', not 'fast'"):
+        SQLiteStorage(path, synchronous="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ttl"):
+        SQLiteStorage(path, ttl=0)
+
+
+def test_keys_are_listed_page_by_page_while_others_write(storage: SQLiteStorage) -> None:
+    names = {f"user:{number}" for number in range(2500)} | {"key:\udc80", "chat:-1"}
+    for name in names:
+        storage.set(name, {"a": 1})
+    listed = []
+    for name in storage.keys():
+        listed.append(name)
+        storage.delete(name)
+    assert set(listed) == names
+    assert len(listed) == len(names)
+    assert list(storage.keys()) == []
+
+
+def test_a_closed_storage_opens_again(storage: SQLiteStorage) -> None:
+    storage.set("user:1", {"a": 1})
+    storage.close()
+    storage.close()
+    assert storage.get("user:1") == {"a": 1}
+
+
+def test_many_threads_need_as_many_connections_as_work_at_once(
+    storage: SQLiteStorage, threads: Threads
+) -> None:
+    gate = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        gate.wait(20)
+        for n in range(50):
+            storage.set(f"user:{number}:{n}", {"n": n})
+
+    for number in range(8):
+        threads.start(work, number)
+    threads.join()
+    assert sum(1 for _ in storage.keys()) == 400
+    assert len(storage._connections._idle) <= 8
+
+
+# -- by URL
+
+
+def test_a_url_names_a_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = storage_from_url("sqlite:///a%20b.db?ttl=60&synchronous=full")
+    absolute = storage_from_url(f"sqlite:///{tmp_path}/a b.db")
+    key = str(StorageKey(user=1))
+    relative.set(key, {"a": 1})
+    assert absolute.get(key) == {"a": 1}
+    assert (tmp_path / "a b.db").exists()
+    disk = storage_from_url("disk:///folder")
+    disk.set(key, {"a": 2})
+    assert (tmp_path / "folder").is_dir()
+    memory = storage_from_url("memory://")
+    assert memory.get(key) is None
+    for made in (relative, absolute, disk):
+        made.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite://", "needs a path: sqlite:///sessions"),
+        ("sqlite://host/file", "needs a path"),
+        ("disk:///", "needs a path"),
+        ("sqlite:///a.db?tll=5", "no option 'tll'; it has synchronous, ttl"),
+        ("sqlite:///a.db?ttl=soon", "ttl takes a number, not 'soon'"),
+        ("mongodb://u:secret@h", "no storage is called 'mongodb'"),
+        ("sessions.db", "no storage is called ''"),
+    ],
+)
+def test_a_bad_url_says_what_is_wrong_and_no_password(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        storage_from_url(url)
+    assert "secret" not in str(caught.value)
