@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .codec import Codec
+from .copying import copy_storage
 from .errors import (
     SessionAwaitError,
     SessionClosedError,
@@ -65,6 +66,7 @@ __all__ = [
     "by_chat",
     "by_topic",
     "by_user",
+    "copy_storage",
     "default_storage_key",
     "storage_from_url",
     "ttl",
