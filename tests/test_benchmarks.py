@@ -22,6 +22,7 @@ pytest.importorskip("diskcache")
         ("reading", ["--times=1"], "| list[index] "),
         ("threads", ["--updates=128"], "| one key "),
         ("lock_table", ["--keys=100"], "| one thread, traced "),
+        ("stored", ["--many=200", "--updates=2"], "| sqlite "),
     ],
 )
 def test_a_benchmark_prints_its_table(name: str, tiny: list[str], row: str) -> None:

@@ -851,6 +851,18 @@ class TestFuzz:
         body = data.draw(plain)
         self.read_or_refuse(msgspec.json.encode({"a": {data.draw(st.sampled_from(TAGS)): body}}))
 
+    def test_ten_thousand_damaged_documents_are_read_or_refused(self) -> None:
+        chance = random.Random(DAMAGED)
+        whole = [Codec(money_to, money_from).encode(fields) for fields in SEEDS]
+        for _ in range(DAMAGED):
+            document = bytearray(chance.choice(whole))
+            for _ in range(chance.randint(1, 5)):
+                start = chance.randint(0, len(document))
+                stop = min(len(document), start + chance.choice((0, 1, 2, 8, len(document))))
+                new = chance.choice((b"", chance.choice(MARKS), chance.randbytes(4)))
+                document[start:stop] = new
+            self.read_or_refuse(bytes(document))
+
     def read_or_refuse(self, data: bytes) -> None:
         codec = Codec(money_to, money_from)
         try:
@@ -862,6 +874,14 @@ class TestFuzz:
         assert same(dict(codec.decode_record(data, "user:1")), fields)
 
 
+DAMAGED = int(os.environ.get("CODEC_DAMAGED", "10000"))
+SEEDS: list[dict[str, Any]] = [
+    {"counter": 1, "name": "Åse", "cart": {"items": ["tea", ("milk", 2)], "total": 7.5}},
+    {"ids": {7: "a", -100: [None, True]}, "seen": {1, 2}, "no": frozenset({"x"})},
+    {"at": datetime(2026, 1, 2, 3, 4, 5), "day": date(2026, 1, 2), "for": timedelta(days=2)},
+    {"big": 10**40, "nan": float("nan"), "inf": float("-inf"), "price": Decimal("1.50")},
+    {"raw": b"\x00\xff", "id": UUID(int=5), "$ttl": {"code": [1.5, 300.0]}, "money": Money(5)},
+]
 TAGS = re.findall(r'"(\$\w+)":', " ".join(data.decode("latin-1") for data in MALFORMED))
 MARKS = [b"", b'"', b"{", b"}", b"[", b"]", b",", b"$", b"\\", b"\xff", b"0", b'{"$set":', b"null"]
 WORDS = [
