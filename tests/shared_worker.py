@@ -84,9 +84,9 @@ def go_on_adding(key: str) -> None:
         say(add(key))
 
 
-def full_disk(key: str) -> None:
+def full_disk(key: str, folder: str) -> None:
     """A file that may not grow any more."""
-    size = max(entry.stat().st_size for entry in os.scandir(arguments[1]))
+    size = max(entry.stat().st_size for entry in os.scandir(folder))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     import signal
 
@@ -100,6 +100,24 @@ def full_disk(key: str) -> None:
         say(session.get("counter"))
 
 
+def read_only(key: str, folder: str) -> None:
+    """Files that belong to this process, which may not write them any more."""
+    sessions.close()
+    nobody = 65534
+    for path in [*(entry.path for entry in os.scandir(folder)), folder]:
+        if os.geteuid() == 0:
+            os.chown(path, nobody, nobody)
+        os.chmod(path, 0o500 if path == folder else 0o400)
+    if os.geteuid() == 0:  # who may do everything
+        os.setuid(nobody)
+    try:
+        with sessions.session_scope(key) as session:
+            session.counter = 5
+    except Exception as error:
+        say(type(error).__name__)
+    say(len(sessions._options.door.locks))
+
+
 if __name__ == "__main__":
     {
         "count": count,
@@ -107,5 +125,6 @@ if __name__ == "__main__":
         "hold": hold,
         "turns": turns,
         "go_on_adding": go_on_adding,
-        "full_disk": lambda key, folder: full_disk(key),
+        "full_disk": full_disk,
+        "read_only": read_only,
     }[what](*arguments)

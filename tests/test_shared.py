@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,10 +80,15 @@ Start = Callable[..., Process]
 
 
 @pytest.fixture(params=["sqlite", "disk"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def kind(request: pytest.FixtureRequest) -> str:
     if request.param == "disk":
         pytest.importorskip("diskcache", reason="needs the extra 'disk'")
-    return f"{request.param}:///{tmp_path}/sessions"
+    return str(request.param)
+
+
+@pytest.fixture
+def url(kind: str, tmp_path: Path) -> str:
+    return f"{kind}:///{tmp_path}/sessions"
 
 
 @pytest.fixture
@@ -361,6 +367,28 @@ def test_a_full_disk_leaves_the_old_value_and_a_free_key(
     with sessions.session_scope("key:0") as session:
         session.counter += 1
     assert total(sessions, 1) == 2
+
+
+def test_a_read_only_folder_leaves_the_old_value_and_a_free_key(kind: str) -> None:
+    # Not in pytest's folder, into which root alone can look.
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        url = f"{kind}:///{parent}/folder/{'sessions.db' if kind == 'sqlite' else ''}"
+        with SessionManager(storage=storage_from_url(url)) as sessions:
+            with sessions.session_scope("key:0") as session:
+                session.counter = 1
+        process = Process(url, "read_only", "key:0", f"{parent}/folder")
+        try:
+            assert process.hear() in ("OperationalError", "PermissionError")
+            assert process.hear() == "0"
+            process.end()
+        finally:
+            process.clean()
+        for path in [Path(parent, "folder"), *Path(parent, "folder").iterdir()]:
+            path.chmod(0o700 if path.is_dir() else 0o600)
+            os.chown(path, os.geteuid(), os.getegid())
+        with SessionManager(storage=storage_from_url(url)) as sessions:
+            assert total(sessions, 1) == 1
 
 
 def test_on_a_system_without_such_locks_a_warning_says_so(
