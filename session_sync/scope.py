@@ -384,7 +384,8 @@ class Scope(Generic[S]):
                 raise SessionClosedError(
                     f"the session {self.key!r} was closed before it was ever loaded"
                 )
-            yield from self.opening(in_handler.get() or _open_around() is not None)
+            holds = any(entry.scope.hold is not None for entry in entries())  # another session
+            yield from self.opening(holds or in_handler.get())
             if self._was_ended_meanwhile():
                 yield from self.closing()
         finally:
