@@ -37,6 +37,7 @@ from .storages.urls import storage_from_url
 
 if TYPE_CHECKING:
     from .storages.disk import DiskStorage
+    from .storages.redis import RedisStorage
     from .storages.sqlite import SQLiteStorage
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "ListableStorage",
     "LruMemoryStorage",
     "MemoryStorage",
+    "RedisStorage",
     "SQLiteStorage",
     "Session",
     "SessionAwaitError",
@@ -76,6 +78,7 @@ __all__ = [
 # Imported when they are asked for, because they bring in what not everybody has or wants.
 _STORAGES = {
     "DiskStorage": ".storages.disk",
+    "RedisStorage": ".storages.redis",
     "SQLiteStorage": ".storages.sqlite",
 }
 

@@ -384,8 +384,9 @@ class Scope(Generic[S]):
                 raise SessionClosedError(
                     f"the session {self.key!r} was closed before it was ever loaded"
                 )
-            holds = any(entry.scope.hold is not None for entry in entries())  # another session
-            yield from self.opening(holds or in_handler.get())
+            others = (entry.scope for entry in entries() if entry.scope is not self)
+            inside = any(not scope.closed for scope in others)
+            yield from self.opening(inside or in_handler.get())
             if self._was_ended_meanwhile():
                 yield from self.closing()
         finally:
