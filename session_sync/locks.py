@@ -92,9 +92,11 @@ class Hold:
                 raise RuntimeError(f"the session {lock.name!r} was released twice")
             if lock._queue or lock._turns:
                 lock._hand_on()
-            else:  # as at its end, and most often
+            else:  # as at its end, and most often: what _retire() does
                 lock.hold = None
-                lock._retire()
+                if lock._locks is not None:
+                    lock.retired = True
+                    lock._locks.pop(lock.name, None)
 
     def __str__(self) -> str:
         who = " and ".join(map(str, self.parties)) or "nobody any more"

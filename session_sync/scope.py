@@ -228,7 +228,7 @@ class Scope(Generic[S]):
     def _unlock(self) -> None:
         door, hold, self.hold = self.options.door, self.hold, None
         assert hold is not None
-        if self.fields is not None:
+        if self.fields is not None and self.fields.open:
             self.fields.close()
         try:
             if door.unload is not None and not door.blocking:
@@ -520,7 +520,7 @@ class SessionScope(Scope[S]):
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self._leaves(error) and not self.scope.closes_at_once():
+            if self._leaves(error) and not (self.joined or self).closes_at_once():
                 run(self.scope.closing())
         finally:
             if self._turn is not None:
@@ -544,7 +544,7 @@ class SessionScope(Scope[S]):
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self._leaves(error) and not self.scope.closes_at_once():
+            if self._leaves(error) and not (self.joined or self).closes_at_once():
                 if isinstance(error, GeneratorExit):  # thrown away with its loop: may not await
                     run(self.scope.closing())
                 else:
