@@ -350,6 +350,30 @@ def test_what_was_open_at_the_fork_is_not_saved_by_the_child(
     assert sessions.storage.get("key:0") == {"who": "parent"}
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_keeps_nothing_of_its_parents_locks(start: Start, url: str) -> None:
+    """Neither those that the parent has, nor those that it waits for."""
+    holder = start("hold", "key:0")
+    assert holder.hear() == "holding"
+    parent = storage_from_url(url)
+    parent.open_record("key:1", 0)  # type: ignore[attr-defined]
+    with pytest.raises(SessionLockTimeout):
+        parent.open_record("key:0", 0.01)  # type: ignore[attr-defined] # a thread goes on waiting
+    read, write = os.pipe()
+    child = in_a_child(lambda: os.read(read, 1))
+    parent.close()  # type: ignore[attr-defined]
+    holder.tell()
+    holder.end()
+    with SessionManager(storage=storage_from_url(url), lock_timeout=SOON) as other:
+        for key in ("key:0", "key:1"):
+            with other.session_scope(key) as session:
+                session.free = True
+    os.write(write, b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(read)
+    os.close(write)
+
+
 # -- what the system does
 
 

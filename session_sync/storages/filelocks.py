@@ -71,105 +71,82 @@ class FileLocks:
         Within one object the same key must not be asked for twice at the same time. Raises
         SessionLockTimeout.
         """
+        gate = _place_of(key)
         if not _HAS_OFD:
-            return Grip(self, key)
+            return Grip(self, key, gate)
         with self._mutex:
+            if self._file is None:
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                self._file = os.open(self._path, flags, 0o600)
             wait = self._waits.get(key)
             if wait is None:
-                if self._try(key):
-                    return Grip(self, key)
+                if _try(self._file, gate):
+                    return Grip(self, key, gate)
                 if not timeout:
                     raise SessionLockTimeout("another process has it")
-                wait = self._waits[key] = _Wait(self, key)
-                threading.Thread(target=wait.run, daemon=True, name=f"wait for {key}").start()
+                wait = self._waits[key] = _Wait(self, key, gate, self._file)
             wait.wanted = True
-        wait.done.wait(timeout)
-        with self._mutex:
-            if not wait.done.is_set():
+        try:
+            wait.done.wait(timeout)
+        finally:  # an interrupt may come, too
+            with self._mutex:
                 wait.wanted = False
-                raise SessionLockTimeout("another process has it")
-            del self._waits[key]
+                done = wait.done.is_set()
+                if done:
+                    self._waits.pop(key, None)
+        if not done:
+            raise SessionLockTimeout("another process has it")
         if wait.error is not None:
             raise wait.error
-        return Grip(self, key)
+        return Grip(self, key, gate, wait.era)
 
-    def _try(self, key: str) -> bool:
-        gate = _place_of(key)
-        if not self._lock(gate):
-            return False
-        try:
-            return self._lock(gate + 1)
-        finally:
-            self.unlock(gate)
-
-    def wait_for(self, key: str) -> None:
-        """Take `key`, however long that lasts."""
-        gate = _place_of(key)
-        self._lock(gate, wait=True)
-        try:
-            self._lock(gate + 1, wait=True)
-        finally:
-            self.unlock(gate)
-
-    def given(self, wait: _Wait, key: str) -> None:
-        """A waiting thread has `key`: it is handed to who wants it, or let go."""
+    def given(self, wait: _Wait) -> None:
+        """A waiting thread has its key: whoever wants it takes it now, or else it goes."""
         with self._mutex:
             wait.done.set()
             if not wait.wanted:
-                del self._waits[key]
-                if wait.error is None:
-                    self.release(key)
+                self._waits.pop(wait.key, None)
+                if wait.error is None and wait.era == self.era:
+                    self.release(wait.gate)
 
-    def release(self, key: str) -> None:
-        """Let `key` go."""
-        if _HAS_OFD:
-            self.unlock(_place_of(key) + 1)
+    def release(self, gate: int) -> None:
+        """Let the key behind `gate` go."""
+        if self._file is not None:
+            _set(self._file, fcntl.F_UNLCK, gate + 1)
 
     def close(self) -> None:
         """Let all go."""
         with self._mutex:
             if self._file is not None:
-                os.close(self._file)
-            self._file = None
-            self.era += 1
+                # All bytes: a thread that waits has the same description open once more.
+                _set(self._file, fcntl.F_UNLCK, 0, 0)
+            self._leave()
 
     def after_fork(self) -> None:
         """In a child: nothing of the parent's is ours, nor does any other thread live on."""
         self._mutex = threading.Lock()
+        for wait in self._waits.values():
+            os.close(wait.file)
+        self._leave()  # which unlocks nothing: the parent has the same description
+
+    def _leave(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
         self._waits = {}
-        self.close()
-
-    # -- the kernel's side
-
-    def _lock(self, at: int, wait: bool = False) -> bool:
-        command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
-        try:
-            fcntl.fcntl(self._descriptor(), command, _FLOCK.pack(fcntl.F_WRLCK, 0, at, 1, 0))
-        except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves open
-            return False
-        return True
-
-    def unlock(self, at: int) -> None:
-        """Unlock one byte."""
-        flock = _FLOCK.pack(fcntl.F_UNLCK, 0, at, 1, 0)
-        fcntl.fcntl(self._descriptor(), fcntl.F_OFD_SETLK, flock)
-
-    def _descriptor(self) -> int:
-        file = self._file
-        if file is None:
-            file = self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        return file
+        self.era += 1
 
 
 class Grip:
     """A key that this process has."""
 
-    __slots__ = ("_era", "_key", "_locks")
+    __slots__ = ("_era", "_gate", "_key", "_locks")
 
-    def __init__(self, locks: FileLocks, key: str) -> None:
+    def __init__(self, locks: FileLocks, key: str, gate: int, era: int | None = None) -> None:
         self._locks: Final = locks
         self._key: Final = key
-        self._era: Final = locks.era
+        self._gate: Final = gate
+        self._era: Final = locks.era if era is None else era
 
     def check(self) -> None:
         """Raises SessionConflictError if the key is not ours any more."""
@@ -183,7 +160,7 @@ class Grip:
     def release(self) -> None:
         """Let the key go."""
         if self._locks.era == self._era:
-            self._locks.release(self._key)
+            self._locks.release(self._gate)
 
 
 class LockedRecord:
@@ -220,22 +197,48 @@ class LockedRecord:
 class _Wait:
     """A thread that waits for one key, for whoever in this process wants it."""
 
-    def __init__(self, locks: FileLocks, key: str) -> None:
+    def __init__(self, locks: FileLocks, key: str, gate: int, file: int) -> None:
         self._locks: Final = locks
-        self._key: Final = key
-        self._era: Final = locks.era
+        # Of its own: the number of a closed file is soon that of another one.
+        self.file: Final = os.dup(file)
+        self.key: Final = key
+        self.gate: Final = gate
+        self.era: Final = locks.era
         self.wanted = True
         self.done: Final = threading.Event()
         self.error: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True, name=f"wait for {key}").start()
 
-    def run(self) -> None:
-        """Wait, and hand over."""
+    def _run(self) -> None:
         try:
-            self._locks.wait_for(self._key)
+            _set(self.file, fcntl.F_WRLCK, self.gate, wait=True)
+            try:
+                _set(self.file, fcntl.F_WRLCK, self.gate + 1, wait=True)
+            finally:
+                _set(self.file, fcntl.F_UNLCK, self.gate)
         except BaseException as error:
             self.error = error
-        if self._locks.era == self._era:
-            self._locks.given(self, self._key)
+        self._locks.given(self)
+        os.close(self.file)
+
+
+def _try(file: int, gate: int) -> bool:
+    """Take the key behind `gate`, if that is possible at once."""
+    try:
+        _set(file, fcntl.F_WRLCK, gate)
+        try:
+            _set(file, fcntl.F_WRLCK, gate + 1)
+        finally:
+            _set(file, fcntl.F_UNLCK, gate)
+    except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves open
+        return False
+    return True
+
+
+def _set(file: int, how: int, at: int, length: int = 1, wait: bool = False) -> None:
+    """Lock or unlock `length` bytes (0: all that follow)."""
+    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+    fcntl.fcntl(file, command, _FLOCK.pack(how, 0, at, length, 0))
 
 
 def _place_of(key: str) -> int:
