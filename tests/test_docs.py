@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import io
@@ -23,6 +24,9 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\w*)\n(?P<code>.*?)^(?P=indent)`
 # print(...)  # what it prints
 PRINTS = re.compile(r"^ *print\(.*\)  # (.+)$", re.M)
 POLLING = "bot.infinity_polling()\n"
+PTB_POLLING = re.compile(
+    r"application\.run_polling\(\)(  # the next /start is number (?P<number>\d+))?$", re.M
+)
 TOKEN = "123456:OFFLINE"
 
 
@@ -55,7 +59,15 @@ def execute(page: Path, snippet: Snippet, namespace: dict[str, Any]) -> str:
         code = code.replace(POLLING, "_chat(bot)\n")
         namespace["_chat"] = chat
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.ExitStack() as stack:
+        if polling := PTB_POLLING.search(code):  # likewise; it is told where Telegram is before
+            api = stack.enter_context(OfflineBotAPI(TOKEN, longest_poll=0.1))
+            code = code.replace(polling[0], "_chat(application)")
+            code = code.replace("Application.builder()", "Application.builder().base_url(_url)")
+            first = int(polling["number"] or 1)
+            namespace["_chat"] = lambda application: asyncio.run(ptb_chat(application, api, first))
+            namespace["_url"] = api.base_url
+        stack.enter_context(contextlib.redirect_stdout(printed))
         exec(compile("\n" * (snippet.line - 1) + code, str(page), "exec"), namespace)
     return printed.getvalue()
 
@@ -78,10 +90,26 @@ def chat(bot: Any) -> None:
             polling.join()
 
 
+async def ptb_chat(application: Any, api: OfflineBotAPI, first: int) -> None:
+    """The same with a bot of python-telegram-bot's, whose next number is `first`."""
+    async with application:
+        await application.start()
+        await application.updater.start_polling()
+        try:
+            alex = api.user(1, first_name="Alex")
+            for number in (first, first + 1):
+                alex.send("/start")
+                assert str(number) in (await alex.await_reply()).text
+        finally:
+            await application.updater.stop()
+            await application.stop()
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder, and telebot's settings put back afterwards."""
     apihelper = pytest.importorskip("telebot.apihelper")
+    pytest.importorskip("telegram.ext")
     pytest.importorskip("diskcache")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKEN", TOKEN)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from session_sync import SessionManager, StorageKey
+from session_sync.testing import OfflineBotAPI
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,9 +65,23 @@ def test_the_counter_is_kept_where_it_is_told(tmp_path: Path) -> None:
     assert list(here.iterdir()) == []
 
 
-def test_the_form_is_filled_in_step_by_step(tmp_path: Path) -> None:
+def test_the_counter_goes_on_in_another_library(tmp_path: Path) -> None:
     pytest.importorskip("telebot")
-    lines = run(tmp_path, "form_bot.py", "--offline")
+    pytest.importorskip("telegram.ext")
+    bots = ["ptb_counter_bot.py", "ptb_counter_bot.py", "counter_bot.py", "ptb_counter_bot.py"]
+    for number, bot in enumerate(bots):
+        lines = run(tmp_path, bot, "--offline")
+        assert lines[0] == "Alex: Hello!"
+        assert answers(lines) == counted(*range(3 * number + 1, 3 * number + 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["sessions"]
+
+
+@pytest.mark.parametrize(
+    ("library", "example"), [("telebot", "form_bot.py"), ("telegram.ext", "ptb_form_bot.py")]
+)
+def test_the_form_is_filled_in_step_by_step(tmp_path: Path, library: str, example: str) -> None:
+    pytest.importorskip(library)
+    lines = run(tmp_path, example, "--offline")
     assert list(zip(lines[::2], answers(lines), strict=True)) == [
         ("Alex: /start", "What is your name?"),
         ("Alex: Alex", "How old are you?"),
@@ -84,8 +105,66 @@ def test_the_job_gives_each_coupon_once(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("example", ["counter_bot.py", "form_bot.py"])
-def test_a_bot_without_a_token_says_what_to_do(tmp_path: Path, example: str) -> None:
-    pytest.importorskip("telebot")
+@pytest.fixture
+def ptb_form(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of the form, to have other chats with its bot."""
+    pytest.importorskip("telegram.ext")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    yield importlib.import_module("ptb_form_bot")
+    for name in ("ptb_form_bot", "offline"):
+        sys.modules.pop(name, None)
+
+
+def test_a_draft_that_was_left_alone_is_begun_anew(ptb_form: Any, capsys: Any) -> None:
+    sessions = SessionManager()
+
+    def chat() -> Iterator[str]:
+        for answered in ((), ("Alex",)):
+            yield from ("/start", *answered)
+            with sessions.session_scope(StorageKey(user=1, chat=1)) as session:
+                del session.draft  # as its ttl would do
+            yield "Sorry, I was away"
+
+    ptb_form.play_ptb(lambda builder: ptb_form.make_application(builder, sessions), chat())
+    name, age, late = "What is your name?", "How old are you?", "That took too long. /start again."
+    assert answers(capsys.readouterr().out.splitlines()) == [name, late, name, age, late]
+
+
+def test_the_form_can_be_filled_in_at_one_go(ptb_form: Any) -> None:
+    """All at once, with `concurrent_updates`: the ConversationHandler sees one after the other."""
+    from telegram.ext import Application
+
+    async def main(api: OfflineBotAPI) -> list[str]:
+        builder = Application.builder().token(api.token).base_url(api.base_url)
+        application = ptb_form.make_application(builder, SessionManager())
+        alex = api.user(1, first_name="Alex")
+        for text in ("/start", "Alex", "33", "/me"):
+            alex.send(text)
+        async with application:
+            await application.start()
+            await application.updater.start_polling()
+            try:
+                return [(await alex.await_reply()).text for _ in range(4)]
+            finally:
+                await application.updater.stop()
+                await application.stop()
+
+    with OfflineBotAPI(longest_poll=0.1) as api:
+        said = asyncio.run(main(api))
+    name, age = "What is your name?", "How old are you?"
+    assert said == [name, age, "Done. Nice to meet you, Alex!", "Alex, 33"]
+
+
+@pytest.mark.parametrize(
+    ("library", "example"),
+    [
+        ("telebot", "counter_bot.py"),
+        ("telebot", "form_bot.py"),
+        ("telegram.ext", "ptb_counter_bot.py"),
+        ("telegram.ext", "ptb_form_bot.py"),
+    ],
+)
+def test_a_bot_without_a_token_says_what_to_do(tmp_path: Path, library: str, example: str) -> None:
+    pytest.importorskip(library)
     with pytest.raises(AssertionError, match="Set TOKEN to the token of your bot, or try --off"):
         run(tmp_path, example)
