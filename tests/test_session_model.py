@@ -329,21 +329,19 @@ class SessionBesideADict(RuleBasedStateMachine):
 
     @rule()
     def flush_in_vain(self) -> None:
-        door = self.sessions._options.door
-        save, delete = door.save, door.delete
-
         def fail(*_: Any) -> None:
             raise OSError
 
-        door.save = door.delete = fail
-        try:
-            self.session.flush()
-        except OSError:
-            pass
-        else:
-            assert shape(self.model) == shape(self.saved)
-        finally:
-            door.save, door.delete = save, delete
+        with pytest.MonkeyPatch.context() as patch:
+            for way in (self.sessions._options.door, self.sessions.storage):
+                for name in ("save", "delete"):
+                    patch.setattr(way, name, fail, raising=False)
+            try:
+                self.session.flush()
+            except OSError:
+                pass
+            else:
+                assert shape(self.model) == shape(self.saved)
 
     @rule()
     def close_and_open(self) -> None:
@@ -436,6 +434,18 @@ class OnDisk(SessionBesideADict):
         shutil.rmtree(self.folder)
 
 
+class InSQLite(SessionBesideADict):
+    def storage(self) -> Any:
+        from session_sync import SQLiteStorage
+
+        self.folder = tempfile.mkdtemp()
+        return SQLiteStorage(f"{self.folder}/sessions.db", synchronous="off")
+
+    def teardown(self) -> None:
+        super().teardown()
+        shutil.rmtree(self.folder)
+
+
 TestInMemory = InMemory.TestCase
 TestInStrictMemory = InStrictMemory.TestCase
 TestInLruMemory = InLruMemory.TestCase
@@ -444,7 +454,10 @@ TestOnDisk = pytest.mark.skipif(
     "not __import__('importlib.util').util.find_spec('diskcache')", reason="needs diskcache"
 )(OnDisk.TestCase)
 
-for _case in (TestInMemory, TestInStrictMemory, TestInLruMemory, TestInAnOwnStorage, TestOnDisk):
+TestInSQLite = InSQLite.TestCase
+
+_IN_PROCESS = (TestInMemory, TestInStrictMemory, TestInLruMemory, TestInAnOwnStorage)
+for _case in (*_IN_PROCESS, TestOnDisk, TestInSQLite):
     _case.settings = settings(
         max_examples=EXAMPLES,
         stateful_step_count=30,
