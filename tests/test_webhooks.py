@@ -93,7 +93,7 @@ def test_four_workers_keep_every_message(
     request: pytest.FixtureRequest,
 ) -> None:
     if storage == "redis":
-        url = request.getfixturevalue("redis_url")
+        url = f"{request.getfixturevalue('redis_url')}?prefix={command.__name__}:"
     else:
         url = f"{storage}:///{tmp_path}/sessions"
     with OfflineBotAPI(longest_poll=0.1) as api:

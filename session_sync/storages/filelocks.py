@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 import threading
 import warnings
 import weakref
 from hashlib import blake2b
-from typing import Final
+from typing import Final, Protocol
 
 from ..errors import SessionConflictError, SessionLockTimeout
-from .base import Record, RecordStorage
+from .base import Record
 
-try:
+if sys.platform == "win32":
+    fcntl = None
+else:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 # struct flock, on Linux alone: how, from where, start, length, owner.
 _FLOCK: Final = struct.Struct("hhqqi4x")
@@ -163,11 +164,17 @@ class Grip:
             self._locks.release(self._gate)
 
 
+class _Store(Protocol):
+    def load(self, key: str, /) -> Record | None: ...
+    def save(self, key: str, record: Record, /) -> None: ...
+    def delete(self, key: str, /) -> None: ...
+
+
 class LockedRecord:
     """An OpenRecord (see base.py) of a storage that can load, save and delete; `grip` keeps other
     processes away meanwhile."""
 
-    def __init__(self, storage: RecordStorage, key: str, grip: Grip) -> None:
+    def __init__(self, storage: _Store, key: str, grip: Grip) -> None:
         self._storage: Final = storage
         self._key: Final = key
         self._grip: Final = grip

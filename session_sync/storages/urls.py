@@ -12,8 +12,8 @@ from .base import KVStorage
 def storage_from_url(url: str) -> KVStorage[Any]:
     """The storage that `url` names.
 
-    `memory://`, `sqlite:///sessions.db`, `disk:///sessions`, `redis://host:6379/0`, `rediss://...`.
-    A path after three slashes is relative, after four absolute. Options of the storage follow after
+    `memory://`, `sqlite:///sessions.db`, `disk:///sessions`, `redis://host:6379/0`, `rediss://...`
+    with TLS, `redis+cluster://host:7000`, `rediss+cluster://...`. A path after three slashes is relative, after four absolute. Options of the storage follow after
     a question mark, as numbers or words: `sqlite:///sessions.db?ttl=86400&synchronous=full`. What a
     Redis storage does not know is redis-py's (`redis://host?socket_timeout=5`).
 
@@ -22,9 +22,9 @@ def storage_from_url(url: str) -> KVStorage[Any]:
 
     >>> storage_from_url("memory://?ttl=3600")  # doctest: +ELLIPSIS
     <session_sync.storages.memory.MemoryStorage object at ...>
-    >>> storage_from_url("mysql://localhost")
+    >>> storage_from_url("mysql://localhost")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: no storage is called 'mysql'; there are disk, memory, redis, rediss, sqlite
+    ValueError: no storage is called 'mysql'; there are disk, memory, redis, redis+cluster, ...
     """
     parts = urlsplit(url)
     make = _MAKERS.get(parts.scheme)
@@ -68,6 +68,8 @@ _MAKERS: Final = {
     "disk": _disk,
     "redis": _redis,
     "rediss": _redis,
+    "redis+cluster": _redis,
+    "rediss+cluster": _redis,
 }
 
 

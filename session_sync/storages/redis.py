@@ -1,0 +1,689 @@
+"""Sessions in Redis: for threads, processes and machines.
+
+This module knows records, their bytes and what the server keeps of them; it knows no session.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import secrets
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Final, TypeAlias
+
+from session_sync.codec import Codec
+from session_sync.errors import SessionConflictError, SessionDecodeError, SessionLockTimeout
+from session_sync.expiry import life_time
+from session_sync.storages.base import OpenRecord, Record
+from session_sync.storages.leases import Lease, renewer
+
+try:
+    import redis
+except ImportError as error:
+    raise ImportError("RedisStorage needs redis-py: pip install 'session-sync[redis]'") from error
+
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.retry import Retry
+
+Client: TypeAlias = redis.Redis | RedisCluster
+_Written: TypeAlias = tuple[str, bytes, int]
+
+_SHORTEST_LEASE: Final = 0.1  # seconds
+_LONGEST_TTL: Final = 10**15  # milliseconds; the server cannot count much further
+_OFFER: Final = 500  # milliseconds in which a waiter has to take the key that is kept for him
+_GRACE: Final = 0.5  # seconds between two calls in which a waiter keeps his place
+_LONGEST_BLOCK: Final = 1.0  # seconds; then whoever waits shows that he is still there
+_REMEMBERED: Final = 10.0  # seconds, or a lease if it is longer: how a close has ended
+_POLL: Final = 0.05  # seconds, where the server cannot wake us
+_WAITS: Final = 64  # connections on which one process waits
+_PLACES: Final = 1000  # that are remembered, before the old ones are looked for
+_OLD_PLACE: Final = 60.0  # seconds
+
+
+class _Script:
+    """A script that the server runs as one step, called by its digest."""
+
+    def __init__(self, text: str) -> None:
+        self.text: Final = text
+        self._digest: Final = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    def run(self, client: Client, keys: Sequence[bytes], *values: bytes | str | int) -> Any:
+        try:
+            return client.evalsha(self._digest, len(keys), *keys, *values)
+        except NoScriptError:  # the first time, or after a restart of the server
+            return client.eval(self.text, len(keys), *keys, *values)
+
+
+# What lies beside the data of a session, under names that begin as theirs:
+#
+#   :lock            "<token> <saves> <since>": who has it open; how often he has saved; since when
+#   :queue           who waits, by the time at which he came
+#   :seen            who waits, and until when he keeps his place without coming back
+#   :wake:<token>    something to pop for the one who waits, as soon as the key is kept for him
+#   :closed:<token>  how a close ended ("ok" or an error), in case that it is sent again
+#
+# A token stands for one opening. All of it expires. The wake list of whoever is next is not known
+# beforehand, so it is not among KEYS; it has the same hash tag.
+_COMMON: Final = """
+local data, lock, queue, seen, closed = unpack(KEYS)
+local token = ARGV[1]
+
+local function is_ours(held)
+  return held and string.sub(held, 1, #token + 1) == token .. ' '
+end
+
+local function now_in_ms()
+  local time = redis.call('TIME')
+  return string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+end
+
+-- Whoever has waited longest and is still there.
+local function first_waiter(now)
+  while true do
+    local first = redis.call('ZRANGE', queue, 0, 0)[1]
+    if not first then return nil end
+    if tonumber(redis.call('HGET', seen, first) or 0) > tonumber(now) then return first end
+    redis.call('ZREM', queue, first)
+    redis.call('HDEL', seen, first)
+  end
+end
+
+-- Keep the free key for `first` until he comes, and wake him.
+local function offer(first, now, milliseconds)
+  local held, wake = first .. ' 0 ' .. now, data .. ':wake:' .. first
+  redis.call('SET', lock, held, 'PX', milliseconds)
+  redis.call('RPUSH', wake, '1')
+  redis.call('PEXPIRE', wake, milliseconds)
+  return held
+end
+
+-- Do what a save or a close asks for: "ok", or why the server refuses.
+local function write(how, value, ttl)
+  local answer = 'ok'
+  if how == 'set' and ttl == '0' then
+    answer = redis.pcall('SET', data, value)
+  elseif how == 'set' then
+    answer = redis.pcall('SET', data, value, 'PX', ttl)
+  elseif how == 'delete' then
+    answer = redis.pcall('DEL', data)
+  end
+  if type(answer) ~= 'table' or not answer.err then return 'ok' end
+  -- Redis 6 tells the name of the script first.
+  return string.match(answer.err, 'OOM .*') or answer.err
+end
+"""
+
+# Take the lock and get the data; or stand in the queue and say who has it.
+_OPEN: Final = _Script(
+    _COMMON
+    + """
+local lease, ttl, place, offered, kept = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+if redis.call('EXISTS', closed) == 1 then -- sent again, and overtaken: nobody waits for it
+  return redis.error_reply('ERR this opening of a session is over')
+end
+local now = now_in_ms()
+local held = redis.call('GET', lock)
+local first = nil
+if not held then
+  first = first_waiter(now)
+  if first and first ~= token then held = offer(first, now, offered) end
+end
+if held and not is_ours(held) then
+  local time = redis.call('TIME')
+  redis.call('ZADD', queue, 'NX', string.format('%.0f', time[1] * 1000000 + time[2]), token)
+  redis.call('HSET', seen, token, string.format('%.0f', now + place))
+  redis.call('PEXPIRE', queue, kept)
+  redis.call('PEXPIRE', seen, kept)
+  return {'held', redis.call('PTTL', lock), held, now}
+end
+local value = redis.call('GET', data) -- which fails if it is no string, before anything is written
+if held then
+  redis.call('PEXPIRE', lock, lease) -- it was kept for us, or this is sent again
+else
+  redis.call('SET', lock, token .. ' 0 ' .. now, 'PX', lease)
+end
+if held or first then
+  redis.call('ZREM', queue, token)
+  redis.call('HDEL', seen, token)
+end
+if value and ttl ~= '0' then redis.call('PEXPIRE', data, ttl) end
+return {'open', value}
+"""
+)
+
+# Write under the lock. Saves are numbered: one that is sent again, and arrives late, must not put
+# what it has over what came after it.
+_SAVE: Final = _Script(
+    _COMMON
+    + """
+local number, lease, how, value, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local held = redis.call('GET', lock)
+if not is_ours(held) then return 0 end
+local saves, since = string.match(held, ' (%d+) (%d+)$')
+if tonumber(number) <= tonumber(saves) then return 1 end
+local said = write(how, value, ttl)
+if said ~= 'ok' then return redis.error_reply(said) end
+redis.call('SET', lock, token .. ' ' .. number .. ' ' .. since, 'PX', lease)
+return 1
+"""
+)
+
+# Write, and hand the key on, also if the server has no memory for what is to be written.
+_CLOSE: Final = _Script(
+    _COMMON
+    + """
+local remembered, offered, how, value, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+if not is_ours(redis.call('GET', lock)) then
+  local said = redis.call('GET', closed)
+  if not said then return 0 end
+  if said ~= 'ok' then return redis.error_reply(said) end
+  return 1
+end
+local said = write(how, value, ttl)
+redis.call('DEL', lock) -- once a script has written, a full memory does not stop it any more
+redis.call('SET', closed, said, 'PX', remembered)
+local now = now_in_ms()
+local first = first_waiter(now)
+if first then offer(first, now, offered) end
+if said ~= 'ok' then return redis.error_reply(said) end
+return 1
+"""
+)
+
+_RENEW: Final = """
+local held = redis.call('GET', KEYS[1])
+if held and string.sub(held, 1, #ARGV[1] + 1) == ARGV[1] .. ' ' then
+  return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+end
+return 0
+"""
+
+
+class RedisStorage:
+    """Sessions on a Redis server, or a cluster of them, for any number of processes and machines.
+
+    `url_or_client` is what `redis.Redis.from_url` takes (`redis://`, `rediss://` for TLS,
+    `unix://`), the same with `redis+cluster://` or `rediss+cluster://`, or a `redis.Redis` or
+    `redis.cluster.RedisCluster` of your own. Records that were left alone for `ttl` seconds (a
+    number or a `timedelta`; None: never) disappear: a read and a write start the time anew.
+    `lease` is how many seconds a key stays locked when its process dies. `prefix` goes before all
+    keys and has no braces; `codec` brings in types of your own.
+
+    A session lies under `prefix{key}`, braces and percent signs in the key written as in a URL.
+    Redis Cluster keeps on one node whatever has the same text in braces, so what belongs to a
+    session stays together. An update takes two round trips, one to open and one to close.
+
+    Why it is correct. A key is open for whoever's token is in its lock. The lock is taken, and the
+    data read, in one script, which the server runs as one step; data are written, and the lock is
+    given back, in one script too, which looks first whether the lock is still ours. So whatever
+    happens to this process (a pause, `kill -9`, a cut connection): if it writes, then nobody has
+    had the key since it read. The lock is a lease: it runs out by itself, and is renewed in the
+    background while the record is open, so it is lost only where nothing here runs for that long,
+    or where the server is unreachable or forgets it. Then a save raises SessionConflictError.
+
+    A request whose answer was lost may be sent again, by redis-py or by a proxy. To open twice
+    with one token is to open once. Saves have numbers, which the lock knows. A close leaves a note
+    for the time of a lease, 10 seconds at least, by which it is recognised when it comes again; and
+    by which an open is that comes too late.
+
+    When the key is given back, it goes to whoever has waited longest, in the same step: the lock
+    then has his token, for half a second, and something is pushed to a list on which he blocks.
+    Nobody can come between. Who waits comes back every few moments and so keeps his place; the
+    places of the dead lapse, as their locks do, and he who finds the key free with somebody before
+    him in the queue offers it to that one.
+
+    Raises ValueError if `ttl`, `lease` or `prefix` make no sense or the client decodes answers
+    (`decode_responses=True`), TypeError if it is no synchronous client of redis-py; and lets
+    through what redis-py raises.
+
+    >>> storage = RedisStorage("redis://localhost:6379/0", ttl=86_400, prefix="my_bot:")
+    >>> storage.blocking  # it connects when it is used
+    True
+    >>> storage.close()
+    """
+
+    blocking: Final = True
+
+    def __init__(
+        self,
+        url_or_client: str | Client,
+        ttl: float | timedelta | None = None,
+        lease: float = 30.0,
+        *,
+        prefix: str = "",
+        codec: Codec | None = None,
+    ) -> None:
+        if not _SHORTEST_LEASE <= lease < _LONGEST_TTL / 1000:
+            raise ValueError(f"lease must be {_SHORTEST_LEASE} seconds or more, not {lease!r}")
+        if "{" in prefix or "}" in prefix:
+            raise ValueError(
+                f"prefix must have no braces, not {prefix!r}: braces mark the part of a key that "
+                f"says on which node of a cluster it lies, and that is the session's key"
+            )
+        self.lease: Final = float(lease)
+        self._lease: Final = _milliseconds(lease)
+        self._offer: Final = min(_OFFER, self._lease)
+        self._ttl = 0 if ttl is None else min(_milliseconds(life_time(ttl)), _LONGEST_TTL)
+        self._prefix: Final = prefix.encode("utf-8", "surrogatepass")
+        self._codec = Codec() if codec is None else codec
+        self._owns_client: Final = isinstance(url_or_client, str)
+        self._client: Final = _client_of(url_or_client)
+        self._warned = False
+        self._made: Final[dict[int, _InProcess]] = {}
+
+    def get(self, key: str, /) -> dict[str, Any] | None:
+        """The fields stored under `key`, or None.
+
+        Raises `SessionDecodeError` if what lies there is not ours.
+        """
+        with self._refusing(key):
+            data: Any = self._client.get(self._name(key))
+        return None if data is None else self._codec.decode(data, key)
+
+    def set(self, key: str, value: Mapping[str, Any], /) -> None:
+        """Store `value` under `key`, in one step.
+
+        Raises `SessionEncodeError` if it holds something that the codec does not keep.
+        """
+        self._client.set(self._name(key), self._codec.encode(value, key), px=self._ttl or None)
+
+    def delete(self, key: str, /) -> None:
+        """Remove `key`; no error if there is none."""
+        self._client.delete(self._name(key))
+
+    def has(self, key: str, /) -> bool:
+        """Whether something is stored under `key`."""
+        return bool(self._client.exists(self._name(key)))
+
+    def touch(self, key: str, /) -> None:
+        """Start the life time of the record anew; no error if there is none."""
+        if self._ttl:
+            self._client.pexpire(self._name(key), self._ttl)
+
+    def keys(self) -> Iterator[str]:
+        """Every stored key, in any order; those that come and go meanwhile may be among them."""
+        pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._prefix) + b"{*}"
+        seen = set()  # the server may name one twice while it grows
+        where = {"target_nodes": "primaries"} if isinstance(self._client, RedisCluster) else {}
+        for name in self._client.scan_iter(match=pattern, count=1000, **where):
+            key = self._key(name)
+            if key is not None and key not in seen:
+                seen.add(key)
+                yield key
+
+    def close(self) -> None:
+        """Close the connections, but not those of a client that was given. The storage opens new
+        ones when it is used again."""
+        made = self._made.get(os.getpid())
+        if made is not None:
+            made.close()
+        if self._owns_client:
+            self._client.close()
+
+    def open_record(self, key: str, timeout: float, /) -> OpenRecord:
+        """Wait until nobody else has `key` open, and open it.
+
+        Raises SessionLockTimeout, saying who has it, after `timeout` seconds; then the place in the
+        queue is kept for half a second. Raises SessionDecodeError if what lies there is not ours.
+        """
+        if not self._warned:
+            self._warn_of_eviction()
+        here = self._in_process()
+        token = here.places.pop(key)
+        try:
+            data = self._take(key, token, timeout, here)
+        except BaseException:
+            # Whether it was opened may be unknown: then whoever is next to ask here has it.
+            here.places.keep(key, token)
+            raise
+        opened = OpenRedisRecord(self, key, token)
+        if data is not None:
+            try:
+                opened.record = self._codec.decode_record(data, key)
+            except BaseException:
+                opened.close(None)
+                raise
+        renewer().keep(opened)
+        return opened
+
+    # -- opening
+
+    def _take(self, key: str, token: bytes, timeout: float, here: _InProcess) -> bytes | None:
+        deadline = time.monotonic() + timeout
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            block = min(left, _LONGEST_BLOCK)
+            with self._refusing(key):
+                state, *answer = _OPEN.run(
+                    self._client,
+                    self._names(key, token),
+                    token,
+                    self._lease,
+                    self._ttl,
+                    _milliseconds(block + _GRACE),
+                    self._offer,
+                    _milliseconds(2 * (_LONGEST_BLOCK + _GRACE)),
+                )
+            if state == b"open":
+                data: bytes | None = answer[0]
+                return data
+            rest, held, now = answer
+            if not left:
+                raise SessionLockTimeout(_whose(held, now))
+            until_free = rest / 1000 + 0.001 if rest >= 0 else block
+            here.wait(self._node_of(key), self._name(key), token, min(block, until_free))
+
+    def _node_of(self, key: str) -> redis.Redis:
+        if not isinstance(self._client, RedisCluster):
+            return self._client
+        cluster: Any = self._client  # it has no types
+        node: redis.Redis = cluster.get_redis_connection(cluster.get_node_from_key(self._name(key)))
+        return node
+
+    # -- for an open record
+
+    def written(self, key: str, record: Record | None) -> _Written:
+        """How to write `record`, what, and for how long it lives."""
+        if record is None:
+            return "keep", b"", 0
+        if not record:
+            return "delete", b"", 0
+        return "set", self._codec.encode(record, key), self._ttl
+
+    def save_open(self, opened: OpenRedisRecord, written: _Written) -> bool:
+        """Write under the lock; False if it was lost."""
+        names, token = self._names(opened.key, opened.token), opened.token
+        return bool(_SAVE.run(self._client, names, token, opened.saves, self._lease, *written))
+
+    def close_open(self, opened: OpenRedisRecord, written: _Written) -> bool:
+        """Write and give the key back; False if it was lost."""
+        names, token = self._names(opened.key, opened.token), opened.token
+        remembered = max(self._lease, _milliseconds(_REMEMBERED))
+        return bool(_CLOSE.run(self._client, names, token, remembered, self._offer, *written))
+
+    def renew(self, records: Sequence[OpenRedisRecord], /) -> Mapping[OpenRedisRecord, bool]:
+        """Renew the leases of all of `records`, in one round trip to each node."""
+        here = self._in_process()
+        nodes: defaultdict[redis.Redis, list[OpenRedisRecord]] = defaultdict(list)
+        answers: dict[OpenRedisRecord, bool] = {}
+        for opened in records:
+            try:
+                nodes[here.aside(self._node_of(opened.key))].append(opened)
+            except RedisError:
+                continue
+        for node, group in nodes.items():
+            try:
+                answers.update(self._renew_on(node, group))
+            except RedisError:
+                continue
+        return answers
+
+    def _renew_on(
+        self, node: redis.Redis, group: Sequence[OpenRedisRecord]
+    ) -> Iterator[tuple[OpenRedisRecord, bool]]:
+        requests = [
+            (_RENEW, 1, self._name(opened.key) + b":lock", opened.token, self._lease)
+            for opened in group
+        ]
+        with node.pipeline(transaction=False) as pipe:
+            for request in requests:
+                pipe.eval(*request)
+            for opened, request, answer in zip(
+                group, requests, pipe.execute(raise_on_error=False), strict=True
+            ):
+                if isinstance(answer, ResponseError):  # the key has moved to another node, say
+                    answer = self._client.eval(*request)
+                yield opened, bool(answer)
+
+    # -- names
+
+    def _name(self, key: str) -> bytes:
+        text = key.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
+        # Empty braces are none for a cluster; a lone percent sign comes from no key.
+        return self._prefix + b"{" + (text.encode("utf-8", "surrogatepass") or b"%") + b"}"
+
+    def _key(self, name: bytes) -> str | None:
+        """The key of which `name` was made, if it was."""
+        escaped = name[len(self._prefix) + 1 : -1]
+        try:
+            text = "" if escaped == b"%" else escaped.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return None
+        key = text.replace("%7B", "{").replace("%7D", "}").replace("%25", "%")
+        return key if self._name(key) == name else None
+
+    def _names(self, key: str, token: bytes) -> list[bytes]:
+        data = self._name(key)
+        return [
+            data,
+            data + b":lock",
+            data + b":queue",
+            data + b":seen",
+            data + b":closed:" + token,
+        ]
+
+    # -- besides
+
+    @contextmanager
+    def _refusing(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            raise SessionDecodeError(
+                f"session {key!r} cannot be read: what lies under {self._name(key)!r} is not a "
+                f"string, which was not written here. It is left as it is. If another program "
+                f"uses such keys, give the storage a prefix."
+            ) from None
+
+    def _warn_of_eviction(self) -> None:
+        """Once, at the first use."""
+        try:
+            info: Any = self._client.info("memory")
+        except ResponseError:  # forbidden
+            info = {}
+        self._warned = True
+        nodes = [info] if "maxmemory_policy" in info else info.values()
+        for policy in sorted({node["maxmemory_policy"] for node in nodes} - {"noeviction"}):
+            warnings.warn(
+                f"the Redis server's maxmemory-policy is {policy}: when its memory is full, it "
+                f"drops sessions. Set it to noeviction (`CONFIG SET maxmemory-policy noeviction`, "
+                f"and in redis.conf), or give sessions a server of their own.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def _in_process(self) -> _InProcess:
+        pid = os.getpid()
+        return self._made.get(pid) or self._made.setdefault(pid, _InProcess(self.lease))
+
+
+class OpenRedisRecord(Lease):
+    """An open record: a lease, which is renewed until `close`."""
+
+    __slots__ = ("_owner", "_storage", "key", "record", "saves", "token")
+
+    def __init__(self, storage: RedisStorage, key: str, token: bytes) -> None:
+        super().__init__(storage, storage.lease)
+        self._storage: Final = storage
+        self._owner: Final = os.getpid()
+        self.key: Final = key
+        self.token: Final = token
+        self.record: Record | None = None
+        self.saves = 0
+
+    def save(self, record: Record, /) -> None:
+        """Store `record` and stay open. Raises SessionConflictError if the lease was lost."""
+        self._refuse_in_child()
+        written = self._storage.written(self.key, record)
+        self.saves += 1
+        if not self._storage.save_open(self, written):
+            raise self._conflict()
+
+    def close(self, record: Record | None, /) -> None:
+        """Store `record`, unless it is None, and let others open it."""
+        if record is None and self._owner != os.getpid():
+            return
+        self._refuse_in_child()
+        try:
+            try:
+                written = self._storage.written(self.key, record)
+            except BaseException:
+                self._storage.close_open(self, self._storage.written(self.key, None))
+                raise
+            if not self._storage.close_open(self, written) and record is not None:
+                raise self._conflict()
+        finally:
+            renewer().drop(self)
+
+    def _refuse_in_child(self) -> None:
+        if self._owner != os.getpid():
+            raise SessionConflictError(
+                f"the session {self.key!r} was not saved: process {self._owner} has opened it, and "
+                f"this is a child that was forked meanwhile. Open it in the child."
+            )
+
+    def _conflict(self) -> SessionConflictError:
+        return SessionConflictError(
+            f"the session {self.key!r} was not saved, since somebody else may have changed it "
+            f"meanwhile: its lease of {self.seconds:g} s was lost, because this process (or its "
+            f"connection) stood still for longer than that, or the server forgot it in a restart. "
+            f"Handle the update again, or give RedisStorage a longer lease."
+        )
+
+
+class _InProcess:
+    """What a storage has in one process: connections to wait on, and places in queues.
+
+    Waiting has connections of its own, a bounded number, so that closing never lacks one; they do
+    not try again by themselves, and their time-out exceeds what they wait for.
+    """
+
+    def __init__(self, lease: float) -> None:
+        self.places: Final = _Places()
+        # Soon enough to try again to renew a lease; and well over what anybody blocks for.
+        self._timeout: Final = max(2 * _LONGEST_BLOCK, min(lease / 3, 5.0))
+        self._waits: Final = threading.Semaphore(_WAITS)
+        self._mutex: Final = threading.Lock()
+        self._clients: Final[dict[tuple[object, ...], redis.Redis]] = {}
+
+    def wait(self, node: redis.Redis, name: bytes, token: bytes, seconds: float) -> None:
+        """Until the key is kept for us, or for `seconds`, or less."""
+        if not self._waits.acquire(blocking=False):
+            time.sleep(min(seconds, _POLL))
+            return
+        try:
+            # 0 would be for ever.
+            self.aside(node).blpop([name + b":wake:" + token], timeout=max(seconds, 0.01))
+        except RedisError:
+            time.sleep(min(seconds, _POLL))
+        finally:
+            self._waits.release()
+
+    def aside(self, node: redis.Redis) -> redis.Redis:
+        """A client for the same server as `node`."""
+        pool = node.connection_pool
+        options = dict(pool.connection_kwargs)
+        address = tuple(options.get(name) for name in ("host", "port", "path"))
+        with self._mutex:
+            client = self._clients.get(address)
+            if client is None:
+                options.pop("retry_on_timeout", None)
+                options.update(
+                    socket_timeout=self._timeout,
+                    socket_connect_timeout=self._timeout,
+                    retry=Retry(NoBackoff(), 0),
+                    retry_on_error=[],
+                )
+                client = self._clients[address] = redis.Redis(
+                    connection_pool=redis.ConnectionPool(
+                        connection_class=pool.connection_class, **options
+                    )
+                )
+            return client
+
+    def close(self) -> None:
+        with self._mutex:
+            for client in self._clients.values():
+                client.connection_pool.disconnect()
+            self._clients.clear()
+
+
+class _Places:
+    """The tokens with which this process waits, by key: whoever asks again keeps his place."""
+
+    def __init__(self) -> None:
+        self._mutex: Final = threading.Lock()
+        self._tokens: Final[dict[str, tuple[bytes, float]]] = {}
+
+    def pop(self, key: str) -> bytes:
+        """A token that nobody else uses now: the one that was kept for `key`, or a new one."""
+        with self._mutex:
+            kept = self._tokens.pop(key, None)
+        return _new_token() if kept is None else kept[0]
+
+    def keep(self, key: str, token: bytes) -> None:
+        """Whoever is next to ask for `key` gets `token`."""
+        now = time.monotonic()
+        with self._mutex:
+            self._tokens[key] = token, now
+            if len(self._tokens) > _PLACES:
+                for other, (_, since) in list(self._tokens.items()):
+                    if since < now - _OLD_PLACE:
+                        del self._tokens[other]
+
+
+_HOST: Final = re.sub(r"[^\w.-]", "-", platform.node(), flags=re.ASCII)
+
+
+def _new_token() -> bytes:
+    return f"{secrets.token_hex(8)}@{_HOST}:{os.getpid()}".encode()
+
+
+def _whose(held: bytes, now: bytes) -> str:
+    """Whose lock it is, in words."""
+    found = re.fullmatch(rb"\w+@(.*):(\d+) \d+ (\d+)", held)
+    if found is None:
+        return "something else holds its lock"
+    host, pid, since = found.groups()
+    seconds = (int(now) - int(since)) / 1000
+    return f"process {int(pid)} on {host.decode()!r} has it, for {seconds:.1f} s now"
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _client_of(url_or_client: str | Client) -> Client:
+    client = _connect(url_or_client) if isinstance(url_or_client, str) else url_or_client
+    if not isinstance(client, redis.Redis | RedisCluster):
+        what = f"{type(client).__module__}.{type(client).__qualname__}"
+        why = " (async handlers are served all the same)" if ".asyncio" in what else ""
+        raise TypeError(
+            f"RedisStorage needs a URL, or a redis.Redis or redis.cluster.RedisCluster, which are "
+            f"synchronous{why}; not a {what}"
+        )
+    if client.get_encoder().decode_responses:
+        raise ValueError(
+            "RedisStorage stores bytes, but this client was made with decode_responses=True: make "
+            "one without it"
+        )
+    return client
+
+
+def _connect(url: str) -> Client:
+    scheme, colon, rest = url.partition(":")
+    if scheme.endswith("+cluster"):
+        return RedisCluster.from_url(scheme.removesuffix("+cluster") + colon + rest)
+    return redis.Redis.from_url(url)
