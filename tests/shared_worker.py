@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Any
 
-from session_sync import SessionManager, storage_from_url
+from session_sync import SessionConflictError, SessionManager, storage_from_url
 
 url, what, *arguments = sys.argv[1:]
 sessions: SessionManager[Any] = SessionManager(storage=storage_from_url(url), lock_timeout=60)
@@ -84,6 +84,22 @@ def go_on_adding(key: str) -> None:
         say(add(key))
 
 
+def try_adding(key: str, times: str) -> None:
+    """Say what was saved, and go on after errors."""
+    heard()
+    for _ in range(int(times)):
+        try:
+            say(add(key))
+        except (ConnectionError, SessionConflictError, redis_errors()):
+            say("error")
+
+
+def redis_errors() -> type[Exception]:
+    from redis.exceptions import RedisError
+
+    return RedisError
+
+
 def full_disk(key: str, folder: str) -> None:
     """A file that may not grow any more."""
     size = max(entry.stat().st_size for entry in os.scandir(folder))
@@ -125,6 +141,7 @@ if __name__ == "__main__":
         "hold": hold,
         "turns": turns,
         "go_on_adding": go_on_adding,
+        "try_adding": try_adding,
         "full_disk": full_disk,
         "read_only": read_only,
     }[what](*arguments)

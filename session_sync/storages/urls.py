@@ -13,9 +13,10 @@ def storage_from_url(url: str) -> KVStorage[Any]:
     """The storage that `url` names.
 
     `memory://`, `sqlite:///sessions.db`, `disk:///sessions`, `redis://host:6379/0`, `rediss://...`
-    with TLS, `redis+cluster://host:7000`, `rediss+cluster://...`. A path after three slashes is relative, after four absolute. Options of the storage follow after
-    a question mark, as numbers or words: `sqlite:///sessions.db?ttl=86400&synchronous=full`. What a
-    Redis storage does not know is redis-py's (`redis://host?socket_timeout=5`).
+    with TLS, `redis+cluster://host:7000`, `rediss+cluster://...`. A path after three slashes is
+    relative, after four absolute. Options of the storage follow after a question mark, as numbers
+    or words: `sqlite:///sessions.db?ttl=86400&synchronous=full`. What a Redis storage does not know
+    is redis-py's (`redis://host?socket_timeout=5`).
 
     Raises ValueError for any other URL, naming what is wrong but never a password; and what the
     storage raises.
