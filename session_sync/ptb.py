@@ -8,6 +8,8 @@ scope open until the last of them has ended. Nothing else in session_sync knows 
 from __future__ import annotations
 
 import asyncio
+import functools
+import sys
 from collections.abc import Callable, Coroutine, Mapping
 from contextvars import ContextVar, copy_context
 from typing import Any, Final, Generic, TypeVar, cast, overload
@@ -32,9 +34,9 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
 from .errors import SessionAwaitError, SessionKeyError
 from .locks import here
 from .manager import SessionManager, no_key
-from .scope import Scope, SessionScope, step_outside
+from .scope import Scope, SessionScope, entries, step_outside
 from .session import Session, replace_fields
-from .steps import arun
+from .steps import arun, run
 
 S = TypeVar("S", bound=Session)
 BT = TypeVar("BT", bound=telegram.Bot)
@@ -50,7 +52,8 @@ class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic
     """The context of a bot with sessions: PTB's own, and `session`.
 
     For annotations, `context: SessionContext[Bag]`, and as the base of a context class of one's
-    own. Under `install`, a context class that is not based on it gets it as one more base.
+    own. Under `install`, a context class that is not based on it gets it as one more base; it must
+    have no `session` of its own then.
 
     >>> from session_sync import Session
     >>> from telegram import Update
@@ -59,21 +62,6 @@ class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic
     """
 
     _unit: _Unit | None = None
-
-    @classmethod
-    def from_update(cls, update: object, application: Any) -> Any:
-        """PTB makes a context for an update, or for an error in it."""
-        context = super().from_update(update, application)
-        context._unit = _Unit.of(update)
-        return context
-
-    @classmethod
-    def from_job(cls, job: Any, application: Any) -> Any:
-        """PTB makes a context for a job, in the job's own task."""
-        # Which has copied its context variables from a handler, if it was made in one.
-        _Unit.current.set(None)
-        step_outside()
-        return super().from_job(job, application)
 
     @property
     def session(self) -> S:
@@ -90,7 +78,33 @@ class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic
 
     @session.setter
     def session(self, fields: Mapping[str, Any] | None) -> None:
+        if self._unit is None and fields is not None and not isinstance(fields, Mapping):
+            raise AttributeError(
+                "context.session is the session of the user; give your own attribute another name"
+            )
         replace_fields(self.session, fields)
+
+
+class _Hooks(CallbackContext[Any, Any, Any, Any]):
+    """What every context class of an application with sessions begins with, so that it is asked
+    whatever a bot's own class does."""
+
+    __slots__ = ()
+
+    _unit: _Unit | None
+
+    @classmethod
+    def from_update(cls, update: object, application: Any) -> Any:
+        """PTB makes a context for an update, or for an error in it."""
+        context = super().from_update(update, application)
+        context._unit = _Unit.of(update)
+        return context
+
+    @classmethod
+    def from_job(cls, job: Any, application: Any) -> Any:
+        """PTB makes a context for a job, in the job's own task."""
+        _step_outside()  # it has copied its context variables from a handler, if one has made it
+        return super().from_job(job, application)
 
 
 class _Unit:
@@ -127,6 +141,12 @@ class _Unit:
         """A handler failed with `error`."""
         if self.entry is not None:
             self.entry.scope.discard(error)
+
+
+def _step_outside() -> None:
+    """From here on this task belongs to no unit, and to no other scope."""
+    _Unit.current.set(None)
+    step_outside()
 
 
 def _no_unit(context: CallbackContext[Any, Any, Any, Any]) -> str:
@@ -209,30 +229,36 @@ _CREATE_TASK: Final = "_Application__create_task"
 _RUN_TASK: Final = "_Application__create_task_callback"
 
 
-class _SessionBuilder(ApplicationBuilder[Any, Any, Any, Any, Any, Any]):
+class _SessionBuilder:
     """A builder that adds the sessions when it builds, to whatever was chosen until then."""
 
     __slots__ = ()
 
     sessions: SessionManager[Any]
+    _application_class: Any
+    _context_types: Any
 
     def build(self) -> Any:
         chosen = self._application_class, self._context_types
-        application_class = _chosen(self._application_class)
         types = _chosen(self._context_types)
-        self._application_class = _mixed(_SessionApplication, application_class)
+        self._application_class = _application_class(_chosen(self._application_class))
         self._context_types = ContextTypes(
-            context=_mixed(SessionContext, types.context),
+            context=_context_class(types.context),
             bot_data=types.bot_data,
             chat_data=types.chat_data,
             user_data=types.user_data,
         )
         try:
-            application: Any = super().build()
+            application: Any = super().build()  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._application_class, self._context_types = chosen
-        application.sessions = self.sessions
-        application.closing = set()
+        has_hooks = issubclass(application.context_types.context, _Hooks)
+        if not (isinstance(application, _SessionApplication) and has_hooks):
+            raise RuntimeError(
+                f"{type(self).__name__}.build() has chosen an application class or context types "
+                f"by itself, without sessions; choose them before"
+            )
+        application._session_sync = _Room(self.sessions)
         return application
 
 
@@ -241,28 +267,56 @@ def _chosen(value: Any) -> Any:
     return value.value if type(value).__name__ == "DefaultValue" else value
 
 
-def _mixed(first: type[Any], chosen: type[Any]) -> type[Any]:
-    """`chosen` with `first` before it, unless one is based on the other."""
-    if issubclass(chosen, first):
-        return chosen
-    if issubclass(first, chosen):
-        return first
-    return type(chosen.__name__, (first, chosen), {"__module__": chosen.__module__})
+def _application_class(chosen: type[Any]) -> type[Any]:
+    """`chosen`, which may do what it likes with an update before it is handled, and then comes by
+    here."""
+    if issubclass(_SessionApplication, chosen):
+        return _SessionApplication
+    bases = (chosen, _SessionApplication)
+    return type(chosen.__name__, bases, {"__module__": chosen.__module__})
+
+
+def _context_class(chosen: type[Any]) -> type[Any]:
+    """`chosen` with a session."""
+    bases: tuple[type[Any], ...] = (_Hooks, chosen)
+    if not issubclass(chosen, SessionContext):
+        if hasattr(chosen, "session"):
+            raise TypeError(
+                f"{chosen.__name__} has a `session` of its own, which context.session would hide; "
+                f"give it another name"
+            )
+        bases = (_Hooks, SessionContext, chosen)
+    if issubclass(SessionContext, chosen):
+        bases = (_Hooks, SessionContext)
+    return type(chosen.__name__, bases, {"__module__": chosen.__module__})
+
+
+class _Room:
+    """What an application with sessions has besides."""
+
+    def __init__(self, sessions: SessionManager[Any]) -> None:
+        self.sessions: Final = sessions
+        #: What stop() has to wait for, and PTB does not know of.
+        self.closing: Final[set[asyncio.Task[Any]]] = set()
+
+    def wait_for(self, task: asyncio.Task[Any]) -> None:
+        self.closing.add(task)
+        task.add_done_callback(self.closing.discard)
 
 
 class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
     """An application in which every update is a unit, and so are the tasks that are tied to it."""
 
-    sessions: SessionManager[Any]
-    closing: set[asyncio.Task[None]]  # see _Member.ended
+    _session_sync: _Room
 
     async def process_update(self, update: object) -> None:
         """Handle one update inside its session's scope."""
-        entry = None
+        self._check_initialized()
+        sessions, entry = self._session_sync.sessions, None
         try:
-            key = self.sessions.key_of(update)
+            key = sessions.key_of(update)
             if key is not None:
-                entry = self.sessions.scope_of(key, update)
+                entry = sessions.scope_of(key, update)
                 entry.timeout = None  # a queue must not drop updates
                 await entry.__aenter__()
         except Exception as error:
@@ -275,11 +329,13 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         except BaseException as error:
             _Unit.current.set(around)
             if entry is not None:
-                await entry.__aexit__(type(error), error, error.__traceback__)
+                leaving = entry.__aexit__(type(error), error, error.__traceback__)
+                thrown_away = isinstance(error, GeneratorExit)  # then error handlers cannot run
+                await (leaving if thrown_away else self._saves_session(update, leaving))
             raise
         _Unit.current.set(around)
         if entry is not None:
-            await self.saves(update, entry.__aexit__(None, None, None))
+            await self._saves_session(update, entry.__aexit__(None, None, None))
 
     async def process_error(self, update: object, error: Exception, *args: Any, **kw: Any) -> bool:
         """Let the error handlers see what was before the handler that has failed."""
@@ -288,7 +344,7 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
             unit.discard(error)
         return await super().process_error(update, error, *args, **kw)
 
-    async def saves(self, update: object, saving: Coroutine[Any, Any, None]) -> None:
+    async def _saves_session(self, update: object, saving: Coroutine[Any, Any, None]) -> None:
         """What fails when a session is saved goes where goes what fails in a handler."""
         try:
             await saving
@@ -299,21 +355,33 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         """PTB swallows what an error handler raises, so that its unit would not see it."""
         super().add_error_handler(_ErrorHandler(callback), *args, **kw)
 
+    async def start(self) -> None:
+        """Start outside of every scope, also if a handler of another application starts this one:
+        what fetches the updates would otherwise take its session along."""
+        if next(entries(), None) is None:
+            await super().start()
+            return
+        context = copy_context()
+        context.run(_step_outside)
+        await asyncio.create_task(super().start(), context=context)
+
     async def stop(self) -> None:
-        """Stop when what is being saved is saved."""
+        """Stop when the last unit has ended and is saved."""
         await super().stop()
-        await asyncio.gather(*self.closing)
+        while self._session_sync.closing:
+            await asyncio.gather(*self._session_sync.closing, return_exceptions=True)
+            await asyncio.sleep(0)  # until they have been taken out
 
     # -- tasks: those of a unit keep its scope open, all others run outside of it
 
     def _Application__create_task(  # noqa: N802 (create_task and PTB itself call this)
         self, coroutine: Any, update: object = None, *args: Any, **kw: Any
     ) -> asyncio.Task[Any]:
+        asyncio.get_running_loop()  # without one there will be no task: nobody may have joined
         unit, context = _Unit.of(update), copy_context()
         member = None
         if unit is None:
-            context.run(_Unit.current.set, None)
-            context.run(step_outside)
+            context.run(_step_outside)
         elif unit.entry is not None and unit.entry.scope.join():
             member = _Member(self, update, unit.entry.scope)
         context.run(_Member.current.set, member)
@@ -321,17 +389,16 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         task: asyncio.Task[Any] = context.run(create_task, coroutine, update, *args, **kw)
         if member is not None:
             task.add_done_callback(member.ended)
+            if not self.running:  # it is stopping, and PTB does not wait for this one
+                self._session_sync.wait_for(task)
         return task
 
     async def _Application__create_task_callback(  # noqa: N802
         self, *args: Any, **kw: Any
     ) -> Any:
-        run = getattr(super(), _RUN_TASK)
         member = _Member.current.get()
-        if member is None:
-            return await run(*args, **kw)
-        _Member.current.set(None)
-        return await member.run(run(*args, **kw))
+        work = getattr(super(), _RUN_TASK)(*args, **kw)
+        return await (work if member is None else member.run(work))
 
 
 class _Member:
@@ -360,17 +427,19 @@ class _Member:
             raise
         finally:
             if self._scope.leave(party):
-                await self._close()
+                if isinstance(sys.exc_info()[1], GeneratorExit):  # thrown away: may not await
+                    run(self._scope.closing())
+                else:
+                    await self._close()
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         """A task that was cancelled before its first step has done nothing of `run`."""
         if not self._begun and self._scope.leave():
-            closing = asyncio.create_task(self._close())
-            self._application.closing.add(closing)
-            closing.add_done_callback(self._application.closing.discard)
+            self._application._session_sync.wait_for(asyncio.create_task(self._close()))
 
     async def _close(self) -> None:
-        await self._application.saves(self._update, arun(self._scope.closing()))
+        saving = arun(self._scope.closing())
+        await self._application._saves_session(self._update, saving)
 
 
 class _ErrorHandler:
@@ -378,6 +447,7 @@ class _ErrorHandler:
 
     def __init__(self, callback: Callable[..., Coroutine[Any, Any, Any]]) -> None:
         self.callback: Final = callback
+        functools.update_wrapper(self, callback, updated=())
 
     async def __call__(self, update: object, context: Any) -> Any:
         try:
@@ -425,8 +495,8 @@ class _SessionFilter(UpdateFilter):
         unit = _Unit.of(update)
         if unit is None:
             raise SessionKeyError(
-                "session_filter was asked about an update that has no session; it needs "
-                "session_sync.ptb.install()"
+                "session_filter was asked where no session is open: without "
+                "session_sync.ptb.install(), or in the TIMEOUT state of a conversation"
             )
         if unit.entry is not None and unit.entry.options.lazy:
             raise SessionAwaitError(
