@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ def test_owners_that_are_killed_lose_no_finished_flush_and_lock_nobody_out(
         victim.kill()
     if url.startswith("sqlite"):
         file = url.removeprefix("sqlite:///")
-        assert sqlite3.connect(file).execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        with closing(sqlite3.connect(file)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
 @pytest.mark.parametrize("kind", ["redis"], indirect=True)

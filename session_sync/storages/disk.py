@@ -21,6 +21,7 @@ from session_sync.errors import SessionDecodeError
 from session_sync.expiry import life_time
 from session_sync.storages.base import Record
 from session_sync.storages.filelocks import FileLocks, LockedRecord
+from session_sync.storages.sqlite import Connection
 
 try:
     import diskcache as _diskcache
@@ -236,20 +237,12 @@ class _Disk(diskcache.Disk):  # type: ignore[misc] # it has no types
         """We write no files: the name in the row is somebody else's."""
 
 
-class _Connection(sqlite3.Connection):
-    """A connection that closes itself with its thread, or Python 3.13 complains that nobody did."""
-
-    def __del__(self) -> None:
-        with suppress(sqlite3.Error):
-            self.close()
-
-
 class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
     """diskcache's cache, with the connections looked after: one for each thread, as before."""
 
     def __init__(self, directory: str, **settings: object) -> None:
         self._era = 0
-        self._connections: weakref.WeakValueDictionary[int, _Connection] = (
+        self._connections: weakref.WeakValueDictionary[int, Connection] = (
             weakref.WeakValueDictionary()
         )
         super().__init__(directory, timeout=_TIMEOUT, **settings)
@@ -259,7 +252,7 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
     def _con(self) -> sqlite3.Connection:
         local = self._local
         era = (os.getpid(), self._era)
-        con: _Connection | None = getattr(local, "con", None)
+        con: Connection | None = getattr(local, "con", None)
         if con is None or local.era != era:
             super().close()
             # Not bound to its thread: close() runs in another one.
@@ -268,7 +261,7 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
                 timeout=_TIMEOUT,
                 isolation_level=None,
                 check_same_thread=False,
-                factory=_Connection,
+                factory=Connection,
             )
             for pragma in _CONNECTION_PRAGMAS:
                 con.execute(f"PRAGMA {pragma}")

@@ -200,6 +200,15 @@ def _bytes(value: object, key: str) -> bytes:
     )
 
 
+class Connection(sqlite3.Connection):
+    """A connection that closes itself when it is forgotten; else Python 3.13 complains that nobody
+    has closed it."""
+
+    def __del__(self) -> None:
+        with suppress(sqlite3.Error):
+            self.close()
+
+
 class _Connections:
     """Connections to one file, each used by one thread at a time.
 
@@ -282,6 +291,7 @@ class _Connections:
             timeout=_TIMEOUT,
             isolation_level=None,
             check_same_thread=False,  # one thread at a time, which the gate sees to
+            factory=Connection,
         )
         # What is no text would be named in the error of who reads it as text, with its value.
         connection.text_factory = bytes
@@ -308,9 +318,6 @@ class _Connections:
         """Go on, in the child: whoever stood at the gate is not in this process."""
         self._is_shut = False
         self._gate = threading.Condition()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 _all: Final[weakref.WeakValueDictionary[int, _Connections]] = weakref.WeakValueDictionary()
