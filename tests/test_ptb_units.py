@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import signal
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -31,6 +34,7 @@ from session_sync import (
     MemoryStorage,
     SessionDeadlockError,
     SessionManager,
+    SQLiteStorage,
 )
 from session_sync.ptb import SessionContext, install, session_filter
 from session_sync.testing import OfflineBotAPI
@@ -639,3 +643,44 @@ def test_a_filter_in_a_conversations_time_out_says_so(
         assert "in the TIMEOUT state of a conversation" in errors[0]
 
     asyncio.run(main())
+
+
+def test_ctrl_c_in_run_polling_lets_the_running_update_end(
+    api: OfflineBotAPI, tmp_path: Any
+) -> None:
+    program = f"""if True:
+        import asyncio, threading
+        from telegram.ext import Application, MessageHandler, filters
+        from session_sync import SessionManager, SQLiteStorage
+        from session_sync.ptb import install
+
+        sessions = SessionManager(storage=SQLiteStorage({str(tmp_path / "sessions.db")!r}))
+        builder = Application.builder().token({api.token!r}).base_url({api.base_url!r})
+        app = install(builder.concurrent_updates(8), sessions).build()
+
+        async def handle(update, context):
+            context.session.begun = True
+            print("in the handler", flush=True)
+            while app.running:
+                await asyncio.sleep(0.01)
+            context.session.ended = True
+
+        app.add_handler(MessageHandler(filters.ALL, handle))
+        app.run_polling()
+        print(len(sessions._options.door.locks))
+        names = {{thread.name[:18] for thread in threading.enumerate() if not thread.daemon}}
+        print(sorted(names))
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        api.user(1).send("hi")
+        assert process.stdout.readline() == "in the handler\n"
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read().splitlines()
+        assert process.wait(SOON) == 0
+    # The pool that saves keeps its threads, which have nothing to do, until the process ends.
+    assert rest == ["0", "['MainThread', 'session_sync-close']"]
+    with SessionManager(storage=SQLiteStorage(tmp_path / "sessions.db")) as sessions:
+        assert stored(sessions) == {"begun": True, "ended": True}
