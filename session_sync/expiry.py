@@ -18,7 +18,8 @@ class Ttl:
     """A value with a life time, on its way into a session. Made by `ttl()`."""
 
     __slots__ = ("seconds", "value")
-    # So that it gets into no set and is no dict's key.
+    # So that it gets into no set and is no dict's key: Python's way to say so, though to type
+    # checkers __hash__ is a method.
     __hash__ = None  # type: ignore[assignment] # pyright: ignore[reportAssignmentType]
 
     def __init__(self, value: Any, seconds: float) -> None:

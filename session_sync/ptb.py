@@ -249,6 +249,7 @@ class _SessionBuilder:
             user_data=types.user_data,
         )
         try:
+            # `super()` is the builder's own class, which is known only when it is mixed in.
             application: Any = super().build()  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._application_class, self._context_types = chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_a_running_bot_loses_nothing(threads: Threads) -> None:
         fields = target.get(key)
         assert fields is not None
         assert fields["a"] == fields["b"]
+
+
+def test_a_session_that_is_open_is_copied_when_it_has_closed(threads: Threads) -> None:
+    source, target = MemoryStorage(), MemoryStorage()
+    source.set("user:1", {"a": 0})
+    copied = threading.Event()
+    bot: SessionManager[Any] = SessionManager(storage=source)
+    with bot.session_scope("user:1") as session:
+        threads.start(lambda: copy_storage(source, target, progress=lambda key: copied.set()))
+        session.a = 1
+        assert not copied.wait(0.2)  # with no lock it has long been copied
+    threads.join()
+    assert target.get("user:1") == {"a": 1}
 
 
 def test_what_cannot_be_copied_is_named_and_the_rest_is_copied() -> None:

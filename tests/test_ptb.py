@@ -601,6 +601,7 @@ def test_an_error_handler_that_raises_is_rolled_back_as_well(
             app.add_error_handler(on_error, block=block)  # PTB takes it once
             assert len(app.error_handlers) == 1
             assert on_error in app.error_handlers
+            assert [handler.__name__ for handler in app.error_handlers] == ["on_error"]
             await process(app, message())
             await settle()
             app.remove_error_handler(on_error)

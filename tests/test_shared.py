@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ from session_sync import (
     SessionManager,
     storage_from_url,
 )
+from session_sync.storages import filelocks
 from session_sync.storages.filelocks import FileLocks
 
 WORKER = Path(__file__).with_name("shared_worker.py")
@@ -231,6 +233,20 @@ def test_eight_processes_that_want_one_key_share_it_fairly(start: Start) -> None
     assert turns[0] * 2 >= turns[-1], turns
 
 
+def test_who_comes_later_does_not_pass_who_stands_before_the_key(tmp_path: Path) -> None:
+    """Not even if the key is free in that very moment."""
+    path = str(tmp_path / "locks")
+    first, later = FileLocks(path), FileLocks(path)
+    gate = filelocks._place_of("key")
+    first.acquire("another key", 0)  # which opens the file
+    assert first._file is not None
+    filelocks._set(first._file, fcntl.F_WRLCK, gate)
+    with pytest.raises(SessionLockTimeout):
+        later.acquire("key", 0)
+    filelocks._set(first._file, fcntl.F_UNLCK, gate)
+    later.acquire("key", 0).release()
+
+
 def test_a_key_that_another_process_has_is_waited_for_and_others_are_not(
     start: Start, sessions: SessionManager[Any], url: str
 ) -> None:
@@ -335,6 +351,37 @@ def test_who_waits_does_not_keep_the_process_from_ending(start: Start, url: str)
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=SOON, check=True
     )
     assert done.stdout == "ended\n"
+
+
+def test_a_store_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    program = """if True:
+        import asyncio, threading
+        from session_sync import MemoryStorage, SessionManager
+
+        class Hanging(MemoryStorage):
+            blocking = True
+            hangs = threading.Event()
+
+            def load(self, key):
+                self.hangs.set()
+                threading.Event().wait()
+
+        async def use():
+            async with SessionManager(storage=Hanging()).session_scope("key"):
+                pass
+
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(use())
+        loop.run_until_complete(asyncio.sleep(0))
+        assert Hanging.hangs.wait(20)
+        print("ended", flush=True)
+    """
+    call = [sys.executable, "-W", "ignore", "-c", program]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert process.communicate(timeout=SOON)[0] == b"ended\n"
+        finally:
+            process.kill()
 
 
 # -- fork

@@ -223,6 +223,20 @@ def test_many_threads_need_as_many_connections_as_work_at_once(
     assert len(storage._connections._idle) <= 8
 
 
+def test_many_may_begin_at_once(tmp_path: Path, threads: Threads) -> None:
+    gate = threading.Barrier(8)
+
+    def begin() -> None:
+        for number in range(20):
+            gate.wait(20)
+            with closing(SQLiteStorage(tmp_path / f"{number}.db")) as storage:
+                storage.set("user:1", {"a": 1})
+
+    for _ in range(8):
+        threads.start(begin)
+    threads.join()
+
+
 # -- by URL
 
 
