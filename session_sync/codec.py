@@ -23,6 +23,7 @@ import msgspec
 from msgspec import Raw
 
 from session_sync.errors import SessionDecodeError, SessionEncodeError
+from session_sync.paths import path, short, step
 from session_sync.storages.base import PatchedRecord, Record
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ class Codec:
                 return _to_json(self._packed(fields, self._careful_packer))
         except _RefusedError as refused:
             raise SessionEncodeError(
-                f"{_session(key)} cannot be stored: {_path(refused.path)}{refused.reason}"
+                f"{_session(key)} cannot be stored: {_at(refused)}"
             ) from refused.__cause__
         except RecursionError:
             raise SessionEncodeError(f"{_session(key)} cannot be stored: {_TOO_DEEP}") from None
@@ -182,7 +183,7 @@ class Codec:
                 done = ours and type(value) is Raw
                 packed[packer.name(name)] = value if done else packer.pack(value, 1)
         except _RefusedError as refused:
-            refused.path.append(_step(name))
+            refused.path.append(step(name))
             raise
         if len(packed) != len(fields):
             raise _RefusedError("two fields have the same name")
@@ -246,9 +247,9 @@ class EncodedRecord(PatchedRecord):
         """Refuse a `Raw` from outside: it would be written without a look at it."""
         for name, value in changes.items():
             if type(value) is Raw:
-                where = _path([_step(name)])
+                where = path([step(name)])
                 raise SessionEncodeError(
-                    f"{_session(self._key)} cannot be stored: {where}{_refusal(value)}"
+                    f"{_session(self._key)} cannot be stored: {where} {_refusal(value)}"
                 )
         return changes
 
@@ -368,7 +369,7 @@ class _Packer:
             for key, item in value.items():  # noqa: B007 - the path needs the last one
                 packed.append(item if type(item) in plain else self.pack(item, depth + 1))
         except _RefusedError as refused:
-            refused.path.append(_step(key))
+            refused.path.append(step(key))
             raise
         if named:
             return dict(zip(value, packed, strict=True))
@@ -509,9 +510,7 @@ class _Unpacker:
         ((tag, body),) = value.items()
         unpack = _UNPACK.get(tag)
         if unpack is None:
-            raise _MalformedError(
-                f"has the unknown tag {_short(tag)} (written by a newer version?)"
-            )
+            raise _MalformedError(f"has the unknown tag {short(tag)} (written by a newer version?)")
         return unpack(self, body)
 
     def _str(self, body: Any) -> str:
@@ -621,6 +620,10 @@ _UNPACK: Final[dict[str, Callable[[_Unpacker, Any], Any]]] = {
 }
 
 
+def _at(refused: _RefusedError) -> str:
+    return f"{path(refused.path)} {refused.reason}".lstrip()
+
+
 def _may_have_tags(data: bytes) -> bool:
     return b'"$' in data or b"\\u0024" in data
 
@@ -634,29 +637,6 @@ def _refusal(value: object, what: str = "") -> str:
         f"is of type {what or type(value).__name__}. Kept are {_KEPT}: "
         "convert it, or give the storage a Codec with an enc_hook."
     )
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:39] + "…")
-
-
-def _step(key: object) -> str:
-    """The way from a dict to the value under `key`."""
-    if type(key) is str:
-        return f".{key}" if key.isidentifier() and len(key) <= 40 else f"[{_short(key)}]"
-    if key is None or (isinstance(key, int) and _MIN_INT <= key <= _MAX_INT):
-        return f"[{key}]"
-    return f"[<{type(key).__name__}>]"
-
-
-def _path(steps: list[str]) -> str:
-    """The whole way from the session to a value, followed by a space."""
-    if not steps:
-        return ""
-    path = steps[::-1]
-    if len(path) > 12:
-        path[6:-6] = [" ... "]
-    return "".join(path).removeprefix(".") + " "
 
 
 def _base_value(value: Any) -> Any:
@@ -683,7 +663,7 @@ def _zone(name: str) -> ZoneInfo:
         return ZoneInfo(name)
     except Exception:
         raise _MalformedError(
-            f"has the time zone {_short(name)}, unknown here (is the package tzdata installed?)"
+            f"has the time zone {short(name)}, unknown here (is the package tzdata installed?)"
         ) from None
 
 
@@ -729,7 +709,7 @@ def _undecodable(error: Exception, key: str | None, field: str | None = None) ->
         cause = f"is not what was written here: {error}"
     else:
         cause = f"is not what was written here ({type(error).__name__})"
-    subject = "the record" if field is None else f"field {_short(field)}"
+    subject = "the record" if field is None else f"field {short(field)}"
     return SessionDecodeError(
         f"{_session(key)} cannot be read: {subject} {cause}. The record is left as it is."
     )

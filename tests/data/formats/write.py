@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ PLAIN: dict[str, dict[str, Any]] = {
         "there": datetime(2026, 7, 1, 12, tzinfo=ZoneInfo("Europe/Vienna")),
         "then": datetime(2026, 7, 1, 12, tzinfo=timezone(timedelta(hours=5, minutes=30))),
         "day": date(2026, 1, 2),
-        "hour": time(3, 4, tzinfo=timezone.utc),
+        "hour": time(3, 4, tzinfo=UTC),
         "for": timedelta(days=-1, microseconds=5),
         "id": UUID(int=5),
     },
