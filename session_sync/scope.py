@@ -249,9 +249,9 @@ class Scope(Generic[S]):
             return
         if last:
             fields.close()  # first: a change that comes now would be lost
-        stored = fields.record
+        kept = fields.kept
         record = fields.take_changes()
-        if record is stored:
+        if record is kept:
             return
         door = self.options.door
         try:
@@ -260,7 +260,7 @@ class Scope(Generic[S]):
             elif self._stored:
                 door.delete(self.name)
         except BaseException:
-            fields.not_saved(stored)
+            fields.not_saved(kept)
             raise
         self._stored = bool(record)
 
@@ -286,7 +286,7 @@ class Scope(Generic[S]):
         fields, opened = self.fields, self._opened
         assert fields is not None
         assert opened is not None
-        stored = record = fields.record
+        kept = record = fields.kept
         try:
             if fields.open:  # else a flush comes after the last one
                 if last:
@@ -296,7 +296,7 @@ class Scope(Generic[S]):
             if last:
                 yield Call(closers, opened.close, None)
             raise
-        changed = record is not stored
+        changed = record is not kept
         if not (changed or last):
             return
         self._written = None
@@ -304,7 +304,7 @@ class Scope(Generic[S]):
             yield Call(closers, self._write, opened, record if changed else None, last)
         except BaseException:
             if changed and self._written is not record:  # else it was cancelled, and yet written
-                fields.not_saved(stored)
+                fields.not_saved(kept)
             raise
 
     def _write(self, opened: OpenRecord, record: Record | None, last: bool) -> None:

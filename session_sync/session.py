@@ -35,17 +35,19 @@ class Lifecycle(Protocol):
 class Fields:
     """The fields of one open session: what was stored, and over it what the handler has in hand.
 
-    `record` is what the store has. Of its fields only those that a handler asked for are thawed,
-    into `live`; `gone` are the ones it deleted, `written` the ones that it assigned (in their
-    order; True for a name that stands at the end, being new), and `loose` the ones with an object
-    in them whose changes nobody would notice, so that they are always saved, but for those that a
-    failed handler has `spoilt`. So a session of a thousand fields costs what its handler touches,
-    not a thousand.
+    `kept` is what the store has, and `record` what it should have had since the last flush: the
+    same one, unless that flush failed. Of its fields only those that a handler asked for are
+    thawed, into `live`; `gone` are the ones it deleted, `written` the ones that it assigned (in
+    their order; True for a name that stands at the end, being new), and `loose` the ones with an
+    object in them whose changes nobody would notice, so that they are always saved, but for those
+    that a failed handler has `spoilt`. So a session of a thousand fields costs what its handler
+    touches, not a thousand.
     """
 
     __slots__ = (
         "_owner",
         "gone",
+        "kept",
         "key",
         "live",
         "loose",
@@ -61,7 +63,7 @@ class Fields:
         self.open = True
         self._owner: Owner | None = None  # from the first container on
         self.spoilt = _NONE
-        self.record = record
+        self.record = self.kept = record
         self.live: dict[str, Any] = {}
         self.written: dict[str, bool] = {}
         self.gone: set[str] | frozenset[str] = _NONE
@@ -198,7 +200,7 @@ class Fields:
     def _rearranged(self, changes: dict[str, Any]) -> Record:
         """The record that the store should have, where fields have gone, or may have expired."""
         record = self.record
-        if not changes and not self.gone:
+        if not changes and not self.gone and record is self.kept:
             return record
         if self.timers:
             self._remove_expired()
@@ -219,30 +221,24 @@ class Fields:
         return frozen
 
     def take_changes(self) -> Record:
-        """The record that is to go into the store, as `pending`; changes count from here."""
+        """The record that is to go into the store, which is taken to succeed: changes count from
+        here. It is `kept` if there is nothing to store."""
         record = self.pending()
         if record is not self.record:
-            self.record = record
             self.gone = _NONE
             self.written = {}
+        self.record = self.kept = record
         return record
 
-    def not_saved(self, record: Record) -> None:
-        """The store did not take it after all: `record` is what it has, all else is pending."""
-        names = self.names()
-        live = self.live
-        values = {n: live[n] if n in live else self._thaw(n, self.record[n]) for n in names}
-        self.record = record
-        self.live = values
-        # As if all had been removed and come back: so they keep their order.
-        self.gone = set(filter(_is_field, record))
-        self.written = dict.fromkeys(names, True)
+    def not_saved(self, kept: Record) -> None:
+        """The store did not take it after all, and still has what was `kept`."""
+        self.kept = kept
 
     def roll_back(self) -> None:
         """Back to what the store has; containers handed out so far cannot be changed any more."""
         self.close()
         spoilt = self.spoilt | self.loose  # objects that the failed handler may have changed
-        Fields.__init__(self, self.key, self.record.reread())
+        Fields.__init__(self, self.key, self.kept.reread())
         self.spoilt = spoilt
 
 
