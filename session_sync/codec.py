@@ -394,7 +394,7 @@ class _Packer:
 
     def _distinct(self, values: Collection[Any], kinds: set[type], what: str) -> None:
         """Refuse two values that become the same one: an odd subclass of str, and a str."""
-        if not kinds <= _PACK.keys() and len(set(map(_base_value, values))) != len(values):
+        if not kinds <= _PACK.keys() and len(set(map(base_value, values))) != len(values):
             raise _RefusedError(f"has {what} of a subclass that are equal once stored")
 
     def _datetime(self, value: datetime, depth: int) -> Any:
@@ -437,7 +437,7 @@ class _Packer:
         hooked = self._hooked(value)
         if hooked is not NotImplemented:
             return {"$type": self._each(hooked, depth, f"<{type(value).__name__}>")}
-        base = _base_value(value)
+        base = base_value(value)
         if base is value:
             raise _RefusedError(_refusal(value, what))
         return self.pack(base, depth)
@@ -639,7 +639,7 @@ def _refusal(value: object, what: str = "") -> str:
     )
 
 
-def _base_value(value: Any) -> Any:
+def base_value(value: Any) -> Any:
     """`value`, or what it is without its subclass if that is one of str, int or float."""
     if type(value) in _LEAVES:
         return value

@@ -34,7 +34,8 @@ from .expiry import Ttl
 ATOMS: Final = frozenset(
     (type(None), bool, int, float, str, bytes, datetime, date, time, timedelta, Decimal, UUID)
 )
-_MISSING: Final = object()
+#: What `freeze` is given where nothing is stored yet.
+MISSING: Final = object()
 _NO_HASH: Final = (None, object.__hash__)
 
 
@@ -42,15 +43,16 @@ class Owner:
     """What the containers of one session have in common: the session's key, and whether it is open.
 
     A roll-back closes the owner and the session goes on with a new one. `met_object` is set when a
-    thawed or frozen value has an object in it whose changes nobody would notice.
+    thawed or frozen value has an object in it whose changes nobody would notice, `met_old_form`
+    when a thawed value would be frozen as something else than it was.
     """
 
-    __slots__ = ("key", "met_object", "open")
+    __slots__ = ("key", "met_object", "met_old_form", "open")
 
     def __init__(self, key: str) -> None:
         self.key: Final = key
         self.open = True
-        self.met_object = False
+        self.met_object = self.met_old_form = False
 
     def refuse(self) -> SessionClosedError:
         return SessionClosedError(
@@ -93,7 +95,7 @@ class SessionList(list[Any]):
         owner = self._owner
         if not owner.open:
             raise owner.refuse()
-        admit_value = _admit_each if at.__class__ is slice else admit
+        admit_value = _admit_each if at.__class__ is slice else _admit_inside
         super().__setitem__(at, admit_value(value, owner))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -127,7 +129,7 @@ def _guarded(
             if args:
                 args = (*args[:-1], admit_last(args[-1], owner))
             if kwargs:
-                kwargs = {name: admit(arg, owner) for name, arg in kwargs.items()}
+                kwargs = {name: _admit_inside(arg, owner) for name, arg in kwargs.items()}
         return method(self, *args, **kwargs)
 
     return guarded
@@ -151,21 +153,21 @@ def thaw(value: Any, owner: Owner) -> Any:
     if cls in ATOMS:
         return value
     if cls is dict:
-        return _owned(
+        return owned(
             SessionDict(
                 {k: v if v.__class__ in ATOMS else thaw(v, owner) for k, v in value.items()}
             ),
             owner,
         )
     if cls is list:
-        return _owned(
+        return owned(
             SessionList([v if v.__class__ in ATOMS else thaw(v, owner) for v in value]), owner
         )
     if cls is set:
-        return _owned(SessionSet(value), owner)
+        return owned(SessionSet(value), owner)
     if cls is tuple:
         items = [thaw(item, owner) for item in value]
-        return value if _same(items, value) else tuple(items)
+        return value if same(items, value) else tuple(items)
     _note(value, owner)
     return value
 
@@ -176,36 +178,47 @@ def _note(thing: Any, owner: Owner) -> None:
         owner.met_object = True
 
 
-def _owned(container: Any, owner: Owner) -> Any:
+def owned(container: Any, owner: Owner) -> Any:
+    """`container`, a new one of ours, which belongs to `owner` from now on."""
     container._owner = owner
     return container
+
+
+def is_foreign(value: Any, owner: Owner) -> bool:
+    """Whether `value` is a container that another session, or a closed one, has handed out."""
+    return value.__class__ in _OWNED and value._owner is not owner and value._owner is not _NOBODY
 
 
 # -- into a session
 
 
-def admit(value: Any, owner: Owner, what: str = "what was put into one of its containers") -> Any:
-    """`value`, on its way into a container of `owner`: the same object, unless it comes out of
+def admit(value: Any, owner: Owner) -> Any:
+    """`value`, on its way into something of `owner`: the same object, unless it comes out of
     another session or a closed one; that goes in as a fresh copy, wherever in `value` it lies.
 
-    Raises SessionEncodeError, which says `what` it is, if it is nested too deeply.
+    Raises RecursionError if it is nested too deeply.
     """
+    return value if value.__class__ in ATOMS else _admit(value, owner, set())
+
+
+def _admit_inside(value: Any, owner: Owner) -> Any:
+    """The same for what a handler puts into a container."""
     if value.__class__ in ATOMS:
         return value
     try:
         return _admit(value, owner, set())
     except RecursionError:
-        raise owner.too_deep(what) from None
+        raise owner.too_deep("what was put into one of its containers") from None
 
 
 def _admit(value: Any, owner: Owner, seen: set[int]) -> Any:
     cls = value.__class__
     if cls in ATOMS:
         return value
-    if cls in _OWNED and value._owner is not _NOBODY:
-        if value._owner is owner:
-            return value
-        return thaw(freeze(value, _MISSING, owner), owner)
+    if cls in _OWNED and value._owner is owner:
+        return value
+    if is_foreign(value, owner):
+        return thaw(freeze(value, MISSING, owner), owner)
     if cls is Ttl:
         raise owner.stray_ttl()
     if cls in _WITH_PLACES:
@@ -215,7 +228,7 @@ def _admit(value: Any, owner: Owner, seen: set[int]) -> Any:
         return value
     if cls is tuple:
         items = [_admit(item, owner, seen) for item in value]
-        return value if _same(items, value) else tuple(items)
+        return value if same(items, value) else tuple(items)
     return value
 
 
@@ -230,24 +243,24 @@ def _admit_items(plain: Any, owner: Owner, seen: set[int]) -> None:
 
 def _admit_each(items: Any, owner: Owner) -> Any:
     """The items of an iterable, which may be the very container that they go into."""
-    admitted = (item if item.__class__ in ATOMS else admit(item, owner) for item in items)
+    admitted = (item if item.__class__ in ATOMS else _admit_inside(item, owner) for item in items)
     return list(admitted) if isinstance(items, list | tuple) else admitted
 
 
 def _admit_pairs(items: Any, owner: Owner) -> Any:
     """The same for whatever `dict.update` takes."""
     if isinstance(items, dict):
-        return {k: v if v.__class__ in ATOMS else admit(v, owner) for k, v in items.items()}
+        return {k: v if v.__class__ in ATOMS else _admit_inside(v, owner) for k, v in items.items()}
     if hasattr(items, "keys"):
-        return {k: admit(items[k], owner) for k in items.keys()}  # noqa: SIM118 (as dict.update does)
-    return (admit(tuple(pair), owner) for pair in items)
+        return {k: _admit_inside(items[k], owner) for k in items.keys()}  # noqa: SIM118 (as dict.update does)
+    return (_admit_inside(tuple(pair), owner) for pair in items)
 
 
 _guard(SessionDict, "__delitem__ clear pop popitem")
-_guard(SessionDict, "__setitem__ setdefault", admit)
+_guard(SessionDict, "__setitem__ setdefault", _admit_inside)
 _guard(SessionDict, "__ior__ update", _admit_pairs)
 _guard(SessionList, "__delitem__ __imul__ pop remove clear sort reverse")
-_guard(SessionList, "append insert", admit)
+_guard(SessionList, "append insert", _admit_inside)
 _guard(SessionList, "__iadd__ extend", _admit_each)
 _guard(
     SessionSet,
@@ -259,7 +272,7 @@ _guard(
 # -- into the store
 
 
-def freeze(value: Any, stored: Any = _MISSING, owner: Owner = _NOBODY) -> Any:
+def freeze(value: Any, stored: Any = MISSING, owner: Owner = _NOBODY) -> Any:
     """What a store may keep of `value`: plain containers that nobody else has.
 
     `stored` is what the store has now; where `value` says the same, the very same object is given
@@ -286,38 +299,38 @@ def freeze(value: Any, stored: Any = _MISSING, owner: Owner = _NOBODY) -> Any:
 
 
 def _freeze_dict(value: dict[Any, Any], stored: dict[Any, Any], owner: Owner) -> dict[Any, Any]:
-    same_keys = _same(value, stored)
-    if same_keys and _same(value.values(), stored.values()):
+    same_keys = same(value, stored)
+    if same_keys and same(value.values(), stored.values()):
         return stored
     items = {
-        k: v if v.__class__ in ATOMS else freeze(v, stored.get(k, _MISSING), owner)
+        k: v if v.__class__ in ATOMS else freeze(v, stored.get(k, MISSING), owner)
         for k, v in value.items()
     }
-    return stored if same_keys and _same(items.values(), stored.values()) else items
+    return stored if same_keys and same(items.values(), stored.values()) else items
 
 
 def _freeze_list(value: list[Any], stored: list[Any], owner: Owner) -> list[Any]:
-    if _same(value, stored):
+    if same(value, stored):
         return stored
     items = [
-        v if v.__class__ in ATOMS else freeze(v, was, owner) for v, was in _beside(value, stored)
+        v if v.__class__ in ATOMS else freeze(v, was, owner) for v, was in beside(value, stored)
     ]
-    return stored if _same(items, stored) else items
+    return stored if same(items, stored) else items
 
 
 def _freeze_tuple(value: tuple[Any, ...], stored: tuple[Any, ...], owner: Owner) -> tuple[Any, ...]:
-    items = [freeze(v, was, owner) for v, was in _beside(value, stored)]
+    items = [freeze(v, was, owner) for v, was in beside(value, stored)]
     for whole in (stored, value):
-        if _same(items, whole):
+        if same(items, whole):
             return whole
     return tuple(items)
 
 
-def _beside(value: Sequence[Any], stored: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
+def beside(value: Sequence[Any], stored: Sequence[Any]) -> Iterable[tuple[Any, Any]]:
     """Each item of `value` with what stands at its place in `stored`."""
-    return zip(value, chain(stored, repeat(_MISSING)), strict=False)
+    return zip(value, chain(stored, repeat(MISSING)), strict=False)
 
 
-def _same(one: Collection[Any], other: Collection[Any]) -> bool:
+def same(one: Collection[Any], other: Collection[Any]) -> bool:
     """Whether both have the very same objects in the same order."""
     return len(one) == len(other) and all(map(is_, one, other))

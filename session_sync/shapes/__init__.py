@@ -1,0 +1,1 @@
+"""What declared types mean for the values of a field: see `base`."""
