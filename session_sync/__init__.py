@@ -11,6 +11,7 @@ What a framework needs is in `session_sync.telebot`; importing `session_sync` im
 """
 
 import importlib
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from .codec import Codec
@@ -25,12 +26,15 @@ from .errors import (
     SessionError,
     SessionKeyError,
     SessionLockTimeout,
+    SessionMigrationError,
+    SessionTypeError,
+    SessionVersionError,
 )
 from .expiry import ttl
 from .keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
 from .manager import SessionManager
 from .scope import SessionScope
-from .session import Session
+from .session import Session, StrictSession
 from .storages.base import KVStorage, ListableStorage, TtlStorage
 from .storages.memory import LruMemoryStorage, MemoryStorage
 from .storages.urls import storage_from_url
@@ -62,14 +66,19 @@ __all__ = [
     "SessionKeyError",
     "SessionLockTimeout",
     "SessionManager",
+    "SessionMigrationError",
     "SessionScope",
+    "SessionTypeError",
+    "SessionVersionError",
     "StorageKey",
+    "StrictSession",
     "TtlStorage",
     "by_chat",
     "by_topic",
     "by_user",
     "copy_storage",
     "default_storage_key",
+    "field",
     "storage_from_url",
     "ttl",
 ]

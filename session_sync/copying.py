@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .errors import SessionDecodeError, SessionEncodeError
 from .manager import SessionManager
-from .storages.base import KVStorage, ListableStorage
+from .storages.base import KVStorage
+from .stored import for_each_key
 
 
 def copy_storage(
@@ -24,11 +24,11 @@ def copy_storage(
     Arguments:
         source: a storage that can list its keys.
         target: any storage.
-        progress: called with each key after it was copied.
+        progress: called with each key after it was copied, or found to be gone.
 
     Returns how many sessions were copied. Raises TypeError if `source` cannot list its keys, and
-    what the storages raise. What `source` cannot decode, or `target` cannot keep, is left out: an
-    ExceptionGroup at the end has the errors, which name the keys.
+    what the storages raise. What `source` cannot decode, `target` cannot keep, or a bot does not
+    let go of, is left out: an ExceptionGroup at the end has the errors, which name the keys.
 
     >>> from session_sync import MemoryStorage
     >>> laptop, cluster = MemoryStorage(), MemoryStorage()
@@ -38,23 +38,13 @@ def copy_storage(
     >>> cluster.get("user:1")
     {'counter': 1}
     """
-    if not isinstance(source, ListableStorage):
-        raise TypeError(f"{type(source).__name__} cannot list its keys: it has no method keys()")
     here, there = SessionManager(storage=source), SessionManager(storage=target)
-    copied, errors = 0, []
-    for key in source.keys():  # noqa: SIM118 (not a dict)
-        try:
-            with here.session_scope(key), there.session_scope(key):
-                fields = source.get(key)
-                if fields is None:  # deleted meanwhile
-                    continue
+
+    def copy(key: str) -> bool:
+        with here.scope_as_stored(key), there.scope_as_stored(key):
+            fields = source.get(key)
+            if fields is not None:  # else it was deleted meanwhile
                 target.set(key, fields)
-        except (SessionDecodeError, SessionEncodeError) as error:
-            errors.append(error)
-            continue
-        copied += 1
-        if progress is not None:
-            progress(key)
-    if errors:
-        raise ExceptionGroup(f"{len(errors)} sessions were not copied, {copied} were", errors)
-    return copied
+        return fields is not None
+
+    return for_each_key(source, copy, "copied", progress)

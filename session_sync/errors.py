@@ -38,6 +38,18 @@ class SessionEncodeError(SessionError, TypeError):
     """A session holds a value that its storage cannot keep; nothing was written."""
 
 
+class SessionTypeError(SessionError, TypeError):
+    """A field has a value that is not of its declared type; nothing was changed or written."""
+
+
+class SessionVersionError(SessionError, RuntimeError):
+    """A stored session is of a newer version than this program knows; it is left as it is."""
+
+
+class SessionMigrationError(SessionError, RuntimeError):
+    """A migration failed; the stored session is left as it was."""
+
+
 class SessionDecodeError(SessionError, ValueError):
     """A stored record is not one that this library wrote; it is left as it is."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from datetime import timedelta
 from typing import Any, Final
 
@@ -117,6 +117,12 @@ class Timers:
     def drop(self, name: str) -> None:
         """A field went away."""
         self._deadlines.pop(name, None)
+
+    def keep(self, names: Container[str]) -> None:
+        """All other fields went away."""
+        for name in list(self._deadlines):
+            if name not in names:
+                self.drop(name)
 
     def to_store(self) -> dict[str, list[float]]:
         """What lies in the store under TIMERS."""

@@ -5,25 +5,28 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast
 
 from .door import door_of
-from .errors import SessionKeyError
+from .errors import SessionKeyError, SessionMigrationError
 from .expiry import seconds_of
 from .keys import StorageKey, default_key_text, default_storage_key
+from .migrations import Migration, Migrations
 from .scope import Options, SessionScope
-from .session import Session
+from .session import BaseSession, Session, schema_of
 from .storages.base import KVStorage
 from .storages.memory import MemoryStorage
+from .stored import for_each_key
 
 if TYPE_CHECKING:  # a manager made without arguments is a SessionManager[Session]
     from typing_extensions import TypeVar as TypeVarWithDefault
 
-    S = TypeVarWithDefault("S", bound=Session, default=Session)
+    S = TypeVarWithDefault("S", bound=BaseSession, default=Session)
 else:
-    S = TypeVar("S", bound=Session)
+    S = TypeVar("S", bound=BaseSession)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
@@ -31,7 +34,7 @@ class SessionManager(Generic[S]):
     """Sessions of one kind: where they are kept, whose they are, and how they are locked.
 
     Arguments:
-        session_type: `Session`, or a subclass of it.
+        session_type: `Session` or `StrictSession`, or a subclass with declared fields.
         storage: any `KVStorage`; `MemoryStorage()` if None.
         get_storage_key: the key of an update: a `str`, a `StorageKey`, or None for an update that
             has no session. By default one session per user and chat.
@@ -44,6 +47,12 @@ class SessionManager(Generic[S]):
         on_error: "discard": a handler that raises leaves the stored session as it was at the last
             flush; "flush": save anyway.
         prefix: goes before every key, for several bots on one store.
+        migrations: how stored sessions of an older version become those of this program: for each
+            version from 2 on a function that gets the fields of the version before, as they are
+            stored, in a dict that it may change (or returns another one). By default those that the
+            class has under this name. They run in order when a session is loaded, under its lock,
+            and what comes out is stored with whatever is written next.
+        migrate_eagerly: store a migrated session at once. By default as the class says: False.
 
     Raises TypeError and ValueError for options that cannot work, at once.
 
@@ -66,9 +75,16 @@ class SessionManager(Generic[S]):
         lock_timeout: float | timedelta | None = 30.0,
         on_error: Literal["discard", "flush"] = "discard",
         prefix: str = "",
+        migrations: Mapping[int, Migration] | None = None,
+        migrate_eagerly: bool | None = None,
     ) -> None:
-        if not (isinstance(session_type, type) and issubclass(session_type, Session)):
+        if not (isinstance(session_type, type) and issubclass(session_type, BaseSession)):
             raise TypeError(f"session_type must be Session or a subclass, not {session_type!r}")
+        if migrations is not None and session_type.migrations:
+            raise TypeError(
+                f"{session_type.__name__} has migrations already; give them to the class or to the "
+                f"manager, so that there is one answer to which version is the newest"
+            )
         if on_error not in ("discard", "flush"):
             raise ValueError(f"on_error must be 'discard' or 'flush', not {on_error!r}")
         for name, function in (("get_storage_key", get_storage_key), ("initial", initial)):
@@ -79,8 +95,16 @@ class SessionManager(Generic[S]):
         # The same without a StorageKey in between, which is as much work as all the rest.
         is_default = get_storage_key is default_storage_key
         self._get_storage_key: Final = default_key_text if is_default else get_storage_key
+        steps = Migrations(
+            session_type.migrations if migrations is None else migrations, "migrations"
+        )
         self._options: Final = Options(
             session_type=session_type,
+            schema=schema_of(session_type).of_version(steps.version),
+            migrations=steps,
+            migrate_eagerly=(
+                session_type.migrate_eagerly if migrate_eagerly is None else migrate_eagerly
+            ),
             door=door_of(self.storage),
             initial=initial,
             lazy=lazy,
@@ -166,6 +190,56 @@ class SessionManager(Generic[S]):
     def scope_of(self, key: str, update: Any) -> SessionScope[S]:
         """The scope of `key` on behalf of `update`, which `initial` will be given."""
         return SessionScope(self._options, key, self.prefix + key, update)
+
+    def scope_as_stored(self, key: str) -> SessionScope[S]:
+        """The scope of a key for who does not look at the fields, of whatever version they are."""
+        options = replace(self._options, lazy=False, migrations=None)
+        return SessionScope(options, key, self.prefix + key, key)
+
+    # -- all of them
+
+    def migrate_all(self, progress: Callable[[str], None] | None = None) -> int:
+        """Bring every stored session up to date now, each under its lock, while bots may run that
+        know this version.
+
+        Only those under the manager's prefix are looked at; without one, all of the store. A
+        session that is up to date costs one read; so when this was interrupted, calling it again
+        goes on. Reading starts the life time anew that a storage's `ttl` gives. In async code:
+        `await asyncio.to_thread(sessions.migrate_all)`.
+
+        Arguments:
+            progress: called with each key (without the prefix) after it was looked at.
+
+        Returns how many sessions were migrated. Raises TypeError if the storage cannot list its
+        keys, and what it raises otherwise. Sessions that could not be opened or migrated are left
+        as they are: an ExceptionGroup at the end has the errors, which name the keys.
+
+        >>> from session_sync import MemoryStorage
+        >>> storage = MemoryStorage()
+        >>> storage.set("user:1", {"name": "Alex Doe"})
+        >>> def split_name(fields):
+        ...     fields["first"], fields["last"] = fields.pop("name").split()
+        >>> sessions = SessionManager(storage=storage, migrations={2: split_name})
+        >>> sessions.migrate_all()
+        1
+        >>> storage.get("user:1")
+        {'first': 'Alex', 'last': 'Doe', '$version': 2}
+        """
+        # What is gone meanwhile is not to be made again, and closing stores what was migrated.
+        options = replace(self._options, lazy=False, migrate_eagerly=False, initial=None)
+
+        def migrate(name: str) -> bool:
+            key = name.removeprefix(self.prefix)
+            entry = SessionScope(options, key, name, key)
+            with entry:
+                if entry.joined is not None:
+                    raise SessionMigrationError(
+                        f"session {key!r} is open around migrate_all(), so it is stored only when "
+                        f"that handler has ended; call it outside of handlers"
+                    )
+                return entry.fields is not None and entry.fields.is_unsaved
+
+        return for_each_key(self.storage, migrate, "migrated", progress, self.prefix)
 
     # -- the end
 

@@ -35,10 +35,10 @@ from .errors import SessionAwaitError, SessionKeyError
 from .locks import here
 from .manager import SessionManager, no_key
 from .scope import Scope, SessionScope, entries, step_outside
-from .session import Session, replace_fields
+from .session import BaseSession, replace_fields
 from .steps import arun, run
 
-S = TypeVar("S", bound=Session)
+S = TypeVar("S", bound=BaseSession)
 BT = TypeVar("BT", bound=telegram.Bot)
 UD = TypeVar("UD")
 CD = TypeVar("CD")
@@ -116,7 +116,7 @@ class _Unit:
     def __init__(self, update: object, entry: SessionScope[Any] | None) -> None:
         self.update = update
         self.entry: Final = entry
-        self._session: Final[Session | None] = None if entry is None else entry.scope.session
+        self._session: Final[BaseSession | None] = None if entry is None else entry.scope.session
 
     @classmethod
     def of(cls, update: object) -> _Unit | None:
@@ -125,7 +125,7 @@ class _Unit:
         return unit if unit is not None and unit.update is update else None
 
     @property
-    def session(self) -> Session:
+    def session(self) -> BaseSession:
         """The session, also after it was released."""
         if self.entry is None:
             raise SessionKeyError(no_key(self.update))

@@ -23,15 +23,18 @@ from .errors import (
     SessionAwaitError,
     SessionClosedError,
     SessionLockTimeout,
+    SessionVersionError,
     is_control_flow,
 )
 from .expiry import Ttl
 from .locks import Hold, KeyLock, Party, here
-from .session import Fields, Session
+from .migrations import Migrations
+from .schema import Schema
+from .session import BaseSession, Fields
 from .steps import Call, Steps, Take, TakeTurn, arun, closers, openers, run, waiters
 from .storages.base import OpenRecord, Record, record_of
 
-S = TypeVar("S", bound=Session)
+S = TypeVar("S", bound=BaseSession)
 _NO_FIELDS: Final = record_of({})
 _SHORT_WAIT: Final = 1.0  # seconds
 
@@ -41,6 +44,9 @@ class Options(Generic[S]):
     """What all scopes of one manager have in common."""
 
     session_type: type[S]
+    schema: Schema
+    migrations: Migrations | None  # None: sessions of any version are left as they are
+    migrate_eagerly: bool
     door: Door
     initial: Callable[[Any], Mapping[str, Any] | None] | None
     lazy: bool
@@ -116,6 +122,8 @@ class Scope(Generic[S]):
         self.hold = hold
         try:
             self._hand_out(door.load(self.name))
+            if options.migrate_eagerly:
+                self._write_at_once(last=False)
         except BaseException:
             self._unlock()
             raise
@@ -134,6 +142,8 @@ class Scope(Generic[S]):
                 yield from self._opening_store()
             else:
                 self._hand_out(door.load(name))
+                if self.options.migrate_eagerly:
+                    self._write_at_once(last=False)
         except BaseException:
             self._unlock()
             raise
@@ -147,6 +157,8 @@ class Scope(Generic[S]):
                 yield from self._waiting_for_another_process()
             assert self._opened is not None
             self._hand_out(self._opened.record)
+            if self.options.migrate_eagerly:
+                yield from self._writing_in_turn(last=False)
         except BaseException:
             if self._opened is not None:
                 yield Call(closers, self._opened.close, None)
@@ -177,23 +189,31 @@ class Scope(Generic[S]):
         hold = self.hold
         assert hold is not None
         self._stored = record is not None
-        self.fields = self._missing() if record is None else Fields(self.key, record)
+        options = self.options
+        if record is None:
+            self.fields = self._missing()
+        elif options.migrations is None or options.migrations.are_done(record):
+            self.fields = Fields(self.key, record, options.schema)
+        else:
+            newest = options.migrations.newest(self.key, record, options.schema)
+            self.fields = Fields(self.key, newest, options.schema)
+            self.fields.save_as_it_is()
         if self.session is None:
             self.parties = hold.parties
-            self.session = self.options.session_type(self)
+            self.session = options.session_type(self)
         else:  # a lazy one; from here on, whoever waits for the key waits for all who are in it
             hold.parties = self.parties
 
     def _missing(self) -> Fields:
         """The fields of a session that is not stored yet, and will not be until they change."""
-        initial = self.options.initial
+        initial, schema = self.options.initial, self.options.schema
         given = initial(self.update) if initial is not None else None
+        fields = Fields(self.key, _NO_FIELDS, schema)
         if not given:
-            return Fields(self.key, _NO_FIELDS)
-        fields = Fields(self.key, _NO_FIELDS)
+            return fields
         for name, value in given.items():
             fields.set(name, _copy(value))
-        return Fields(self.key, fields.pending())
+        return Fields(self.key, fields.take_changes(), schema)
 
     def closes_at_once(self) -> bool:
         """Write and unlock, if nothing in that may take long; else False, and nothing was done."""
@@ -230,6 +250,8 @@ class Scope(Generic[S]):
         assert hold is not None
         if self.fields is not None and self.fields.open:
             self.fields.close()
+        if not self.is_loaded:  # a lazy one that failed to load, so whoever asks again loads again
+            self.fields = None
         try:
             if door.unload is not None and not door.blocking:
                 door.unload(self.name)
@@ -238,6 +260,8 @@ class Scope(Generic[S]):
 
     def flushing(self) -> Steps:
         """Write what has changed since the last flush."""
+        if self.fields is None:
+            return
         if self.options.door.blocking:
             yield from self._writing_in_turn(last=False)
         else:
@@ -601,9 +625,12 @@ class SessionScope(Scope[S]):
         entry: SessionScope[Any] | None = around
         while entry is not None and not entry._is_for(self):
             entry = entry.outer
-        if entry is None or not entry.scope.join():
+        if entry is None:
             return
         scope: Scope[S] = entry.scope
+        self._check_version(scope.options)
+        if not scope.join():
+            return
         try:
             turn = yield TakeTurn(entry._turns_of_joiners(scope), self.timeout)
         except BaseException:
@@ -639,6 +666,18 @@ class SessionScope(Scope[S]):
         return (
             not scope.closed and self.name == other.name and self.options.door is other.options.door
         )
+
+    def _check_version(self, around: Options[Any]) -> None:
+        """Refuse to join a session of another version: what is written here would be taken for
+        something older or newer than it is."""
+        here = self.options
+        versions = here.schema.version, around.schema.version
+        if versions[0] != versions[1] and None not in (here.migrations, around.migrations):
+            raise SessionVersionError(
+                f"session {self.key!r} is open around this code as one of version {versions[1]}, "
+                f"and this manager ({here.schema.name}) knows version {versions[0]}; give both "
+                f"managers the same class or the same migrations"
+            )
 
     def _turns_of_joiners(self, scope: Scope[Any]) -> KeyLock:
         with scope._mutex:

@@ -48,6 +48,10 @@ def _run_on(steps: Steps, step: Step) -> NoReturn:
             step = steps.send(answer)
 
 
+class _ThrownAwayError(BaseException):
+    """The coroutine that did these steps will never go on: clean up, without awaiting."""
+
+
 async def arun(steps: Steps) -> None:
     """Do `steps` as a coroutine."""
     step = next(steps, None)
@@ -56,8 +60,11 @@ async def arun(steps: Steps) -> None:
             while True:
                 try:
                     answer = await step.arun()
-                except GeneratorExit as error:  # thrown away with its loop: nobody awaits any more
-                    _run_on(steps, steps.throw(error))
+                except GeneratorExit:  # thrown away with its loop: nobody awaits any more
+                    # By another name, since Python lets no step follow a GeneratorExit.
+                    with suppress(_ThrownAwayError):
+                        _run_on(steps, steps.throw(_ThrownAwayError()))
+                    raise
                 except BaseException as error:
                     step = steps.throw(error)
                 else:

@@ -29,7 +29,7 @@ from .errors import SessionKeyError
 from .locks import Hold, Turn
 from .manager import SessionManager, no_key
 from .scope import SessionScope, entries, in_handler
-from .session import Session, replace_fields
+from .session import BaseSession, replace_fields
 
 if TYPE_CHECKING:  # it needs aiohttp, which who has no AsyncTeleBot may not have
     from telebot.async_telebot import AsyncTeleBot
@@ -339,11 +339,11 @@ class _AsyncRollsBack(_RollsBack):
 
 # The session of each update object that is alive, or None where it has no key. Not an attribute of
 # the object, because telebot prints those in str(), and pickle and copy take them along.
-_bound: dict[int, tuple[Callable[[], Any], Session | None]] = {}
+_bound: dict[int, tuple[Callable[[], Any], BaseSession | None]] = {}
 _UNBOUND: Final[tuple[Callable[[], Any], None]] = (lambda: None, None)
 
 
-def _bind(update: Any, session: Session | None) -> None:
+def _bind(update: Any, session: BaseSession | None) -> None:
     at = id(update)
     _bound[at] = (weakref.ref(update, lambda _: _bound.pop(at, None)), session)
 

@@ -10,10 +10,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from session_sync import LruMemoryStorage, MemoryStorage, storage_from_url
 from session_sync.testing import OfflineBotAPI
 
 # Programs that a test starts in a process of its own, and what only type checkers read.
@@ -123,6 +125,43 @@ class Threads:
         self._threads.clear()
         if self._errors:
             raise self._errors[0]
+
+
+class Counting(MemoryStorage):
+    """How often the scope has read and written."""
+
+    reads = writes = 0
+
+    def load(self, key: str) -> Any:
+        self.reads += 1
+        return super().load(key)
+
+    def save(self, key: str, record: Any) -> None:
+        self.writes += 1
+        super().save(key, record)
+
+    def delete(self, key: str) -> None:
+        self.writes += 1
+        super().delete(key)
+
+
+@pytest.fixture(params=["memory", "lru", "strict", "sqlite", "disk"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """An empty storage of each kind that needs no server."""
+    if request.param == "disk":
+        pytest.importorskip("diskcache", reason="needs the extra 'disk'")
+    urls = {
+        "sqlite": f"sqlite:///{tmp_path}/sessions.db",
+        "disk": f"disk:///{tmp_path}/sessions",
+    }
+    if request.param in urls:
+        some: Any = storage_from_url(urls[request.param])
+    elif request.param == "lru":
+        some = LruMemoryStorage()
+    else:
+        some = MemoryStorage(strict=request.param == "strict")
+    yield some
+    some.close()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import contextvars
 import gc
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from session_sync import (
     SessionClosedError,
     SessionLockTimeout,
     SessionManager,
+    SQLiteStorage,
 )
 from session_sync.scope import in_handler
 
@@ -620,3 +622,46 @@ def test_a_scope_outside_any_handler_queues_behind_turns_that_have_not_begun(laz
         update_it(sessions)
     turn.withdraw()
     assert is_free(sessions)
+
+
+def test_a_lazy_session_that_nobody_touched_has_nothing_to_flush(tmp_path: Path) -> None:
+    for storage in (MemoryStorage(), SQLiteStorage(tmp_path / "sessions.db")):
+        sessions: SessionManager[Any] = SessionManager(storage=storage, lazy=True)
+        with sessions.session_scope("user:1") as session:
+            session.flush()
+
+        async def handler(sessions: SessionManager[Any] = sessions) -> None:
+            async with sessions.session_scope("user:1") as session:
+                await session.aflush()
+
+        asyncio.run(handler())
+        assert not storage.has("user:1")
+        storage.close()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_coroutine_thrown_away_while_it_opens_leaves_the_record_free(
+    tmp_path: Path, lazy: bool
+) -> None:
+    storage, other = (SQLiteStorage(tmp_path / "sessions.db") for _ in range(2))
+    sessions: SessionManager[Any] = SessionManager(storage=storage, lazy=lazy)
+
+    async def handler() -> None:
+        async with sessions.session_scope("user:1") as session:
+            await session
+            pytest.fail("it went on")
+
+    async def main() -> None:
+        thrown_away = handler()
+        thrown_away.send(None)  # it waits for a thread that opens the record
+        thrown_away.close()
+
+    asyncio.run(main())
+    assert len(sessions._options.door.locks) == 0
+    # Another storage object on the file is to the first one what another process is.
+    for free in (sessions, SessionManager(storage=other, lock_timeout=1)):
+        with free.session_scope("user:1") as session:
+            session.counter = session.get("counter", 0) + 1
+    assert storage.get("user:1") == {"counter": 2}
+    storage.close()
+    other.close()

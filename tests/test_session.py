@@ -1834,13 +1834,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     calls: list[str] = []
     with monkeypatch.context() as patch:
         for name in ("thaw", "freeze"):
-            plain = getattr(session_sync.containers, name)
+            plain = getattr(session_sync.shapes.base.Free, name)
 
             def counting(*args: Any, name: str = name, plain: Any = plain) -> Any:
                 calls.append(name)
                 return plain(*args)
 
-            patch.setattr(f"session_sync.session.{name}", counting)
+            patch.setattr(session_sync.shapes.base.Free, name, counting)
         yield calls
 
 
@@ -1909,3 +1909,24 @@ def test_no_method_that_only_reads_a_container_is_ours() -> None:
     ):
         assert set(vars(cls)) - ours == set(changes)
     assert "__repr__" not in {*vars(SessionDict), *vars(SessionList)}
+
+
+def test_what_a_class_does_when_a_field_is_assigned_it_does_in_every_way() -> None:
+    class Checked(Session):
+        def __setitem__(self, name: str, value: Any) -> None:
+            if value == "bad":
+                raise ValueError(name)
+            super().__setitem__(name, value)
+
+    with SessionManager(Checked).session_scope(KEY) as session:
+        for assign in (
+            lambda: session.__setitem__("a", "bad"),
+            lambda: setattr(session, "a", "bad"),
+            lambda: session.setdefault("a", "bad"),
+            lambda: session.update(a="bad"),
+            lambda: session.__ior__({"a": "bad"}),
+            lambda: session_sync.session.replace_fields(session, {"a": "bad"}),
+        ):
+            with pytest.raises(ValueError, match="a"):
+                assign()
+        assert session == {}

@@ -3,28 +3,41 @@
 Run once for each form of what is stored, by the code that first wrote it, and kept for ever:
 `tests/test_formats.py` reads them with the code of today.
 
-    python tests/data/formats/write.py 1
+    python tests/data/formats/write.py 2
 
 1: the fields, and timers under `$ttl`.
+2: declared fields as well, objects as dicts of their parts, and the version under `$version`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
-from session_sync import Codec, DiskStorage, SessionManager, SQLiteStorage, ttl
+import msgspec
+
+from session_sync import Codec, DiskStorage, Session, SessionManager, SQLiteStorage, field, ttl
 
 HERE = Path(__file__).parent
 LONG = 100_000 * 86_400  # seconds
 
-#: What lies there, as a handler puts it in.
+
+class Form(NamedTuple):
+    """How a form is read, what a handler then has, and the fields among it that have a timer."""
+
+    sessions: Callable[[Any], SessionManager[Any]]
+    contents: dict[str, dict[str, Any]]
+    timed: dict[str, str]
+
+
 PLAIN: dict[str, dict[str, Any]] = {
     "user:1:chat:1": {
         "counter": 3,
@@ -50,29 +63,82 @@ PLAIN: dict[str, dict[str, Any]] = {
     },
     "user:3": {"code": "1234", "draft": {"step": "name"}},
 }
-TIMED = {"user:3": {"code": ttl("1234", LONG)}}  # over the plain ones
 
 
-def fill(sessions: SessionManager[Any], contents: Mapping[str, Mapping[str, Any]]) -> None:
-    for key, fields in contents.items():
-        with sessions.session_scope(key) as session:
-            session.update(fields)
-            session.update(TIMED.get(key, {}))
+class Color(Enum):
+    RED = "red"
+
+
+class Point(NamedTuple):
+    x: int
+    y: float = 0.0
+
+
+class Profile(msgspec.Struct):
+    name: str
+
+
+@dataclass
+class Line:
+    name: str
+    price: int
+    color: Color | str = "none"
+
+
+@dataclass
+class AskName:
+    prompt: str
+
+
+@dataclass
+class AskAge:
+    prompt: str
+
+
+class Cart(Session):
+    migrations = {2: lambda fields: None, 3: lambda fields: None}
+    lines: list[Line] = field(default_factory=list)
+    theme: Literal["light", "dark"] = "light"
+    color: Color = Color.RED
+    points: dict[Point, set[Point]] = field(default_factory=dict)
+    step: AskName | AskAge | None = None
+    profile: Profile | None = None
+
+
+DECLARED: dict[str, dict[str, Any]] = {
+    "user:1": {
+        "lines": [Line("tea", 4), Line("milk", 2, Color.RED)],
+        "theme": "dark",
+        "color": Color.RED,
+        "points": {Point(1): {Point(2, 0.5)}},
+        "step": AskAge("?"),
+        "profile": Profile("Alex"),
+        "free": {"form": [1]},
+    },
+}
+
+FORMATS = {
+    "1": Form(lambda storage: SessionManager(storage=storage), PLAIN, {"user:3": "code"}),
+    "2": Form(lambda storage: SessionManager(Cart, storage=storage), DECLARED, {"user:1": "theme"}),
+}
 
 
 def main(number: str) -> None:
-    folder = HERE / number
+    folder, form = HERE / number, FORMATS[number]
     folder.mkdir()
     disk, sqlite = DiskStorage(folder / "disk"), SQLiteStorage(folder / "sessions.db")
     for storage in (disk, sqlite):
-        sessions = SessionManager(storage=storage)
-        fill(sessions, PLAIN)
+        for key, fields in form.contents.items():
+            with form.sessions(storage).session_scope(key) as session:
+                session.update(fields)
+                if key in form.timed:
+                    session[form.timed[key]] = ttl(session[form.timed[key]], LONG)
     codec = Codec()  # what RedisStorage stores, and what an adapter does that has only text
     with (folder / "sessions.jsonl").open("wb") as lines:
-        for key in PLAIN:
-            fields = sqlite.get(key)
-            assert fields is not None
-            lines.write(codec.encode({"key": key, "fields": fields}) + b"\n")
+        for key in form.contents:
+            stored = sqlite.get(key)
+            assert stored is not None
+            lines.write(codec.encode({"key": key, "fields": stored}) + b"\n")
     for storage in (disk, sqlite):
         storage.close()
     for left in (*folder.glob("*-locks"), *folder.glob("disk/locks*")):

@@ -1,0 +1,62 @@
+"""Every stored session, one after the other, while bots may be running on the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+from .errors import SessionError
+from .storages.base import KVStorage, ListableStorage
+
+
+def for_each_key(
+    storage: KVStorage[Any],
+    act: Callable[[str], bool],
+    done: str,
+    progress: Callable[[str], None] | None,
+    prefix: str = "",
+) -> int:
+    """Call `act` with every key that begins with `prefix`; returns how often it answered True, for
+    which `done` is the word.
+
+    `progress` is called with each key that was dealt with, without the prefix. Raises TypeError if
+    the storage cannot list its keys. What `act` raises of this library's errors is kept, and the
+    others have their turn: an ExceptionGroup at the end has them, and they name the keys.
+    """
+    if not isinstance(storage, ListableStorage):
+        raise TypeError(f"{type(storage).__name__} cannot list its keys: it has no method keys()")
+    keys = storage.keys()
+    if isinstance(keys, Collection):  # perhaps a view, which would not outlive a change
+        keys = list(keys)
+    count = 0
+    errors: list[SessionError] = []
+    try:
+        for key in keys:
+            if not key.startswith(prefix):
+                continue
+            try:
+                count += act(key)
+            except SessionError as error:
+                errors.append(error if len(errors) < _IN_FULL else _without_tracebacks(error))
+                continue
+            if progress is not None:
+                progress(key.removeprefix(prefix))
+    except BaseException as error:
+        for earlier in errors[:_IN_FULL]:
+            error.add_note(f"before that, {type(earlier).__name__}: {earlier}")
+        raise
+    if errors:
+        raise ExceptionGroup(f"{len(errors)} sessions were not {done}, {count} were", errors)
+    return count
+
+
+_IN_FULL: Final = 5
+
+
+def _without_tracebacks(error: SessionError) -> SessionError:
+    """The same error without all that its frames keep alive: there may be one for each session."""
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
