@@ -23,6 +23,7 @@ pytest.importorskip("diskcache")
         ("threads", ["--updates=128"], "| one key "),
         ("lock_table", ["--keys=100"], "| one thread, traced "),
         ("stored", ["--many=200", "--updates=2"], "| sqlite "),
+        ("typed", ["--updates=10"], "| a price in 3 lines"),
     ],
 )
 def test_a_benchmark_prints_its_table(name: str, tiny: list[str], row: str) -> None:

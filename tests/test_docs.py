@@ -68,7 +68,8 @@ def execute(page: Path, snippet: Snippet, namespace: dict[str, Any]) -> str:
             namespace["_chat"] = lambda application: asyncio.run(ptb_chat(application, api, first))
             namespace["_url"] = api.base_url
         stack.enter_context(contextlib.redirect_stdout(printed))
-        exec(compile("\n" * (snippet.line - 1) + code, str(page), "exec"), namespace)
+        lines = "\n" * (snippet.line - 1) + code
+        exec(compile(lines, str(page), "exec", dont_inherit=True), namespace)
     return printed.getvalue()
 
 
