@@ -1034,17 +1034,33 @@ def test_a_named_tuple_whose_new_raises_is_named() -> None:
         session.value  # noqa: B018
 
 
-def test_containers_that_the_class_makes_itself_are_closed_too() -> None:
-    @dataclass
-    class Sorted:
-        words: list[str]
+@dataclass
+class Sorted:
+    words: list[str]
 
-        def __post_init__(self) -> None:
-            self.words = sorted(self.words)
+    def __post_init__(self) -> None:
+        self.words = sorted(self.words)
 
-    sessions = manager_of(Sorted)
+
+class SortedStruct(msgspec.Struct):
+    words: list[str]
+
+    def __post_init__(self) -> None:
+        self.words = sorted(self.words)
+
+
+class FrozenSorted(msgspec.Struct, frozen=True):
+    words: list[str]
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "words", sorted(self.words))
+
+
+@pytest.mark.parametrize("cls", [Sorted, SortedStruct, FrozenSorted])
+def test_containers_that_the_class_makes_itself_are_closed_too(cls: Any) -> None:
+    sessions = manager_of(cls)
     with sessions.session_scope("user:1") as session:
-        session.value = Sorted(["b", "a"])
+        session.value = cls(["b", "a"])
     with sessions.session_scope("user:1") as session:
         words = session.value.words
         words.append("c")

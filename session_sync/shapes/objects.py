@@ -15,6 +15,8 @@ from itertools import repeat
 from operator import contains, is_
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from session_sync import containers
 from session_sync.containers import (
     ATOMS,
@@ -161,7 +163,7 @@ class ObjectOf(Shape):
         try:
             made = self._cls(**arguments)
             for name, value in others.items():
-                object.__setattr__(made, name, value)  # it may be frozen
+                _set(made, name, value)
         except Exception as error:
             raise unmade(self.text, error) from None
         return made
@@ -185,7 +187,15 @@ def _own_parts(made: Any, names: Iterable[str], owner: Owner) -> None:
         part = getattr(made, name, None)
         own = _own(part, owner)
         if own is not part:
-            object.__setattr__(made, name, own)
+            _set(made, name, own)
+
+
+def _set(made: Any, name: str, value: Any) -> None:
+    """Set an attribute of an object that may be frozen."""
+    if isinstance(made, msgspec.Struct):
+        msgspec.structs.force_setattr(made, name, value)
+    else:
+        object.__setattr__(made, name, value)
 
 
 class KeysOf(DictLike):
