@@ -815,6 +815,8 @@ RIGHT: list[tuple[Any, Any]] = [
     (Annotated[str, msgspec.Meta(pattern="^a")], "abc"),
     (Annotated[Item | None, msgspec.Meta(description="a note")], None),
     (Annotated[int, msgspec.Meta(ge=0)], True),
+    (Annotated[int | None, msgspec.Meta(ge=0)], None),
+    (Annotated[typing.Optional[str], msgspec.Meta(max_length=3)], "abc"),  # noqa: UP045
     (T, "anything"),
     (Literal["auto", Theme.DARK] | None, Theme.DARK),
     (Annotated[Theme | str, "a note"] | None, Theme.DARK),
@@ -1323,6 +1325,61 @@ def test_what_post_init_changes_at_each_load_is_no_change_of_the_handlers() -> N
     assert storage.writes == 0
 
 
+class Money5(int):
+    def __new__(cls, amount: int, currency: str) -> Money5:
+        return super().__new__(cls, amount)
+
+
+class Tag(str):
+    def __new__(cls, text: str) -> Tag:
+        return super().__new__(cls, "#" + text)
+
+
+class Summed(Pair):
+    def __new__(cls, left: int, right: str = "r") -> Summed:
+        return super().__new__(cls, left + 1, right)
+
+
+@pytest.mark.parametrize("value", [Money5(5, "eur"), Tag("x"), Summed(1)])
+def test_what_its_class_would_make_again_as_something_else_is_refused(value: Any) -> None:
+    with manager_of(type(value)).session_scope("user:1") as session:
+        with pytest.raises(SessionTypeError, match=r"come back as something else|cannot be made"):
+            session.value = value
+        assert "value" not in session
+
+
+@pytest.mark.parametrize(("cls", "stored"), [(Tag, "x"), (Summed, (1, "r"))])
+def test_what_is_stored_and_made_as_something_else_is_refused(cls: Any, stored: Any) -> None:
+    storage = Counting()
+    storage.set("user:1", {"value": stored})
+    storage.writes = 0
+    with (
+        manager_of(cls, storage).session_scope("user:1") as session,
+        pytest.raises(SessionTypeError, match="come back as something else"),
+    ):
+        session.value  # noqa: B018
+    assert storage.writes == 0
+
+
+def test_containers_that_a_default_has_made_are_closed_too() -> None:
+    class Row(NamedTuple):
+        name: str
+        tags: list[str] = []  # one for all rows, but not for those of a session
+
+    sessions = manager_of(Item | Row)
+    sessions.storage.set("user:1", {"value": {"name": "tea"}})  # from before there were tags
+    sessions.storage.set("user:2", {"value": ("tea",)})
+    for key in ("user:1", "user:2"):
+        with sessions.session_scope(key) as session:
+            tags = session.value.tags
+            tags.append("x")
+        with pytest.raises(SessionClosedError):
+            tags.append("y")
+        with sessions.session_scope(key) as session:
+            assert session.value.tags == ["x"]
+    assert Row("milk").tags == []
+
+
 def test_the_same_object_in_two_fields_is_saved_in_both() -> None:
     class Two(Session):
         first: Item | None = None
@@ -1578,7 +1635,7 @@ def models() -> ModuleType:
         from decimal import Decimal
         from typing import Any
         from pydantic import BaseModel, ConfigDict, Field, RootModel, SecretStr
-        from pydantic import field_serializer, field_validator
+        from pydantic import AnyUrl, field_serializer, field_validator
         class Size(enum.Enum):
             SMALL = "s"
         class Inner(BaseModel):
@@ -1617,6 +1674,11 @@ def models() -> ModuleType:
                 return price + 1
         class Open(BaseModel):
             model_config = ConfigDict(extra="allow")
+        class Defaulted(BaseModel):
+            volume: float = 0
+            size: Size = "s"
+            tags: list[str] = Field(default=())
+            url: AnyUrl = "https://example.org/"
         class Picky(BaseModel):
             code: str = ""
             @field_validator("code")
@@ -1712,6 +1774,19 @@ def test_a_pydantic_value_that_would_not_come_back_is_refused(models: Any) -> No
             ),
         ):
             session.value = value
+
+
+def test_what_pydantic_converts_only_when_it_is_loaded_is_taken(models: Any) -> None:
+    class Defaulting(Session):
+        value: models.Defaulted = models.Defaulted()  # type: ignore[name-defined]
+
+    sessions = SessionManager(Defaulting)
+    with sessions.session_scope("user:1") as session:
+        assert session.value.volume == 0
+        session.value.volume = 1
+    with sessions.session_scope("user:1") as session:
+        assert (session.value.volume, session.value.size) == (1.0, models.Size.SMALL)
+        assert type(session.value.volume) is float
 
 
 def test_what_a_validator_raises_is_not_taken_for_a_field_that_is_missing(models: Any) -> None:

@@ -96,13 +96,19 @@ class Reader:
 
     def _annotated(self, args: tuple[Any, ...]) -> Shape:
         base, *notes = args
-        shape = self.shape(base)
         constraints = [note for note in notes if isinstance(note, msgspec.Meta) and _limits(note)]
         if not constraints:
-            return shape
-        # What is inside has been looked at; Annotated[...] takes a tuple of all of it.
+            return self.shape(base)
+        # What is inside has a shape of its own; Annotated[...] takes a tuple of all of it.
         checked: Any = typing.Annotated
-        return Constrained(shape, checked[(typing.get_origin(base) or base, *constraints)])
+        origin = typing.get_origin(base)
+        if _FORMS.get(origin) is Reader._union:  # which msgspec does not take as a whole
+            kinds = typing.get_args(base)
+            none = types.NoneType
+            return self._union(
+                tuple(kind if kind is none else checked[(kind, *constraints)] for kind in kinds)
+            )
+        return Constrained(self.shape(base), checked[(origin or base, *constraints)])
 
     def _literal(self, args: tuple[Any, ...]) -> Shape:
         plain = [value for value in args if not isinstance(value, Enum)]

@@ -141,3 +141,8 @@ FREE: Final = Free()
 def unmade(text: str, error: Exception) -> MismatchError:
     """The error that an object cannot be made. What its class has said may contain a value."""
     return MismatchError(text, f"what it cannot be made from ({type(error).__name__})")
+
+
+def altered(text: str) -> MismatchError:
+    """The error that an object would be made again as something else."""
+    return MismatchError(text, "what would come back as something else")

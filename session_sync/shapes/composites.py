@@ -19,7 +19,7 @@ from session_sync.containers import (
 )
 from session_sync.paths import step
 
-from .base import MismatchError, Shape, alike, unmade
+from .base import MismatchError, Shape, alike, altered, unmade
 
 
 def each(
@@ -137,13 +137,18 @@ class TupleOf(Shape):
             return self._made(self._map("thaw", value, owner), value)
         if len(value) > len(self.inner):
             raise MismatchError(self.text, f"a tuple of {len(value)}")
-        if len(value) < len(self.inner):  # the class has got more attributes since, with defaults
+        items = each("thaw", self.inner, value, owner, _at)
+        made = self._made(items, value)
+        if not same(made, items):  # it has got more attributes since, say, with defaults
             owner.met_old_form = True
-        return self._made(each("thaw", self.inner, value, owner, _at), value)
+            own = self._map("freeze", made, owner, repeat(MISSING))
+            return self._cls._make(self._map("thaw", tuple(own), owner))
+        return made
 
     def admit(self, value: Any, owner: Owner) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
+        self._check_made(value)
         return self._made(self._map("admit", value, owner), value)
 
     def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
@@ -153,7 +158,13 @@ class TupleOf(Shape):
         items = self._map("freeze", value, owner, _or_missing(was))
         if was is stored and same(items, was):
             return stored
+        self._check_made(value)
         return value if self._cls is tuple and same(items, value) else tuple(items)
+
+    def _check_made(self, value: Any) -> None:
+        """Refuse a NamedTuple that its class would not make again as it is."""
+        if self._cls is not tuple and not same(self._made(list(value), None), value):
+            raise altered(self.text)
 
     def _made(self, items: Collection[Any], value: Any) -> Any:
         if value.__class__ is self._cls and same(items, value):

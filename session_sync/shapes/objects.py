@@ -31,7 +31,7 @@ from session_sync.containers import (
 )
 from session_sync.paths import step
 
-from .base import FREE, MismatchError, Shape, alike, unmade
+from .base import FREE, MismatchError, Shape, alike, altered, unmade
 from .composites import DictLike, each
 
 
@@ -111,7 +111,7 @@ class ObjectOf(Shape):
         _check_complete(self._parts, value)
         shapes = {name: shape for name, shape in self._shapes.items() if name in value}
         made = self._made_of(_each("thaw", shapes, value, owner))
-        if self._runs_code:  # it may have made containers of its own
+        if self._runs_code or len(shapes) < len(self._shapes):  # it has made containers of its own
             _own_parts(made, self._names, owner)
         return made
 
@@ -262,7 +262,7 @@ class ModelOf(Shape):
         if alike(frozen, stored):
             return stored
         if not _alike(self._made(frozen), value):
-            raise MismatchError(self.text, "what would come back as something else")
+            raise altered(self.text)
         return frozen
 
     def _made(self, frozen: Any) -> Any:
@@ -354,17 +354,28 @@ def _has_foreign(value: Any, owner: Owner) -> bool:
     return _has_foreign(_attributes(value), owner) if _attributes(value) is not None else False
 
 
+def _is_converted(one: Any, other: Any) -> bool:
+    """Whether `one` is what pydantic makes of `other`, which has not been validated yet: a default,
+    or what was assigned to an attribute."""
+    if isinstance(one, float) and isinstance(other, int):
+        return one == other
+    if other.__class__ not in ATOMS:
+        return False
+    with suppress(MismatchError):
+        return alike(_plain(one), other)
+    return False
+
+
 def _alike(one: Any, other: Any) -> bool:
     """Whether pydantic has made the same again: models, containers and all else."""
     if isinstance(other, dict) and isinstance(one, dict):
         return alike(list(one), list(other)) and all(map(_alike, one.values(), other.values()))
     if isinstance(other, (list, tuple)) and isinstance(one, (list, tuple)):
-        same_kind = isinstance(one, list) is isinstance(other, list)
-        return same_kind and len(one) == len(other) and all(map(_alike, one, other))
+        return len(one) == len(other) and all(map(_alike, one, other))
     if isinstance(other, set) and isinstance(one, set):
         return one == other
     if one.__class__ is not other.__class__:
-        return False
+        return _is_converted(one, other)
     attributes = _attributes(other)
     if attributes is not None:
         return _alike(_attributes(one), attributes)

@@ -16,7 +16,7 @@ from session_sync import containers
 from session_sync.codec import base_value
 from session_sync.containers import ATOMS, MISSING, Owner
 
-from .base import MismatchError, Shape, alike, unmade
+from .base import MismatchError, Shape, alike, altered, unmade
 
 
 class Atom(Shape):
@@ -148,19 +148,30 @@ class Derived(Shape):
     def thaw(self, value: Any, owner: Owner) -> Any:
         if not self.fits_frozen(value):
             raise self.mismatch(value)
+        made = self._made(value)
+        if not alike(base_value(made), value):
+            owner.met_old_form = True
+        return made
+
+    def admit(self, value: Any, owner: Owner) -> Any:
+        self.freeze(value, owner)
+        return value
+
+    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+        if not self.fits(value):
+            raise self.mismatch(value)
+        frozen = base_value(value)
+        if alike(frozen, stored):
+            return stored
+        if not alike(base_value(self._made(frozen)), frozen):
+            raise altered(self.text)
+        return frozen
+
+    def _made(self, value: Any) -> Any:
         try:
             return self._cls(value)
         except Exception as error:
             raise unmade(self.text, error) from None
-
-    def admit(self, value: Any, owner: Owner) -> Any:
-        if not self.fits(value):
-            raise self.mismatch(value)
-        return value
-
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
-        frozen = base_value(self.admit(value, owner))
-        return stored if alike(frozen, stored) else frozen
 
 
 class Foreign(Shape):
