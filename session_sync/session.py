@@ -506,6 +506,7 @@ class BaseSession(MutableMapping[str, Any]):
                 return name, self.pop(name)
         raise KeyError(f"session {self.key!r} is empty")
 
+    # One signature for what MutableMapping has in several overloads.
     def update(  # type: ignore[override] # pyright: ignore[reportIncompatibleMethodOverride]
         self, other: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any
     ) -> None:

@@ -14,6 +14,7 @@ It checks what it knows best, the constraints of `Annotated[..., msgspec.Meta(..
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -36,7 +37,7 @@ class MismatchError(Exception):
         return path([*self.steps, step(field)])
 
 
-class Shape:
+class Shape(ABC):
     """The values of one declared type.
 
     `text` is how the type is written in messages. Values of the classes in `atoms` need no look at
@@ -50,33 +51,33 @@ class Shape:
     inner: Sequence[Shape] = ()
     is_changed = False
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027 (most have nothing to look at)
         """Look at what is inside, once all types are read that lead back to one another.
 
         Raises TypeError for values that the store could not keep apart.
         """
 
+    @abstractmethod
     def fits(self, value: Any) -> bool:
         """Whether a live value may be of this shape, by its class."""
-        raise NotImplementedError
 
     def fits_frozen(self, value: Any) -> bool:
         """Whether a frozen value may be of this shape, by its class."""
         return value.__class__ in self.frozen
 
+    @abstractmethod
     def thaw(self, value: Any, owner: Owner) -> Any:
         """The live value of a frozen one; raises MismatchError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def admit(self, value: Any, owner: Owner) -> Any:
         """`value`, on its way into a session: the same object, or a fresh copy of what comes out
         of another session; raises MismatchError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         """The frozen value of a live one: `stored` itself, if it says the same; raises
         MismatchError."""
-        raise NotImplementedError
 
     def is_stored_like(self, other: Shape) -> bool:
         """Whether a frozen value of one may be taken for one of the other."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain, repeat
 from typing import Any, Final
@@ -60,7 +61,7 @@ def _all(
     done: list[Any] = []
     try:
         for arguments in zip(values, repeat(owner), *stored, strict=False):
-            done.append(act(*arguments))  # noqa: PERF401
+            done.append(act(*arguments))  # noqa: PERF401 (how far it came is the path)
     except MismatchError as wrong:
         wrong.steps.append(place(len(done)))
         raise
@@ -256,11 +257,11 @@ class DictLike(Shape):
             return stored if same(frozen.values(), stored.values()) else frozen
         return frozen
 
+    @abstractmethod
     def pairs(
         self, verb: str, value: dict[Any, Any], owner: Owner, *stored: dict[Any, Any]
     ) -> Iterable[tuple[Any, Any]]:
         """What the verb makes of each key and value; raises MismatchError."""
-        raise NotImplementedError
 
 
 class DictOf(DictLike):
