@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import repeat
@@ -288,20 +288,19 @@ def _plain(value: Any) -> Any:
         return {_plain(key): _plain(item) for key, item in value.items()}
     if cls in (list, tuple, set, frozenset):
         return cls([_plain(item) for item in value])
-    from pydantic_core import to_jsonable_python
-
     with suppress(Exception):
-        plain = to_jsonable_python(value)
-        if _validator(cls)(plain) == value:
+        adapter = _adapter(cls)
+        plain = adapter.dump_python(value, mode="json")
+        if adapter.validate_python(plain) == value:
             return plain
     raise MismatchError("something that a store keeps", cls.__name__)  # a SecretStr, say
 
 
 @cache
-def _validator(cls: type[Any]) -> Callable[[Any], Any]:
+def _adapter(cls: type[Any]) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cls).validate_python
+    return TypeAdapter(cls)
 
 
 def is_model(cls: type[Any]) -> bool:
