@@ -298,16 +298,17 @@ def default_key_text(update: object) -> str | None:
     """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
     if _kind_of(type(update)) is _MESSAGE_OBJECT:  # type: ignore[arg-type] # mypy: a class has no hash
         message: Any = update
-        user: Any
-        chat: Any
         try:
             user, chat = message.from_user.id, message.chat.id
-            business = message.business_connection_id
+            if (
+                user.__class__ is chat.__class__ is int
+                and message.business_connection_id is None
+                and 0 < user < 2**63
+                and -(2**63) <= chat < 2**63
+            ):
+                return f"user:{user}:chat:{chat}"
         except Exception:  # a channel's post has no user; for what else, see _key
-            user = chat = business = None
-        is_plain = user.__class__ is chat.__class__ is int and business is None
-        if is_plain and 0 < user <= _HIGHEST and _LOWEST <= chat <= _HIGHEST:
-            return f"user:{user}:chat:{chat}"
+            pass
     key = default_storage_key(update)
     return None if key is None else str(key)
 

@@ -11,12 +11,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import ClassVar, Final, Literal, TypeAlias
+from typing import ClassVar, Final, Literal, Self, TypeAlias
 
 from .errors import SessionDeadlockError, SessionLockTimeout
 
 # What a waiter answers when the lock is offered to it.
 _Answer = Literal["taken", "called", "absent", "gone"]
+
+# What stands under a key while somebody has it or wants it: see LockTable.
+_Table: TypeAlias = "dict[str, Hold | KeyLock]"
 
 # In the order of insertion; anybody can leave it at no more cost than the first.
 _Queue: TypeAlias = "dict[_Waiter, None]"
@@ -75,28 +78,65 @@ _this_thread: Final = _ThisThread()
 
 
 class Hold:
-    """The right to a key, from the moment it was given until `release()`."""
+    """The right to a key, from the moment it was given until `release()`.
 
-    __slots__ = ("_lock", "_since", "parties")
+    Most often nobody else asks for the key meanwhile; then there is no more to it than a Hold in
+    the lock table. The first one who has to wait hangs a KeyLock on it.
 
-    def __init__(self, lock: KeyLock, party: Party) -> None:
-        self._lock = lock  # another one in a forked child only
-        self._since: Final = time.monotonic()
+    Why neither misses the other. Who wants to wait (`wanted`) and who lets go (`release`) both
+    write to the same place by `setdefault`, one atomic step, so one of them is first and the other
+    one finds what he wrote. An owner who finds a lock there hands the key on; one who is first
+    takes himself out of the table with his next step, and whoever finds him gone looks into the
+    table again until then.
+    """
+
+    __slots__ = ("_fate", "_since", "_table", "name", "parties")
+
+    def __init__(self, name: str, party: Party, table: _Table) -> None:
+        self.name: Final = name
         self.parties = [party]  # more than one where a scope was joined
+        self._since: Final = time.monotonic()
+        self._table: Final = table
+        self._fate: dict[Literal["lock"], KeyLock | None] = {}  # None: let go, and nobody waited
+
+    @classmethod
+    def of_lock(cls, lock: KeyLock, party: Party) -> Self:
+        """The right to a key that others may wait for."""
+        hold = cls(lock.name, party, {} if lock.table is None else lock.table)
+        hold._fate["lock"] = lock
+        return hold
+
+    @property
+    def holder(self) -> Hold | None:
+        """Who has the key now: this one, or whom it was handed on to."""
+        lock = self._fate.get("lock")
+        return self if lock is None else lock.hold
+
+    def begin_anew(self) -> None:
+        """In a forked child: nobody of the parent's waits here."""
+        self._fate = {}
+
+    def wanted(self) -> KeyLock | None:
+        """Where to wait for the key; None if it was let go, and is about to leave the table."""
+        lock = KeyLock(self.name, self._table)
+        lock.hold = self
+        return self._fate.setdefault("lock", lock)
 
     def release(self) -> None:
         """Give the key to whoever is next. To be called once."""
-        lock = self._lock
-        with lock._mutex:
-            if lock.hold is not self:
-                raise RuntimeError(f"the session {lock.name!r} was released twice")
-            if lock._queue or lock._turns:
-                lock._hand_on()
-            else:  # as at its end, and most often: what _retire() does
-                lock.hold = None
-                if lock._locks is not None:
-                    lock.retired = True
-                    lock._locks.pop(lock.name, None)
+        table, name = self._table, self.name
+        try:
+            lock = self._fate.setdefault("lock", None)
+            if lock is None:
+                if table.get(name) is not self:
+                    raise _released_twice(name)
+                del table[name]
+                return
+        except KeyboardInterrupt:  # between the steps: who comes now would look for ever
+            if self._fate.get("lock", self) is None and table.get(name) is self:
+                del table[name]
+            raise
+        lock.give_back(self)
 
     def __str__(self) -> str:
         who = " and ".join(map(str, self.parties)) or "nobody any more"
@@ -144,7 +184,7 @@ class _ThreadWaiter(_Begun):
 
     def offer(self) -> _Answer:
         # In this order: once the gate is open the thread runs, and looks at its hold.
-        self.hold = Hold(self.lock, self.party)
+        self.hold = Hold.of_lock(self.lock, self.party)
         self._gate.release()
         return "taken"
 
@@ -176,7 +216,7 @@ class _TaskWaiter(_Begun):
     def offer(self) -> _Answer:
         loop = self._loop
         if loop is asyncio._get_running_loop():
-            self.hold = Hold(self.lock, self.party)
+            self.hold = Hold.of_lock(self.lock, self.party)
             self._wake()
             return "taken"
         if self._asked and not loop.is_closed():
@@ -184,7 +224,7 @@ class _TaskWaiter(_Begun):
         running = loop.is_running()
         # Both before the call, which the loop may answer at once.
         self._asked = not running
-        self.hold = Hold(self.lock, self.party) if running else None
+        self.hold = Hold.of_lock(self.lock, self.party) if running else None
         try:
             loop.call_soon_threadsafe(self._wake if running else self._look)
         except RuntimeError:  # the loop was closed: this coroutine will never run again
@@ -233,6 +273,10 @@ class Turn(_Waiter):
         self.lock._leave(self)
 
 
+def _released_twice(name: str) -> RuntimeError:
+    return RuntimeError(f"the session {name!r} was released twice")
+
+
 class KeyLock:
     """A lock that is handed on in the order in which it was asked for.
 
@@ -261,13 +305,13 @@ class KeyLock:
     table's `setdefault` and `pop` (LockTable), `list(...)` in the deadlock check.
     """
 
-    __slots__ = ("_locks", "_mutex", "_queue", "_turns", "hold", "name", "retired")
+    __slots__ = ("_mutex", "_queue", "_turns", "hold", "name", "retired", "table")
 
-    def __init__(self, name: str, locks: dict[str, KeyLock] | None = None) -> None:
+    def __init__(self, name: str, table: _Table | None = None) -> None:
         self.name: Final = name
         self.hold: Hold | None = None
         self.retired = False  # out of the table: ask the table again
-        self._locks: Final = locks  # the table that it stands in, if it does
+        self.table: Final = table  # that it belongs to, if it does
         self._mutex: Final = threading.Lock()
         self._queue: Final[_Queue] = {}
         self._turns: Final[_Queue] = {}  # from the first Turn on
@@ -279,7 +323,7 @@ class KeyLock:
         with self._mutex:
             if self.retired or self.hold is not None or self._queue or self._turns:
                 return None
-            self.hold = Hold(self, here())
+            self.hold = Hold.of_lock(self, here())
             return self.hold
 
     def acquire(self, timeout: float | None, passes: bool = False) -> Hold | None:
@@ -324,6 +368,13 @@ class KeyLock:
                 self._hand_on()
         return turn
 
+    def give_back(self, hold: Hold) -> None:
+        """Give the lock to whoever is next."""
+        with self._mutex:
+            if self.hold is not hold:
+                raise _released_twice(self.name)
+            self._hand_on()
+
     # -- inside; from here on under the mutex, if there is no `with` to be seen
 
     def _join(self, waiter: _Begun, passes: bool) -> bool:
@@ -333,7 +384,7 @@ class KeyLock:
                 return False
             first_queue = passes or not self._turns
             if self.hold is None and first_queue:
-                waiter.hold = self.hold = Hold(self, waiter.party)
+                waiter.hold = self.hold = Hold.of_lock(self, waiter.party)
                 return False
             with _waits_mutex:
                 self._enter(waiter, self._queue if first_queue else self._turns)
@@ -384,7 +435,7 @@ class KeyLock:
                 waiter.called = False
             if self.hold is not None or not expected:
                 return None
-            waiter.hold = self.hold = Hold(self, party)
+            waiter.hold = self.hold = Hold.of_lock(self, party)
             self._exit(waiter)
             return waiter.hold
 
@@ -412,9 +463,9 @@ class KeyLock:
                 self._retire()
 
     def _retire(self) -> None:
-        if self._locks is not None:
+        if self.table is not None:
             self.retired = True
-            self._locks.pop(self.name, None)
+            self.table.pop(self.name, None)
 
     def _enter(self, waiter: _Waiter, queue: _Queue) -> None:
         queue[waiter] = None
@@ -488,16 +539,20 @@ _waits_mutex = threading.Lock()
 class LockTable:
     """The locks of one store, by key. A lock exists only while somebody holds it or waits for it.
 
-    Why a key never has two locks that matter: a lock enters the table by `setdefault`, one atomic
-    step, and leaves it under its own mutex, marked `retired` in the same breath; whoever found it
-    before sees the mark and asks the table again. There is no mutex around the table: with one,
-    64 threads on 64 keys would wait for each other.
+    Under a key stands who came first: a Hold, from which the KeyLock hangs as soon as others want
+    the key; or a KeyLock, if he had to be ready to wait.
+
+    Why a key never has two locks that matter: what stands in the table enters it by `setdefault`,
+    one atomic step. A Hold leaves it as it says itself; a KeyLock does under its own mutex, marked
+    `retired` in the same breath, and whoever found it before sees the mark and asks the table
+    again. There is no mutex around the table: with one, 64 threads on 64 keys would wait for each
+    other.
     """
 
     __slots__ = ("__weakref__", "_locks")
 
     def __init__(self) -> None:
-        self._locks: Final[dict[str, KeyLock]] = {}
+        self._locks: Final[_Table] = {}
         _tables.add(self)
 
     def __len__(self) -> int:
@@ -506,9 +561,8 @@ class LockTable:
     def try_acquire(self, key: str) -> Hold | None:
         """The key if nobody holds it or waits for it, at once."""
         locks = self._locks
-        fresh = KeyLock(key, locks)
-        hold = fresh.hold = Hold(fresh, here())
-        return hold if locks.setdefault(key, fresh) is fresh else None
+        hold = Hold(key, here(), locks)
+        return hold if locks.setdefault(key, hold) is hold else None
 
     def acquire(self, key: str, timeout: float | None, passes: bool = False) -> Hold:
         """Wait for `key` in this thread, at most `timeout` seconds (None: for ever).
@@ -537,17 +591,22 @@ class LockTable:
                 return turn
 
     def _lock(self, key: str) -> KeyLock:
-        return self._locks.get(key) or self._locks.setdefault(key, KeyLock(key, self._locks))
+        while True:
+            first = self._locks.setdefault(key, KeyLock(key, self._locks))
+            lock = first.wanted() if isinstance(first, Hold) else first
+            if lock is not None:
+                return lock
+            time.sleep(0)  # so that the one who lets go can take his next step
 
     def _keep_own(self) -> None:
         """In a forked child: keep what the thread that has forked holds, as if new."""
         thread = threading.current_thread()
-        for key, old in list(self._locks.items()):
+        for key, first in list(self._locks.items()):
             del self._locks[key]
-            hold = old.hold
+            hold = first.holder if isinstance(first, Hold) else first.hold
             if hold is not None and any(party.thread is thread for party in hold.parties):
-                lock = self._locks[key] = hold._lock = KeyLock(key, self._locks)
-                lock.hold = hold
+                hold.begin_anew()
+                self._locks[key] = hold
 
 
 _tables: Final[weakref.WeakSet[LockTable]] = weakref.WeakSet()

@@ -98,6 +98,7 @@ class SessionManager(Generic[S]):
         steps = Migrations(
             session_type.migrations if migrations is None else migrations, "migrations"
         )
+        timeout = None if lock_timeout is None else seconds_of(lock_timeout, "lock_timeout")
         self._options: Final = Options(
             session_type=session_type,
             schema=schema_of(session_type).of_version(steps.version),
@@ -108,9 +109,11 @@ class SessionManager(Generic[S]):
             door=door_of(self.storage),
             initial=initial,
             lazy=lazy,
-            lock_timeout=None if lock_timeout is None else seconds_of(lock_timeout, "lock_timeout"),
+            lock_timeout=timeout,
+            queue_timeout=timeout,
             save_on_error=on_error == "flush",
         )
+        self._patient: Final = replace(self._options, queue_timeout=None)
 
     # -- the doors
 
@@ -129,9 +132,11 @@ class SessionManager(Generic[S]):
         ...     session.counter
         1
         """
-        is_key = isinstance(update_or_key, (str, StorageKey))
-        key = str(update_or_key) if is_key else self.key_of(update_or_key)
-        if key is None:
+        if isinstance(update_or_key, (str, StorageKey)):
+            key = str(update_or_key)
+        elif (found := self.key_of(update_or_key)) is not None:
+            key = found
+        else:
             raise SessionKeyError(no_key(update_or_key))
         return SessionScope(self._options, key, self.prefix + key, update_or_key)
 
@@ -179,7 +184,7 @@ class SessionManager(Generic[S]):
     def key_of(self, update: Any) -> str | None:
         """The key of an update, or None; raises what `get_storage_key` raises, and TypeError."""
         key = self._get_storage_key(update)
-        if key is None or isinstance(key, str):
+        if isinstance(key, str) or key is None:
             return key
         if isinstance(key, StorageKey):
             return str(key)
@@ -188,8 +193,9 @@ class SessionManager(Generic[S]):
         )
 
     def scope_of(self, key: str, update: Any) -> SessionScope[S]:
-        """The scope of `key` on behalf of `update`, which `initial` will be given."""
-        return SessionScope(self._options, key, self.prefix + key, update)
+        """The scope of `key` on behalf of `update`, which `initial` will be given. It waits as
+        long as it takes for others of this process, since a queue must not drop updates."""
+        return SessionScope(self._patient, key, self.prefix + key, update)
 
     def scope_as_stored(self, key: str) -> SessionScope[S]:
         """The scope of a key for who does not look at the fields, of whatever version they are."""

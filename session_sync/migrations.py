@@ -48,7 +48,7 @@ class Migrations:
     def are_done(self, record: Record) -> bool:
         """Whether a record is of the version of this program."""
         version = record.get(VERSION, 1)
-        return version.__class__ is int and bool(version == self.version)
+        return version.__class__ is int and self.version == version
 
     def newest(self, key: str, record: Record, schema: Schema) -> Record:
         """An older `record` in the version of this program.

@@ -318,7 +318,6 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
             key = sessions.key_of(update)
             if key is not None:
                 entry = sessions.scope_of(key, update)
-                entry.timeout = None  # a queue must not drop updates
                 await entry.__aenter__()
         except Exception as error:
             await self.process_error(update=update, error=error)

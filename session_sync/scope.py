@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
@@ -51,22 +51,29 @@ class Options(Generic[S]):
     initial: Callable[[Any], Mapping[str, Any] | None] | None
     lazy: bool
     lock_timeout: float | None
+    queue_timeout: float | None  # the part of it that is spent behind others of this process
     save_on_error: bool
+    #: Whether a session opens at once, unless somebody else has it.
+    at_once: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "at_once", not (self.migrate_eagerly or self.door.blocking))
 
 
 class Scope(Generic[S]):
     """The time for which one key is locked and its session open.
 
     It is opened by one SessionScope and may be joined by others, which find it through a context
-    variable; it closes when the last of them leaves. Whether it is still open is decided under its
-    mutex, so nobody joins a scope that has begun to close, and only one closes it.
+    variable; it closes when the last of them leaves. Whether it is still open is decided under a
+    mutex, so nobody joins a scope that has begun to close, and only one closes it. Most scopes are
+    never joined and need no mutex: the first who joins makes it, and who leaves alone writes None
+    in its place, both by `setdefault`, one atomic step; so one of them is first, and the other one
+    finds what he wrote.
     """
 
     __slots__ = (
-        "_flushes",
-        "_loading",
-        "_mutex",
         "_on_loop",
+        "_once",
         "_opened",
         "_stored",
         "_written",
@@ -81,7 +88,6 @@ class Scope(Generic[S]):
         "options",
         "parties",
         "session",
-        "timeout",
         "update",
     )
 
@@ -89,41 +95,35 @@ class Scope(Generic[S]):
     _stored: bool
     _opened: OpenRecord | None  # in a store that blocks ...
     _written: Record | None  # ... and the last record that has reached it
-    _loading: KeyLock  # of a lazy scope: who loads it
 
     def __init__(self, options: Options[S], key: str, name: str, update: Any) -> None:
         self.options: Final = options
         self.key: Final = key
         self.name: Final = name
         self.update: Any = update  # until it closes
-        self.timeout = options.lock_timeout
         self.hold: Hold | None = None  # before it has opened: given by who has taken the key
         self.session: S | None = None  # until it closes
         self.fields: Fields | None = None  # from loading on
         self.is_loaded = not options.lazy  # whether the session may be touched once it is there
         self.begun = self.closed = False
         self.members = 1
-        self._mutex: Final = threading.Lock()
         self._on_loop = False
-        # Of a storage that blocks: flushes must not overtake each other.
-        self._flushes: KeyLock | None = None
+        # What comes into being once, when it is first needed; by whoever needs it.
+        self._once: Final[dict[str, Any]] = {}
 
     # -- the life cycle
 
     def opens_at_once(self) -> bool:
         """Lock and load, if nothing in that may take long; else False, and nothing was done."""
         options = self.options
-        door = options.door
-        if door.blocking or options.lazy:
+        if not options.at_once:
             return False
-        hold = self.hold or door.locks.try_acquire(self.name)
+        door, name = options.door, self.name
+        hold = self.hold = self.hold or door.locks.try_acquire(name)
         if hold is None:
             return False
-        self.hold = hold
         try:
-            self._hand_out(door.load(self.name))
-            if options.migrate_eagerly:
-                self._write_at_once(last=False)
+            self._hand_out(hold, door.load(name))
         except BaseException:
             self._unlock()
             raise
@@ -132,23 +132,24 @@ class Scope(Generic[S]):
     def opening(self, passes: bool) -> Steps:
         """Lock and load. `passes`: see LockTable.acquire."""
         door, name = self.options.door, self.name
-        self.hold = (
+        hold: Hold = (
             self.hold
             or door.locks.try_acquire(name)
-            or (yield Take(door.locks, name, self.timeout, passes))
+            or (yield Take(door.locks, name, self.options.queue_timeout, passes))
         )
+        self.hold = hold
         try:
             if door.blocking:
-                yield from self._opening_store()
+                yield from self._opening_store(hold)
             else:
-                self._hand_out(door.load(name))
-                if self.options.migrate_eagerly:
-                    self._write_at_once(last=False)
+                self._hand_out(hold, door.load(name))
+                if self.options.migrate_eagerly and self.fields is not None:
+                    self._write_at_once(self.fields)
         except BaseException:
             self._unlock()
             raise
 
-    def _opening_store(self) -> Steps:
+    def _opening_store(self, hold: Hold) -> Steps:
         self._opened = None
         try:
             try:
@@ -156,7 +157,7 @@ class Scope(Generic[S]):
             except SessionLockTimeout:
                 yield from self._waiting_for_another_process()
             assert self._opened is not None
-            self._hand_out(self._opened.record)
+            self._hand_out(hold, self._opened.record)
             if self.options.migrate_eagerly:
                 yield from self._writing_in_turn(last=False)
         except BaseException:
@@ -185,17 +186,16 @@ class Scope(Generic[S]):
         # Not as an answer, which nobody would be given where a coroutine was cancelled meanwhile.
         self._opened = self.options.door.open(self.name, timeout)
 
-    def _hand_out(self, record: Record | None) -> None:
-        hold = self.hold
-        assert hold is not None
-        self._stored = record is not None
+    def _hand_out(self, hold: Hold, record: Record | None) -> None:
         options = self.options
+        migrations = options.migrations
+        self._stored = record is not None
         if record is None:
             self.fields = self._missing()
-        elif options.migrations is None or options.migrations.are_done(record):
+        elif migrations is None or migrations.are_done(record):
             self.fields = Fields(self.key, record, options.schema)
         else:
-            newest = options.migrations.newest(self.key, record, options.schema)
+            newest = migrations.newest(self.key, record, options.schema)
             self.fields = Fields(self.key, newest, options.schema)
             self.fields.save_as_it_is()
         if self.session is None:
@@ -219,25 +219,26 @@ class Scope(Generic[S]):
         """Write and unlock, if nothing in that may take long; else False, and nothing was done."""
         if self.options.door.blocking:
             return False
+        fields = self.fields
+        assert fields is not None
         try:
-            self._write_at_once(last=True)
+            fields.close()  # first: a change that comes now would be lost
+            self._write_at_once(fields)
         finally:
-            self._unlock()
+            self._release()
         return True
 
     def closing(self) -> Steps:
         """Write and unlock."""
-        try:
-            if self.options.door.blocking:
+        if not self.closes_at_once():
+            try:
                 yield from self._writing_in_turn(last=True)
-            else:
-                self._write_at_once(last=True)
-        finally:
-            self._unlock()
+            finally:
+                self._unlock()
 
     def __del__(self) -> None:
         # Entered and never left (an interrupt came between, say): else the key would stay locked.
-        if getattr(self, "hold", None) is not None:
+        if self.hold is not None:
             opened = getattr(self, "_opened", None)
             try:
                 if opened is not None:
@@ -246,15 +247,20 @@ class Scope(Generic[S]):
                 self._unlock()
 
     def _unlock(self) -> None:
-        door, hold, self.hold = self.options.door, self.hold, None
-        assert hold is not None
-        if self.fields is not None and self.fields.open:
+        if self.fields is not None:
             self.fields.close()
         if not self.is_loaded:  # a lazy one that failed to load, so whoever asks again loads again
             self.fields = None
+        self._release()
+
+    def _release(self) -> None:
+        hold, door, self.hold = self.hold, self.options.door, None
+        assert hold is not None
+        if door.unload is None or door.blocking:
+            hold.release()
+            return
         try:
-            if door.unload is not None and not door.blocking:
-                door.unload(self.name)
+            door.unload(self.name)
         finally:
             hold.release()
 
@@ -264,33 +270,28 @@ class Scope(Generic[S]):
             return
         if self.options.door.blocking:
             yield from self._writing_in_turn(last=False)
-        else:
-            self._write_at_once(last=False)
+        elif self.fields.open:
+            self._write_at_once(self.fields)
 
-    def _write_at_once(self, last: bool) -> None:
-        fields = self.fields
-        if fields is None or not fields.open:
-            return
-        if last:
-            fields.close()  # first: a change that comes now would be lost
+    def _write_at_once(self, fields: Fields) -> None:
         kept = fields.kept
         record = fields.take_changes()
         if record is kept:
             return
-        door = self.options.door
         try:
             if record:
-                door.save(self.name, record)
+                self.options.door.save(self.name, record)
+                self._stored = True
             elif self._stored:
-                door.delete(self.name)
+                self.options.door.delete(self.name)
+                self._stored = False
         except BaseException:
             fields.not_saved(kept)
             raise
-        self._stored = bool(record)
 
     def _writing_in_turn(self, last: bool) -> Steps:
         """A flush does not overtake one that is on its way, and none comes after the last."""
-        turns, cancelled = self._turns_of_flushes(), None
+        turns, cancelled = self._turns("flushes"), None
         turn = turns.try_acquire()
         while turn is None:
             try:
@@ -342,10 +343,10 @@ class Scope(Generic[S]):
             self._stored = bool(record)
             self._written = record
 
-    def _turns_of_flushes(self) -> KeyLock:
-        with self._mutex:
-            self._flushes = self._flushes or KeyLock(self.name)
-            return self._flushes
+    def _turns(self, what: str) -> KeyLock:
+        """A lock of this scope alone."""
+        turns: KeyLock = self._once.setdefault(what, KeyLock(self.name))
+        return turns
 
     def discard(self, error: BaseException) -> None:
         """A handler failed: forget what changed since the last flush, if the options say so."""
@@ -359,7 +360,10 @@ class Scope(Generic[S]):
 
     def join(self) -> bool:
         """One more is to come in; False if the scope has closed."""
-        with self._mutex:
+        mutex = self._mutex()
+        if mutex is None:
+            return False
+        with mutex:
             if not self.closed:
                 self.members += 1
             return not self.closed
@@ -371,22 +375,37 @@ class Scope(Generic[S]):
     def leave(self, party: Party | None = None) -> bool:
         """One less, and the end of the scope if that was the last one: True if whoever leaves now
         has to close it."""
-        if party is not None and self.members > 1 and party in self.parties:
-            self.parties.remove(party)
-        with self._mutex:
+        mutex = self._once.setdefault("mutex", None)
+        if mutex is None:  # nobody has ever joined
+            self.members = 0
+            return self._end()
+        with mutex:
             self.members -= 1
-            return not self.members and self._end()
+            if not self.members:
+                return self._end()
+        if party is not None and party in self.parties:
+            self.parties.remove(party)
+        return False
 
     def end(self) -> bool:
         """The end of the scope, whoever is still in it; True as in `leave`."""
-        with self._mutex:
+        mutex = self._mutex()
+        if mutex is None:
+            return False
+        with mutex:
             return self._end()
+
+    def _mutex(self) -> threading.Lock | None:
+        """Under what it is decided who is in it; None if it has ended with nobody else in it."""
+        mutex: threading.Lock | None = self._once.setdefault("mutex", threading.Lock())
+        return mutex
 
     def _end(self) -> bool:
         if self.closed:
             return False
         self.closed = True
-        if self.is_loaded or self._loading.hold is None:  # else somebody is just loading
+        loading = None if self.is_loaded else self._once.get("loading")
+        if loading is None or loading.hold is None:  # else somebody is just loading
             self.session = self.update = None  # they know the scope: no cycle stays
         return self.is_loaded
 
@@ -394,35 +413,33 @@ class Scope(Generic[S]):
 
     def begin_lazily(self) -> None:
         """Hand out a session that is not loaded yet."""
-        self._loading = KeyLock(self.name)
         self.parties = [here()]
         self.session = self.options.session_type(self)
 
     def loading(self) -> Steps:
         """Lock and load a lazy session, once."""
-        turn = yield TakeTurn(self._loading, self.timeout)
+        mutex, turns = self._mutex(), self._turns("loading")  # it does not end unnoticed any more
+        turn = turns.try_acquire() or (yield TakeTurn(turns, self.options.queue_timeout))
         try:
             if self.is_loaded:
                 return
-            if self.closed:
+            if self.closed or mutex is None:
                 raise SessionClosedError(
                     f"the session {self.key!r} was closed before it was ever loaded"
                 )
-            others = (entry.scope for entry in entries() if entry.scope is not self)
-            inside = any(not scope.closed for scope in others)
-            yield from self.opening(inside or in_handler.get())
-            if self._was_ended_meanwhile():
+            if not self.opens_at_once():
+                others = (entry.scope for entry in entries() if entry.scope is not self)
+                inside = any(not scope.closed for scope in others)
+                yield from self.opening(inside or in_handler.get())
+            with mutex:
+                self.is_loaded = True
+                ended = self.closed  # by a thread that does not know of this one
+                if ended:
+                    self.session = self.update = None
+            if ended:
                 yield from self.closing()
         finally:
             turn.release()
-
-    def _was_ended_meanwhile(self) -> bool:
-        """By a thread that does not know of this one; then this one has to close."""
-        with self._mutex:
-            self.is_loaded = True
-            if self.closed:
-                self.session = self.update = None
-            return self.closed
 
     # -- what the session asks (session.Lifecycle)
 
@@ -517,7 +534,7 @@ class SessionScope(Scope[S]):
     it does.
     """
 
-    __slots__ = ("_inside", "_party", "_turn", "_turns", "_under", "joined", "outer")
+    __slots__ = ("_inside", "_party", "_turn", "_under", "joined", "outer")
 
     outer: SessionScope[Any] | None
     joined: Scope[S] | None  # also after leaving it: a task begun inside may join
@@ -525,11 +542,12 @@ class SessionScope(Scope[S]):
     _under: SessionScope[Any]  # where it has joined: the entry that found the scope open ...
     _party: Party  # ... who has joined ...
     _turn: Hold | None  # ... and when
-    _turns: KeyLock | None  # of the entries that join under this one
 
     def __enter__(self) -> S:
         around = self._begins()
-        if around is not None or not self.opens_at_once():
+        if around is None and self.options.lazy:
+            self.begin_lazily()
+        elif around is not None or not self.opens_at_once():
             run(self._entering(around))
         session = self.session
         assert session is not None
@@ -553,7 +571,9 @@ class SessionScope(Scope[S]):
     async def __aenter__(self) -> S:
         around = self._begins()
         self._on_loop = True
-        if around is not None or not self.opens_at_once():
+        if around is None and self.options.lazy:
+            self.begin_lazily()
+        elif around is not None or not self.opens_at_once():
             await arun(self._entering(around))
         session = self.session
         assert session is not None
@@ -592,7 +612,7 @@ class SessionScope(Scope[S]):
                 f"each `with`"
             )
         self.begun = True
-        self.joined = self._turn = self._turns = None
+        self.joined = self._turn = None
         self.outer = around = _open_around() if _current.get() is not None else None
         return around
 
@@ -632,7 +652,7 @@ class SessionScope(Scope[S]):
         if not scope.join():
             return
         try:
-            turn = yield TakeTurn(entry._turns_of_joiners(scope), self.timeout)
+            turn = yield TakeTurn(entry._turns("joiners"), self.options.queue_timeout)
         except BaseException:
             if scope.leave():  # the others are done, and nothing of theirs failed
                 yield from scope.closing()
@@ -650,12 +670,15 @@ class SessionScope(Scope[S]):
         if _current.get() is self:
             _current.set(self.outer)
         self._inside = False
-        scope = self.joined or self
-        if scope is not self:
-            self.session = None
-        if error is not None and (scope is self or not self._under._inside):
+        scope = self.joined
+        if scope is None:
+            if error is not None:
+                self.discard(error)
+            return self.leave(self.parties[0])
+        self.session = None
+        if error is not None and not self._under._inside:
             scope.discard(error)  # else it goes on to the entry around this one
-        return scope.leave(self.parties[0] if scope is self else self._party)
+        return scope.leave(self._party)
 
     def _give_turn_on(self) -> None:
         assert self._turn is not None
@@ -678,9 +701,3 @@ class SessionScope(Scope[S]):
                 f"and this manager ({here.schema.name}) knows version {versions[0]}; give both "
                 f"managers the same class or the same migrations"
             )
-
-    def _turns_of_joiners(self, scope: Scope[Any]) -> KeyLock:
-        with scope._mutex:
-            if self._turns is None:
-                self._turns = KeyLock(self.name)
-            return self._turns

@@ -25,7 +25,7 @@ from .schema import (
     read,
 )
 from .shapes.base import FREE, MismatchError, Shape
-from .storages.base import Record, record_of
+from .storages.base import Record, only, patched, record_of, reread
 
 _NONE: Final[frozenset[str]] = frozenset()
 
@@ -125,7 +125,7 @@ class Fields:
             return self._default(name)
         schema = self.schema
         shape = schema.shapes.get(name, schema.other)
-        if shape is None or name.startswith("$"):
+        if shape is None or ("$" in name and name.startswith("$")):  # the first is a fifth of both
             raise KeyError(name)
         if value.__class__ in shape.atoms:
             return value
@@ -181,25 +181,26 @@ class Fields:
 
     def set(self, name: str, value: Any) -> None:
         """Assign a field; raises SessionTypeError, KeyError for a name that there must not be."""
-        if name.__class__ is not str or name.startswith("$"):
+        if name.__class__ is not str or "$" in name:
             name = checked_name(self.key, name)
-        seconds = None
-        schema = self.schema
+        schema, seconds = self.schema, None
         shape = schema.shapes.get(name, schema.other)
         if shape is None or value.__class__ not in shape.atoms or not self.open:
             value, seconds = self._admitted(name, value)
-        if self.timers and self.timers.expired(name):
-            self._remove(name)
+        if self.timers is not None or seconds is not None:
+            self._assign_timer(name, seconds)
         if name not in self.written:
             self.written[name] = name in self.gone or name not in self.record
         self.live[name] = value
         if self.loose or self.spoilt:
             self.loose -= {name}
             self.spoilt -= {name}
-        if seconds is not None and self.timers is None:
-            self.timers = Timers({}, self.key)
-        if self.timers is not None:
-            self.timers.assign(name, seconds)
+
+    def _assign_timer(self, name: str, seconds: float | None) -> None:
+        self.timers = self.timers or Timers({}, self.key)
+        if self.timers.expired(name):
+            self._remove(name)
+        self.timers.assign(name, seconds)
 
     def check_all(self, fields: Mapping[str, Any]) -> None:
         """Raise what assigning one of them would raise."""
@@ -310,7 +311,7 @@ class Fields:
         if self.gone or self.timers is not None or self.schema.version > 1:
             record = self._completed(changes)
         elif changes:
-            record = record.patched(changes)  # the way that copies least
+            record = patched(record, changes)  # the way that copies least
         if record is not self.record:
             self.record = record
             self.gone = _NONE
@@ -365,7 +366,7 @@ class Fields:
         last_timer_went = self.timers is not None and TIMERS in record and TIMERS not in changes
         if self.gone or last_timer_went:
             return self._rearranged(changes)
-        return record.patched(changes) if changes else record
+        return patched(record, changes) if changes else record
 
     def _rearranged(self, changes: dict[str, Any]) -> Record:
         """The record with `changes`, where something has gone."""
@@ -375,7 +376,7 @@ class Fields:
         hidden = [name for name in (*self.record, *changes) if not is_field(name)]
         if not self.timers:
             hidden = [name for name in hidden if name != TIMERS]
-        return self.record.only(dict.fromkeys((*fields, *hidden)), changes)
+        return only(self.record, dict.fromkeys((*fields, *hidden)), changes)
 
     def _freeze(self, name: str, value: Any, stored: Any, shape: Shape) -> Any:
         try:
@@ -402,13 +403,13 @@ class Fields:
     def save_as_it_is(self) -> None:
         """The store has something older, which is to be replaced by the next flush; but not if the
         handler fails."""
-        self.record = self.record.patched({})
+        self.record = patched(self.record, {})
 
     def roll_back(self) -> None:
         """Back to what the store has; containers handed out so far cannot be changed any more."""
         self.close()
         spoilt = self.spoilt | self.loose  # objects that the failed handler may have changed
-        Fields.__init__(self, self.key, self.kept.reread(), self.schema)
+        Fields.__init__(self, self.key, reread(self.kept), self.schema)
         self.spoilt = spoilt
 
 

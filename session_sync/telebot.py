@@ -104,11 +104,7 @@ def _room_for(bot: Any) -> type[_Room | _AsyncRoom]:
 def _scope_of(sessions: SessionManager[Any], update: Any) -> SessionScope[Any] | None:
     """The scope that goes around an update, or None if it has no key; raises as `key_of` does."""
     key = sessions.key_of(update)
-    if key is None:
-        return None
-    scope = sessions.scope_of(key, update)
-    scope.timeout = None  # a queue must not drop messages
-    return scope
+    return None if key is None else sessions.scope_of(key, update)
 
 
 # -- TeleBot

@@ -54,8 +54,14 @@ async def until_async(condition: Callable[[], object]) -> None:
 
 def queued(table: LockTable, key: str = "k") -> int:
     """How many wait for a key."""
-    lock = table._locks.get(key)
+    lock = lock_of(table, key)
     return 0 if lock is None else len(lock._queue) + len(lock._turns)
+
+
+def lock_of(table: LockTable, key: str = "k") -> Any:
+    """Where others wait for a key; None if nobody has wanted it since it was taken."""
+    first = table._locks.get(key)
+    return first._fate.get("lock") if isinstance(first, Hold) else first
 
 
 def table_of(sessions: SessionManager[Any]) -> LockTable:
@@ -478,11 +484,10 @@ def test_a_timed_out_waiter_disturbs_nobody(table: LockTable, threads: Threads) 
             await table.acquire_async("k", 0.001)
 
     hold = table.acquire("k", None)
-    lock = table._locks["k"]
     hurry = threads.start(asyncio.run, hurried())
     threads.start(patient)
     hurry.join(SOON)
-    until(lambda: len(lock._queue) == 1)
+    until(lambda: queued(table) == 1)
     hold.release()
     threads.join()
     assert served == ["patient"]
@@ -722,7 +727,7 @@ def test_a_waiter_whose_loop_was_closed_is_forgotten(
         release()
         release = foreign_hold(table, threads)
     standing.loop.close()
-    lock = table._locks["k"]
+    lock = lock_of(table)
     behind = threads.start(lambda: table.acquire("k", SOON).release())
     until(lambda: queued(table) == 2)
     release()
@@ -744,7 +749,7 @@ def test_a_waiter_that_looks_while_it_is_being_told_to_look_is_not_forgotten(
     """The loop goes on in the very moment in which the releaser finds it standing."""
     release = foreign_hold(table, threads)
     task = standing.wait_for(table)
-    (waiter,) = table._locks["k"]._queue
+    (waiter,) = lock_of(table)._queue
     assert isinstance(waiter, locks._TaskWaiter)
 
     def call_at_once(look: Callable[[], None], *_: object) -> None:
@@ -1460,13 +1465,13 @@ def test_a_turn_is_called_at_once_if_the_key_is_free_and_holds_nothing_before_it
     called: list[Turn] = []
     turn = table.queue_turn("k", called.append)
     assert called == [turn]
-    assert table._locks["k"].hold is None
+    assert lock_of(table).hold is None
     hold = turn.claim()
     assert hold is not None
     assert turn.claim() is None
     assert table.try_acquire("k") is None
     turn.withdraw()  # no error, and nothing happens: it was taken
-    assert table._locks["k"].hold is hold
+    assert lock_of(table).hold is hold
     hold.release()
     turn.withdraw()
     assert len(table) == 0
@@ -1759,11 +1764,11 @@ def test_a_forked_child_keeps_what_its_own_thread_holds_and_nothing_else() -> No
         for thread in threads:
             thread.start()
         held.wait(30)
-        while not table._locks["ours"]._queue:
+        while not table._lock("ours")._queue:
             pass
         locks._waits_mutex.acquire()  # as if a third thread were about to wait
-        table._locks["theirs"]._mutex.acquire()
-        table._locks["ours"]._mutex.acquire()
+        table._lock("theirs")._mutex.acquire()
+        table._lock("ours")._mutex.acquire()
         child = os.fork()
         if child == 0:
             table.acquire("theirs", 1).release()
@@ -1783,8 +1788,8 @@ def test_a_forked_child_keeps_what_its_own_thread_holds_and_nothing_else() -> No
             thread.join(20)
             os._exit(0 if answer == ["held", "free"] and not len(table) else 1)
         locks._waits_mutex.release()
-        table._locks["theirs"]._mutex.release()
-        table._locks["ours"]._mutex.release()
+        table._lock("theirs")._mutex.release()
+        table._lock("ours")._mutex.release()
         ours.release()
         go_on.set()
         for thread in threads:
@@ -1804,7 +1809,7 @@ def test_who_found_a_lock_that_has_left_the_table_asks_the_table_again(
     table: LockTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold = table.acquire("k", None)
-    old = table._locks["k"]
+    old = lock_of(table)
     hold.release()
     assert old.acquire(0) is None
     assert asyncio.run(old.acquire_async(0)) is None
@@ -1821,6 +1826,41 @@ def test_who_found_a_lock_that_has_left_the_table_asks_the_table_again(
     hold = table.acquire("k", 0)
     assert not is_free(table)
     hold.release()
+
+
+def test_who_comes_in_the_moment_in_which_a_key_is_let_go_looks_again_until_it_is(
+    table: LockTable, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = table.try_acquire("k")
+    assert hold is not None
+    hold._fate["lock"] = None  # the owner's first step
+    looked = threading.Event()
+    monkeypatch.setattr(locks.time, "sleep", lambda _: looked.set())
+    got: list[Hold] = []
+    threads.start(lambda: got.append(table.acquire("k", SOON)))
+    assert looked.wait(SOON)
+    assert not got
+    del table._locks["k"]  # and the second one
+    threads.join()
+    got[0].release()
+
+
+def test_an_interrupt_while_a_key_is_let_go_locks_nobody_out(table: LockTable) -> None:
+    class Interrupted(dict[str, Any]):
+        interrupts = 1
+
+        def get(self, key: str, default: Any = None) -> Any:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            return super().get(key, default)
+
+    table._locks = Interrupted()  # type: ignore[misc] # it is final
+    hold = table.try_acquire("k")
+    assert hold is not None
+    with pytest.raises(KeyboardInterrupt):
+        hold.release()
+    assert is_free(table)
 
 
 def test_a_lock_without_a_table_is_never_retired() -> None:

@@ -537,7 +537,7 @@ def test_a_session_is_closed_before_its_last_flush_gives_its_turn_on(
     close = Fields.close
 
     def watched(fields: Fields) -> None:
-        turn_is_held.append(scope._flushes.hold is not None)
+        turn_is_held.append(scope._once["flushes"].hold is not None)
         close(fields)
 
     monkeypatch.setattr(Fields, "close", watched)
@@ -983,7 +983,7 @@ def test_whoever_waits_for_a_lazy_session_waits_for_all_who_are_in_it() -> None:
         inside, go_on = asyncio.Event(), asyncio.Event()
         async with sessions.session_scope(KEY):
             await asyncio.to_thread(touch)  # a thread that has left waits for nothing any more
-            (hold,) = (lock.hold for lock in locks._locks.values())
+            (hold,) = (first.holder for first in locks._locks.values())
             assert [party.task for party in hold.parties] == [asyncio.current_task()]
             task = asyncio.create_task(child(inside, go_on), name="the child")
             await inside.wait()

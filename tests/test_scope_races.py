@@ -22,7 +22,7 @@ from session_sync import (
     SessionManager,
     SQLiteStorage,
 )
-from session_sync.scope import in_handler
+from session_sync.scope import Scope, in_handler
 
 SOON = 5  # seconds until a test that waits for something in vain gives up
 
@@ -665,3 +665,26 @@ def test_a_coroutine_thrown_away_while_it_opens_leaves_the_record_free(
     assert storage.get("user:1") == {"counter": 2}
     storage.close()
     other.close()
+
+
+def test_nobody_joins_or_loads_a_scope_in_the_moment_in_which_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thread that comes when the only one who was in it has decided to leave."""
+    end, joined = Scope._end, []
+
+    def end_after_a_try(scope: Scope[Any]) -> bool:
+        session = scope.session
+        joined.append(scope.join())
+        if scope.options.lazy:
+            with pytest.raises(SessionClosedError, match="before it was ever loaded"):
+                _ = session["name"]
+        return end(scope)
+
+    monkeypatch.setattr(Scope, "_end", end_after_a_try)
+    for lazy in (False, True):
+        sessions = SessionManager(lazy=lazy)
+        with sessions.session_scope(KEY):
+            pass
+        assert len(sessions._options.door.locks) == 0
+    assert joined == [False, False]

@@ -118,7 +118,9 @@ class Free(Shape):
     """Values of any type: those of a field that is not declared, or declared as `Any`."""
 
     text = "Any"
-    atoms = ATOMS
+
+    def __init__(self) -> None:
+        self.atoms = ATOMS  # which is found sooner in the object than in its class
 
     def fits(self, value: Any) -> bool:
         return True

@@ -5,10 +5,9 @@ A storage knows keys and mappings of fields. It knows nothing of sessions, locks
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from math import isqrt
-from typing import Any, Final, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 V = TypeVar("V")
 
@@ -114,51 +113,45 @@ class SharedStorage(Protocol):
         ...
 
 
-class Record(Mapping[str, Any]):
-    """The stored fields of one session at one moment: a mapping that never changes.
-
-    A record that nobody can change can be read by any thread while another one stores its
-    successor. `record_of` makes one.
-
-    >>> one = record_of({"counter": 1, "name": "alex"})
-    >>> two = one.patched({"counter": 2})
-    >>> dict(one), dict(two)
-    ({'counter': 1, 'name': 'alex'}, {'counter': 2, 'name': 'alex'})
-    """
-
-    __slots__ = ()
-
-    @abstractmethod
-    def patched(self, changes: Mapping[str, Any]) -> Record:
-        """This record with `changes` put over it, in the order that a dict would have."""
-
-    def only(self, names: Iterable[str], changes: Mapping[str, Any]) -> Record:
-        """The fields called `names`, in that order, with `changes` put over them."""
-        return record_of({name: changes[name] if name in changes else self[name] for name in names})
-
-    def reread(self) -> Record:
-        """This record as it was stored, without what a handler may have done to objects in it."""
-        return self
+#: The stored fields of one session at one moment: a mapping that never changes, so that any thread
+#: can read it while another one stores its successor. A dict that nobody changes any more, or a
+#: PatchedRecord. `record_of` makes one, and the functions below make others of it.
+Record: TypeAlias = Mapping[str, Any]
 
 
 def record_of(fields: Mapping[str, Any]) -> Record:
-    """The record of `fields`."""
-    return SmallRecord(fields) if len(fields) <= _SMALL else PatchedRecord(dict(fields), {})
+    """The record of `fields`.
+
+    >>> one = record_of({"counter": 1, "name": "alex"})
+    >>> two = patched(one, {"counter": 2})
+    >>> dict(one), dict(two)
+    ({'counter': 1, 'name': 'alex'}, {'counter': 2, 'name': 'alex'})
+    """
+    return dict(fields) if len(fields) <= _SMALL else PatchedRecord(dict(fields), {})
 
 
-class SmallRecord(dict[str, Any], Record):
-    """A record that is copied whole when a field changes: sooner than anything cleverer."""
-
-    __slots__ = ()
-
-    def patched(self, changes: Mapping[str, Any]) -> Record:
-        """This record with `changes` put over it."""
-        record = SmallRecord(self)
-        record |= changes
-        return record if len(record) <= _SMALL else record_of(record)
+def patched(record: Record, changes: Mapping[str, Any]) -> Record:
+    """`record` with `changes` put over it, in the order that a dict would have."""
+    if record.__class__ is dict and len(record) <= _SMALL:
+        return {**record, **changes}  # sooner done than anything cleverer
+    if isinstance(record, PatchedRecord):
+        return record.patched(changes)
+    return record_of({**record, **changes})
 
 
-class PatchedRecord(Record):
+def only(record: Record, names: Iterable[str], changes: Mapping[str, Any]) -> Record:
+    """The fields called `names`, in that order, with `changes` put over them."""
+    if isinstance(record, PatchedRecord):
+        return record.only(names, changes)
+    return record_of({name: changes[name] if name in changes else record[name] for name in names})
+
+
+def reread(record: Record) -> Record:
+    """`record` as it was stored, without what a handler may have done to objects in it."""
+    return record.reread() if isinstance(record, PatchedRecord) else record
+
+
+class PatchedRecord(Mapping[str, Any]):
     """A record that shares what it can with the one it was made from.
 
     Writing one field of a thousand does not copy the thousand: changes gather in a small `patch`
@@ -177,6 +170,14 @@ class PatchedRecord(Record):
         if len(patch) > 8 + isqrt(len(self.base)):
             return PatchedRecord({**self.base, **patch}, {})
         return PatchedRecord(self.base, patch)
+
+    def only(self, names: Iterable[str], changes: Mapping[str, Any]) -> Record:
+        """The fields called `names`, in that order, with `changes` put over them."""
+        return record_of({name: changes[name] if name in changes else self[name] for name in names})
+
+    def reread(self) -> Record:
+        """This record as it was stored, without what a handler may have done to objects in it."""
+        return self
 
     def __getitem__(self, name: str) -> Any:
         patch = self.patch
