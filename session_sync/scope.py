@@ -159,7 +159,7 @@ class Scope(Generic[S]):
             assert self._opened is not None
             self._hand_out(hold, self._opened.record)
             if self.options.migrate_eagerly:
-                yield from self._writing_in_turn(last=False)
+                yield from self._writing(last=False)
         except BaseException:
             if self._opened is not None:
                 yield Call(closers, self._opened.close, None)
@@ -231,8 +231,12 @@ class Scope(Generic[S]):
     def closing(self) -> Steps:
         """Write and unlock."""
         if not self.closes_at_once():
+            turns = self._once.setdefault("flushes", None)
             try:
-                yield from self._writing_in_turn(last=True)
+                if turns is None:  # nobody has flushed, and nobody will
+                    yield from self._writing(last=True)
+                else:
+                    yield from self._writing_in_turn(turns, last=True)
             finally:
                 self._unlock()
 
@@ -269,7 +273,9 @@ class Scope(Generic[S]):
         if self.fields is None:
             return
         if self.options.door.blocking:
-            yield from self._writing_in_turn(last=False)
+            turns: KeyLock | None = self._once.setdefault("flushes", KeyLock(self.name))
+            if turns is not None:  # else the last one is on its way
+                yield from self._writing_in_turn(turns, last=False)
         elif self.fields.open:
             self._write_at_once(self.fields)
 
@@ -289,9 +295,9 @@ class Scope(Generic[S]):
             fields.not_saved(kept)
             raise
 
-    def _writing_in_turn(self, last: bool) -> Steps:
+    def _writing_in_turn(self, turns: KeyLock, last: bool) -> Steps:
         """A flush does not overtake one that is on its way, and none comes after the last."""
-        turns, cancelled = self._turns("flushes"), None
+        cancelled = None
         turn = turns.try_acquire()
         while turn is None:
             try:
@@ -618,8 +624,12 @@ class SessionScope(Scope[S]):
 
     def _entering(self, around: SessionScope[Any] | None) -> Steps:
         """Join a scope that is open around here, or open this one."""
-        if around is not None:
-            yield from self._joining(around)
+        return (
+            self.opening(in_handler.get()) if around is None else self._joining_or_opening(around)
+        )
+
+    def _joining_or_opening(self, around: SessionScope[Any]) -> Steps:
+        yield from self._joining(around)
         joined = self.joined
         if joined is not None and not self.options.lazy and not joined.is_loaded:  # of a lazy one
             try:
@@ -638,7 +648,7 @@ class SessionScope(Scope[S]):
             if self.options.lazy:
                 self.begin_lazily()
             else:
-                yield from self.opening(around is not None or in_handler.get())
+                yield from self.opening(passes=True)
 
     def _joining(self, around: SessionScope[Any]) -> Steps:
         """Join the scope of the same key that is open around here, if there is one."""

@@ -8,11 +8,11 @@ long is not yielded at all.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import atexit
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Final, NoReturn, Protocol
@@ -34,8 +34,10 @@ def run(steps: Steps) -> None:
     """Do `steps` in this thread."""
     step = next(steps, None)  # which costs no exception at the end, and many take no step at all
     if step is not None:
-        with suppress(StopIteration):
+        try:
             _run_on(steps, step)
+        except StopIteration:
+            return  # as suppress() would, which takes longer than some steps
 
 
 def _run_on(steps: Steps, step: Step) -> NoReturn:
@@ -126,93 +128,138 @@ class Call:
             raise RuntimeError("the storage raised StopIteration") from error
 
     async def arun(self) -> Any:
-        job = self._pool.executor().submit(self.run)
-        future = asyncio.wrap_future(job)
+        job = _Job(self.run)
+        self._pool.submit(job)
+        return await job.answer()
+
+
+class _Job:
+    """A call in another thread, and the coroutine that waits for it.
+
+    As little as will do: what concurrent.futures and asyncio have for this takes twice as long.
+    """
+
+    __slots__ = ("_answer", "_call", "_error", "_gate", "_is_done", "_loop", "_waiter")
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call: Final = call
+        self._loop: Final = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._answer: Any = None
+        self._error: BaseException | None = None
+        self._is_done = False  # for the coroutine, which the loop tells; and for a thread:
+        self._gate: Final = threading.Lock()
+        self._gate.acquire()
+
+    def run(self) -> None:
+        """Make the call, in a thread of the pool."""
         try:
+            self._answer = self._call()
+        except BaseException as error:
+            self._error = error
+        self._gate.release()
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
+            self._loop.call_soon_threadsafe(self._done)
+
+    def _done(self) -> None:
+        self._is_done = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def answer(self) -> Any:
+        """What the call has returned, or raised. A coroutine that is cancelled waits all the
+        same."""
+        cancelled = None
+        while not self._is_done:
+            self._waiter = self._loop.create_future()
             try:
-                return await asyncio.shield(future)
-            except asyncio.CancelledError:
-                while not future.done():
-                    try:
-                        await asyncio.wait([future])
-                    except asyncio.CancelledError:
-                        continue  # cancelled once more, while it waits
-                if not future.cancelled():
-                    future.exception()  # looked at, so that asyncio does not warn of it
+                await self._waiter
+            except asyncio.CancelledError as error:
+                cancelled = error
+            except GeneratorExit:  # thrown away with its loop: nobody will await anything here
+                self._gate.acquire()
                 raise
-        except GeneratorExit:  # thrown away with its loop: nobody will await anything here again
-            concurrent.futures.wait([job])
-            raise
+        failed, self._error = cancelled or self._error, None
+        if failed is None:
+            return self._answer
+        try:
+            raise failed
+        finally:
+            del failed, cancelled  # which know this frame: no cycle stays
 
 
 class Pool:
-    """Threads for blocking calls, started at first use and anew in a forked child.
+    """Threads for blocking calls, started when they are needed, and anew in a forked child.
 
-    `daemon`: they may block for as long as somebody else likes, so the process does not wait for
-    them when it ends.
+    They do not keep the process from ending, since they may block for as long as somebody else
+    likes. `finish`: what was begun is finished first.
     """
 
-    def __init__(self, name: str, size: int, daemon: bool) -> None:
+    def __init__(self, name: str, size: int, finish: bool) -> None:
         self._name: Final = f"session_sync-{name}"
         self._size: Final = size
-        self._kind: Final = DaemonExecutor if daemon else ThreadPoolExecutor
-        self._made: Final[dict[int, Executor]] = {}  # by process
+        self._crews: Final[dict[int, _Crew]] = {}  # by process
+        if finish:
+            atexit.register(self._finish)
 
-    def executor(self) -> Executor:
+    def submit(self, job: _Job) -> None:
+        """Run `job` in one of the threads."""
         pid = os.getpid()
-        made = self._made.get(pid)
-        if made is None:  # an executor starts no thread before it is used: one too many is nothing
-            made = self._made.setdefault(pid, self._kind(self._size, self._name))
-        return made
+        crew = self._crews.get(pid)
+        if crew is None:  # one too many has no threads, and is nothing
+            crew = self._crews.setdefault(pid, _Crew(self._name, self._size))
+        crew.submit(job)
+
+    def _finish(self) -> None:
+        crew = self._crews.get(os.getpid())
+        if crew is not None:
+            crew.finish()
 
 
-class DaemonExecutor(Executor):
-    """As ThreadPoolExecutor, whose threads Python joins when it ends, whatever they wait for."""
+class _Crew:
+    """The threads of one pool in one process."""
 
-    def __init__(self, max_workers: int, thread_name_prefix: str) -> None:
-        self._size: Final = max_workers
-        self._name: Final = thread_name_prefix
-        self._jobs: Final[SimpleQueue[Callable[[], None]]] = SimpleQueue()
-        self._idle: Final = threading.Semaphore(0)
+    def __init__(self, name: str, size: int) -> None:
+        self._name: Final = name
+        self._size: Final = size
+        self._jobs: Final[SimpleQueue[_Job | None]] = SimpleQueue()
+        self._idle: Final[deque[None]] = deque()  # as many as there are idle threads
         self._mutex: Final = threading.Lock()
-        self._started = 0
+        self._threads: Final[list[threading.Thread]] = []
 
-    def submit(
-        self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
-    ) -> concurrent.futures.Future[Any]:
-        """Call `function` in a thread."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-        def job() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    answer = function(*args, **kwargs)
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(answer)
-
+    def submit(self, job: _Job) -> None:
         self._jobs.put(job)
-        if not self._idle.acquire(blocking=False):
+        try:
+            self._idle.pop()
+        except IndexError:
             self._start_one()
-        return future
+
+    def finish(self) -> None:
+        """Let the threads end when all jobs are done."""
+        with self._mutex:
+            for _ in self._threads:
+                self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _start_one(self) -> None:
         with self._mutex:
-            if self._started == self._size:
-                return
-            self._started += 1
-            name = f"{self._name}_{self._started - 1}"
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+            number = len(self._threads)
+            if number < self._size:
+                name = f"{self._name}_{number}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
     def _work(self) -> None:
-        while True:
-            self._jobs.get()()
-            self._idle.release()
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            del job  # which may hold a session
+            self._idle.append(None)
 
 
 # Opening may wait for somebody else's closing, which must not queue behind it; and who waits for
 # another process's handler holds up nobody who could open his own session at once.
-openers: Final = Pool("open", 16, daemon=True)
-waiters: Final = Pool("wait", 64, daemon=True)
-closers: Final = Pool("close", 16, daemon=False)
+openers: Final = Pool("open", 16, finish=False)
+waiters: Final = Pool("wait", 64, finish=False)
+closers: Final = Pool("close", 16, finish=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -543,8 +545,58 @@ def test_a_session_is_closed_before_its_last_flush_gives_its_turn_on(
     monkeypatch.setattr(Fields, "close", watched)
     with sessions.session_scope(KEY) as session:
         scope: Any = session._lifecycle
+        session.flush()
         session.a = 1
     assert turn_is_held[0]
+
+
+def test_a_flush_that_comes_while_the_last_one_is_on_its_way_writes_nothing() -> None:
+    storage, begun, go_on = slow_store()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    sessions_of_others: list[Any] = []
+
+    def handler() -> None:
+        with sessions.session_scope(KEY) as session:
+            sessions_of_others.append(session)
+            session.a = 1
+
+    thread = threading.Thread(target=handler)
+    thread.start()
+    assert begun.wait(20)
+    sessions_of_others[0].flush()
+    go_on.set()
+    thread.join(20)
+    assert storage.calls == ["get", "set"]
+
+
+def test_a_write_that_has_begun_is_finished_before_the_process_ends() -> None:
+    """Also where nobody waits for it any more, since its event loop has stopped."""
+    program = """if True:
+        import asyncio, atexit, threading
+        from session_sync import SessionManager
+
+        begun, go_on = threading.Event(), threading.Event()
+
+        class Slow(dict):
+            has = dict.__contains__
+            def set(self, key, value):
+                begun.set()
+                go_on.wait(20)
+                print("written", flush=True)
+            def delete(self, key):
+                pass
+
+        async def handler():
+            async with SessionManager(storage=Slow()).session_scope("user:1") as session:
+                session.a = 1
+
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(handler())
+        loop.run_until_complete(asyncio.to_thread(begun.wait, 20))
+        atexit.register(go_on.set)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"written\n")
 
 
 def test_a_cancelled_flush_knows_that_it_has_written() -> None:
