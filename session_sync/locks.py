@@ -34,9 +34,9 @@ class Party:
 
     __slots__ = ("_task", "loop", "thread")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+    def __init__(self, thread: threading.Thread, loop: asyncio.AbstractEventLoop | None) -> None:
         # The object: the number of a thread that has ended is soon that of another one.
-        self.thread: Final = threading.current_thread()
+        self.thread: Final = thread
         self.loop: Final = loop
         task = None if loop is None else asyncio.current_task(loop)
         # Weakly: a task that is thrown away inside a scope must be collected to free its key.
@@ -64,14 +64,15 @@ def here() -> Party:
     # asyncio exports this one for callers who may stand outside any loop; get_running_loop()
     # would raise there, which costs more than everything else in an acquisition.
     loop = asyncio._get_running_loop()
-    return _this_thread.party if loop is None else Party(loop)
+    party = _this_thread.party
+    return party if loop is None else Party(party.thread, loop)
 
 
 class _ThisThread(threading.local):
     """What a thread without an event loop is called, made once for each thread."""
 
     def __init__(self) -> None:
-        self.party: Final = Party(None)
+        self.party: Final = Party(threading.current_thread(), None)
 
 
 _this_thread: Final = _ThisThread()
