@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -131,10 +132,11 @@ class _Room:
             bot.worker_pool.close = self.close_pool
 
     def process_new_updates(self, updates: Iterable[Any]) -> None:
-        """One at a time: telebot sorts a batch by kind, so a button press could overtake the
-        message that was sent before it."""
-        for update in updates:
-            self._process_new_updates([update])
+        """Only what is of one kind together: telebot sorts a batch by kind, so a button press
+        could overtake the message that was sent before it. Without a pool one at a time, since the
+        handler of one may say what is the next step for the other."""
+        for _, alike in itertools.groupby(updates, _kind_of if self._bot.threaded else id):
+            self._process_new_updates(list(alike))
 
     def exec_task(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Run `task` inside the scope of its update, in the pool if the bot has one."""
@@ -191,6 +193,14 @@ class _Room:
         self._waiting.discard(job)
         if job.turn is not None:
             job.turn.withdraw()
+
+
+def _kind_of(update: Any) -> str | None:
+    """The name of the one field that an update has besides its number."""
+    if update.message is not None:  # the one that most have
+        return "message"
+    named = (name for name, value in vars(update).items() if value is not None)
+    return next((name for name in named if name != "update_id"), None)
 
 
 class _Job:

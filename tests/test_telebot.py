@@ -6,6 +6,7 @@ import gc
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -322,11 +323,26 @@ def test_an_update_without_a_key_is_handled_and_asking_for_its_session_raises(
 
 
 def test_update_listeners_get_their_list(make_bot: Bots, sessions: SessionManager[Any]) -> None:
+    bot = make_bot(sessions, threaded=True)
+    got: SimpleQueue[Any] = SimpleQueue()
+    bot.set_update_listener(got.put)
+    feed(bot, message(1, "a"), message(2, "b"), callback_query(1), message(1, "c"))
+    texts = [[m.text for m in got.get(timeout=20)] for _ in range(2)]
+    assert sorted(texts) == [["a", "b"], ["c"]]
+
+
+def test_without_a_pool_a_message_is_the_next_step_of_the_one_before_it(
+    make_bot: Bots, sessions: SessionManager[Any]
+) -> None:
     bot = make_bot(sessions)
-    got: list[Any] = []
-    bot.set_update_listener(got.append)
-    feed(bot, message(1, "a"), message(1, "b"))
-    assert [[m.text for m in batch] for batch in got] == [["a"], ["b"]]
+    steps: list[str] = []
+
+    @bot.message_handler(commands=["name"])
+    def ask(m: Any) -> None:
+        bot.register_next_step_handler(m, lambda answer: steps.append(answer.text))
+
+    feed(bot, message(1, "/name"), message(1, "Alex"))
+    assert steps == ["Alex"]
 
 
 # -- errors and middlewares
