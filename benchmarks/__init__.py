@@ -1,1 +1,1 @@
-"""How fast the library is, and what it keeps, next to its peers: `python -m benchmarks.NAME`."""
+"""How fast the library is, and what it keeps, next to its peers: `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""What the scripts share: rounds that take turns, medians with their spread, and tables.
+"""Rounds in which everything takes its turn, and medians with their spread.
 
 The numbers of one run are made on one machine in one sitting, so what they say is their ratio. A
 ratio is taken within each round, where both sides saw the same machine, and then the median of it.
@@ -6,20 +6,19 @@ ratio is taken within each round, where both sides saw the same machine, and the
 
 from __future__ import annotations
 
-import argparse
 import gc
-import importlib.metadata
-import os
-import platform
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
-_PEERS: Final = ("session-sync", "pyTelegramBotAPI", "cachetools", "msgspec", "diskcache", "redis")
+T = TypeVar("T")
+
+# Does one thing so many times.
+Work = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -38,53 +37,75 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(low, median, high)
 
-    def show(self, scale: float = 1.0, digits: int = 2) -> str:
-        """`1.20 (1.18 to 1.25)`, each number times `scale`."""
-        low, median, high = (f"{n * scale:,.{digits}f}" for n in (self.low, self.median, self.high))
-        return f"{median} ({low} to {high})"
+    def __mul__(self, factor: float) -> Spread:
+        return Spread(self.low * factor, self.median * factor, self.high * factor)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One thing to be timed: `work(times)` does it `times` times."""
+class Rounds:
+    """Some figures, by name: one of each for every round."""
 
-    name: str
-    work: Callable[[int], object]
-    times: int
-
-
-class Timings:
-    """Seconds for doing each case once, by round."""
-
-    def __init__(self, seconds: dict[str, list[float]]) -> None:
-        self.seconds: Final = seconds
+    def __init__(self, figures: Mapping[str, Sequence[float]]) -> None:
+        self._figures: Final = figures
 
     def of(self, name: str) -> Spread:
-        return Spread.of(self.seconds[name])
+        return Spread.of(self._figures[name])
 
     def ratio(self, name: str, to: str) -> Spread:
-        """How many times as long as `to` the case `name` takes."""
-        pairs = zip(self.seconds[name], self.seconds[to], strict=True)
-        return Spread.of(one / other for one, other in pairs)
+        """How many times as much as `to` the figure `name` is."""
+        return Spread.of(one / other for one, other in self._pairs(name, to))
+
+    def over(self, name: str, than: str) -> Spread:
+        """How much more than `than` the figure `name` is."""
+        return Spread.of(one - other for one, other in self._pairs(name, than))
+
+    def share_over(self, name: str, than: str, of: str) -> Spread:
+        """What `name` is more than `than`, as a share of `of`."""
+        pairs = zip(self._pairs(name, than), self._figures[of], strict=True)
+        return Spread.of((one - other) / whole for (one, other), whole in pairs)
+
+    def _pairs(self, name: str, other: str) -> Iterator[tuple[float, float]]:
+        return zip(self._figures[name], self._figures[other], strict=True)
 
 
-def measure(cases: Sequence[Case], rounds: int) -> Timings:
-    """Time every case in every round, starting with another one each time.
+def measure(works: Mapping[str, Work], rounds: int, slice_: float) -> Rounds:
+    """Seconds for doing each work once, timed in every round for about `slice_` seconds.
 
-    The garbage collector stays on, since a bot has it on as well; what the case before has left is
-    collected first. Each case is done once before the first round, to warm up.
+    The garbage collector stays on, since a bot has it on as well; what the work before has left is
+    collected first. What was there before them all is not looked at again.
     """
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-    for case in cases:
-        case.work(max(1, case.times // 10))
+    times = {name: _times(work, slice_) for name, work in works.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    gc.collect()
+    gc.freeze()
+    for name, work in in_turns(works.items(), rounds):
+        gc.collect()
+        begin = time.perf_counter()
+        work(times[name])
+        seconds[name].append((time.perf_counter() - begin) / times[name])
+    gc.unfreeze()
+    return Rounds(seconds)
+
+
+def _times(work: Work, slice_: float) -> int:
+    """How often `work` can be done in `slice_` seconds. Trying it out warms it up, too."""
+    work(1)
+    times, took = 1, 0.0
+    while slice_:
+        begin = time.perf_counter()
+        work(times)
+        took = time.perf_counter() - begin
+        if took > slice_ / 2:
+            return max(1, round(times * slice_ / took))
+        times *= 2
+    return times
+
+
+def in_turns(cases: Iterable[T], rounds: int) -> Iterator[T]:
+    """Every case in every round, each round beginning with another one."""
+    every = list(cases)
     for number in range(rounds):
-        first = number % len(cases)
-        for case in (*cases[first:], *cases[:first]):
-            gc.collect()
-            begin = time.perf_counter()
-            case.work(case.times)
-            seconds[case.name].append((time.perf_counter() - begin) / case.times)
-    return Timings(seconds)
+        first = number % len(every)
+        yield from (*every[first:], *every[:first])
 
 
 def in_threads(threads: int, run: Callable[[int], object]) -> float:
@@ -110,52 +131,9 @@ def in_threads(threads: int, run: Callable[[int], object]) -> float:
     return max(ends) - begin[0]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table, its columns padded, so that it reads well in a terminal too."""
-    lines = [tuple(head), *map(tuple, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "| " + " | ".join(map(str.ljust, line, widths)) + " |"  # one line of the table
-        for line in lines
-    )
-
-
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser of the command line with what all scripts have."""
-    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=31, help="how often everything is measured")
-    return parser
-
-
-def print_machine(rounds: int) -> None:
-    """Where and with what this was measured."""
-    print(f"{_processor()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}")
-    print(f"{platform.python_implementation()} {platform.python_version()}, {_versions()}")
-    if hasattr(os, "getloadavg"):
-        print(f"load before the start {os.getloadavg()[0]:.1f}", end="; ")
-    print(f"median of {rounds} rounds (quartiles)\n", flush=True)
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line for line in lines if line.startswith("model name")).split(": ")[1][:-1]
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _versions() -> str:
-    found = []
-    for name in _PEERS:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            if name == "session-sync":
-                from session_sync import __version__
-
-                found.append(f"{name} {__version__}")
-    return ", ".join(found)
+def share_of(whole: int, parts: int, number: int) -> int:
+    """How much of `whole` falls to part `number` when it is shared out."""
+    return whole // parts + (number < whole % parts)
 
 
 def log(text: str) -> None:

@@ -1,25 +1,25 @@
 """What it costs to read the dicts, lists and sets that a session hands out, next to plain ones.
 
 The promise: iteration at a plain one's speed, a subscript of a dict at most 2.5 times one, of a
-list at most 4 times (the interpreter's price for a subclass: it has no fast path for those).
-
-    python -m benchmarks.reading
+list at most 4 times (the interpreter's price for a subclass: it has no fast path for those). Fast
+statements are timed fifty in a row, since one takes less than the loop around it.
 """
 
 from __future__ import annotations
 
 import json
 import timeit
-from collections.abc import Callable
 from typing import Any
 
 from session_sync import SessionManager
 
-from .timing import Case, arguments, measure, print_machine, table
+from ..setting import Setting
+from ..tables import Cell, Table, table
+from ..timing import Work
 
 _ITEMS = 1_000
-_IN_A_ROW = 50  # a subscript takes less than the loop around it
-VALUES = {
+_IN_A_ROW = 50
+VALUES: dict[str, Any] = {
     "dict": {f"field{n}": n for n in range(_ITEMS)},
     "list": [f"item {n}" for n in range(_ITEMS)],
     "set": {f"item {n}" for n in range(_ITEMS)},
@@ -46,47 +46,49 @@ DONE = (
 )
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.set_defaults(rounds=51)
-    parser.add_argument("--times", type=int, default=1_000, help="fast statements, in one round")
-    options = parser.parse_args()
-    print_machine(options.rounds)
-    sessions: SessionManager[Any] = SessionManager()
-    with sessions:
-        with sessions.session_scope("user:1") as session:
-            session.update(VALUES)
-        with sessions.session_scope("user:1") as session:
-            _compare(dict(session), options.times, options.rounds)
-
-
-def _compare(ours: dict[str, Any], times: int, rounds: int) -> None:
-    rows = []
-    for name, which, statement, in_a_row, bound in DONE:
-        count = times if in_a_row > 1 else max(1, times // 20)
-        timings = measure(
-            [
-                Case("ours", _doing(statement, in_a_row, which, ours[which]), count),
-                Case("plain", _doing(statement, in_a_row, which, VALUES[which]), count),
-            ],
-            rounds,
+def run(setting: Setting) -> list[Table]:
+    """Each statement on a container of a session and on a plain one."""
+    sessions = SessionManager()
+    with sessions.session_scope("user:1") as session:
+        session.update(VALUES)
+    with sessions.session_scope("user:1") as session:
+        ours = dict(session)
+        rows = [_row(setting, ours, *done) for done in DONE]
+    return [
+        table(
+            "reading",
+            "Reading the containers of a session, in nanoseconds",
+            "Median (quartiles).",
+            ("", "session_sync", "plain", "ratio", "at most"),
+            rows,
         )
-        rows.append(
-            (
-                name,
-                timings.of("ours").show(1e9 / in_a_row, digits=0),
-                timings.of("plain").show(1e9 / in_a_row, digits=0),
-                timings.ratio("ours", to="plain").show(),
-                "" if bound is None else f"{bound:g}",
-            )
-        )
-    print(table(("", "session_sync, ns", "plain, ns", "ratio", "at most"), rows))
+    ]
 
 
-def _doing(statement: str, in_a_row: int, which: str, value: Any) -> Callable[[int], float]:
+def _row(
+    setting: Setting,
+    ours: dict[str, Any],
+    name: str,
+    which: str,
+    statement: str,
+    in_a_row: int,
+    bound: float | None,
+) -> tuple[Cell, ...]:
+    timings = setting.measure(
+        {
+            "ours": _doing(statement, in_a_row, which, ours[which]),
+            "plain": _doing(statement, in_a_row, which, VALUES[which]),
+        }
+    )
+    return (
+        name,
+        timings.of("ours") * (1e9 / in_a_row),
+        timings.of("plain") * (1e9 / in_a_row),
+        timings.ratio("ours", to="plain"),
+        "" if bound is None else bound,
+    )
+
+
+def _doing(statement: str, in_a_row: int, which: str, value: Any) -> Work:
     names = {"value": value, "plain": VALUES[which], "dumps": json.dumps}
     return timeit.Timer("\n".join([statement] * in_a_row), globals=names).timeit
-
-
-if __name__ == "__main__":
-    main()
