@@ -68,17 +68,19 @@ class Rounds:
 
 
 def measure(works: Mapping[str, Work], rounds: int, slice_: float) -> Rounds:
-    """Seconds for doing each work once, timed in every round for about `slice_` seconds.
+    """Seconds for doing each work once, timed in every round for about `slice_` seconds (0: once).
 
     The garbage collector stays on, since a bot has it on as well; what the work before has left is
     collected first. What was there before them all is not looked at again.
     """
     times = {name: _times(work, slice_) for name, work in works.items()}
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    gc.collect()
-    gc.freeze()
-    for name, work in in_turns(works.items(), rounds):
+    if slice_:
         gc.collect()
+        gc.freeze()
+    for name, work in in_turns(works.items(), rounds):
+        if slice_:
+            gc.collect()
         begin = time.perf_counter()
         work(times[name])
         seconds[name].append((time.perf_counter() - begin) / times[name])
