@@ -82,7 +82,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--users", type=int, default=1_000_000, help="how many there are in the largest store"
     )
-    parser.add_argument("--redis-server", metavar="PATH", help="the program, if not in the PATH")
+    parser.add_argument(
+        "--redis-server", metavar="PATH", default="redis-server", help="the program to start"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write results.json and plots there"
     )
@@ -103,18 +105,19 @@ def _options() -> argparse.Namespace:
 
 
 def _measure(options: argparse.Namespace) -> Results:
-    skipped: dict[str, str] = {}
     rounds = 1 if options.quick else options.rounds
     results = Results(
         date=today(),
         machine=machine(),
         versions=versions(options.redis_server),
         options={"rounds": rounds, "users": options.users, "quick": options.quick},
-        skipped=skipped,
+        skipped={},
         tables=[],
     )
-    with redis_server(options.redis_server, skipped) as redis_url:
-        setting = Setting(rounds, options.quick, options.users, redis_url, skipped)
+    with redis_server(options.redis_server) as redis_url:
+        setting = Setting(rounds, options.quick, options.users, redis_url, results.skipped)
+        if redis_url is None:
+            setting.skip("Redis", f"{options.redis_server} was not found")
         for name in options.sections or SECTIONS:
             log(f"{name} ...")
             tables = SECTIONS[name](setting)

@@ -38,10 +38,10 @@ TEXT: Final[dict[str, Any]] = {
 }
 SESSIONS: Final = {"small": SMALL, "flat": FLAT, "large": LARGE, "text": TEXT}
 TITLES: Final = {
-    "small": "a small session: a counter, a step, a user, a cart, a list",
-    "flat": "a small session, 5 fields, none of them nested",
+    "small": "small session",
+    "flat": "small session, nothing nested",
     "large": "1,000 fields, nested",
-    "text": "a small session and a text of 100 KB",
+    "text": "small session and 100 KB of text",
 }
 
 

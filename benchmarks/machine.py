@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def versions(redis_server: str | None) -> dict[str, str]:
+def versions(redis_server: str) -> dict[str, str]:
     """Python, this library, its peers and the servers."""
     found = {
         platform.python_implementation(): platform.python_version(),
@@ -48,7 +48,7 @@ def versions(redis_server: str | None) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     found["SQLite"] = sqlite3.sqlite_version
-    program = shutil.which(redis_server or "redis-server")
+    program = shutil.which(redis_server)
     if program is not None:
         said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
         match = re.search(r"v=(\S+)", said.stdout)

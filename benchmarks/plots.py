@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .results import Results
 from .tables import Table, shown
@@ -103,8 +104,8 @@ def _by_workers(what: str) -> Callable[[Table], Figure]:
                 if on == keys:
                     _draw_side(axes, table, name, side, numbers)
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
             axes.set_xticks(numbers, [str(number) for number in numbers])
+            _scale(axes)
             axes.set_xlabel(what)
             axes.set_title(f"{keys}: updates per second")
         handles, labels = panels[0].get_legend_handles_labels()
@@ -125,6 +126,14 @@ def _draw_side(axes: Any, table: Table, name: str, side: str, numbers: list[int]
             axes.annotate(text, (number, median), (0, 5), textcoords="offset points", ha="right")
 
 
+def _scale(axes: Any) -> None:
+    """A logarithmic scale with plain numbers at it."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _by_users(table: Table) -> Figure:
     figure, (axes,) = _figure(3.2)
     for (name, numbers), marker in zip(_lines(table).items(), _MARKERS, strict=False):
@@ -134,7 +143,8 @@ def _by_users(table: Table) -> Figure:
                 numbers, medians, marker=marker, color=colour, label=f"{side}, {name}", linewidth=1
             )
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    _scale(axes)
     axes.set_xlabel("users stored")
     axes.set_title("microseconds for one update of a random user")
     figure.legend(loc="outside right upper")

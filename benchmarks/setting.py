@@ -25,7 +25,7 @@ from .timing import Rounds, Work, log, measure
 
 
 class MissingError(Exception):
-    """Something that a row needs is not there, and SESSION_SYNC_REQUIRE_SERVICES=1 asks for it."""
+    """There is no Redis, and SESSION_SYNC_REQUIRE_SERVICES=1 asks for it."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,10 @@ class Setting:
         return False
 
     def skip(self, what: str, reason: str) -> None:
-        """Leave `what` out, or raise if nothing may be."""
+        """Leave `what` out, and say so once."""
         if what not in self.skipped:
             log(f"left out: {what}, since {reason}")
             self.skipped[what] = reason
-        if os.environ.get("SESSION_SYNC_REQUIRE_SERVICES") == "1":
-            raise MissingError(f"{what}: {reason}")
 
 
 class Place(contextlib.ExitStack):
@@ -106,17 +104,15 @@ class Place(contextlib.ExitStack):
 
 
 @contextlib.contextmanager
-def redis_server(program: str | None, setting_skips: dict[str, str]) -> Iterator[str | None]:
+def redis_server(program: str) -> Iterator[str | None]:
     """A Redis of our own on a free port of this machine, which keeps nothing: its URL.
 
-    None, with the reason among what is skipped, if `program` (by default the `redis-server` that
-    is found) is not there.
+    None if `program` is not there; MissingError if SESSION_SYNC_REQUIRE_SERVICES=1 asks for it.
     """
-    found = shutil.which(program or "redis-server")
+    found = shutil.which(program)
     if found is None:
-        Setting(1, skipped=setting_skips).skip(
-            "Redis", f"{program or 'redis-server'} was not found"
-        )
+        if os.environ.get("SESSION_SYNC_REQUIRE_SERVICES") == "1":
+            raise MissingError(f"{program} was not found")
         yield None
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
