@@ -8,6 +8,7 @@ python -m benchmarks --out results         and JSON with plots in the folder `re
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,7 @@ SECTIONS: Final[dict[str, Callable[[Setting], list[Table]]]] = {
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped
     options = _options()
     if options.list:
         for name, run in SECTIONS.items():

@@ -43,7 +43,8 @@ def _block(name: str, results: Results) -> str:
     table = results.table(name)
     if table is None:
         return "Not measured in this run."
-    command = f"`python -m benchmarks {table.section}`"
+    section = "" if table.name == "targets" else f" {table.section}"  # those are made of all
+    command = f"`python -m benchmarks{section} --rounds {results.options['rounds']}`"
     said = f"{table.note} {command}: {results.provenance()}".lstrip()
     lines = textwrap.fill(f"({said})", 100, break_long_words=False, break_on_hyphens=False)
     return f"{table.markdown()}\n\n{lines}"

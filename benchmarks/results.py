@@ -28,12 +28,12 @@ class Results:
         return next((table for table in self.tables if table.name == name), None)
 
     def provenance(self) -> str:
-        """One sentence: machine, versions, rounds."""
+        """One sentence: machine, versions, date."""
         where = (
             f"{self.machine['processor']}, {self.machine['cpus']} CPUs, {self.machine['system']}"
         )
         what = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{where}; {what}; {self.options['rounds']} rounds, {self.date}."
+        return f"{where}; {what}; {self.date}."
 
     def save(self, folder: Path) -> None:
         """Write `results.json` into a folder."""

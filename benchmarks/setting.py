@@ -47,6 +47,10 @@ class Setting:
         """How much to do: `number`, or `quick` if it is only to be seen that it works."""
         return quick if self.quick else number
 
+    def fewer(self, divisor: int) -> int:
+        """How many rounds there are of what takes long."""
+        return 1 if self.quick else min(self.rounds, max(3, self.rounds // divisor))
+
     def measure(self, works: dict[str, Work], rounds: int | None = None) -> Rounds:
         """Seconds for doing each of `works` once."""
         return measure(works, rounds or self.rounds, self.slice)

@@ -106,7 +106,7 @@ def run(setting: Setting) -> list[Table]:
     speed: dict[str, list[float]] = {str(case): [] for case in cases}
     kept: dict[str, list[float]] = {str(case): [] for case in cases}
     with _server() as server:
-        for case in in_turns(cases, setting.scaled(max(3, setting.rounds // 3), quick=1)):
+        for case in in_turns(cases, setting.fewer(3)):
             client, handler, store = case
             updates = setting.scaled(500 if handler == ANSWERS else 1_500, quick=10)
             bot = _BOTS[client]
@@ -126,7 +126,7 @@ def run(setting: Setting) -> list[Table]:
         table(
             "bots",
             "Updates per second of a whole bot",
-            "Median (quartiles); the cost is taken within each round.",
+            f"Median (quartiles) of {setting.fewer(3)} rounds; the cost is taken within each.",
             ("client, handler, sessions", "updates per second", "cost, %", "kept, %"),
             (row(*case) for case in cases),
         )

@@ -46,7 +46,7 @@ def run(setting: Setting) -> list[Table]:
     speed: dict[str, list[float]] = {str(case): [] for case in cases}
     kept: dict[str, list[float]] = {str(case): [] for case in cases}
     with _workers(processes[-1]) as workers:
-        for case in in_turns(cases, setting.scaled(max(3, setting.rounds // 3), quick=1)):
+        for case in in_turns(cases, setting.fewer(3)):
             side, keys, number = case
             with Place(setting) as place:
                 seconds, count = _measured(
@@ -69,7 +69,8 @@ def run(setting: Setting) -> list[Table]:
         table(
             "processes",
             "Updates per second by number of processes",
-            f"Median (quartiles) for {updates:,} updates, which the processes share out.",
+            f"Median (quartiles) of {setting.fewer(3)} rounds, for {updates:,} updates, which the "
+            f"processes share out.",
             ("side, keys, processes", "updates per second", "to 1 process", "kept, %"),
             (row(*case) for case in cases),
         )

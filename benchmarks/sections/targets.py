@@ -105,6 +105,16 @@ TARGETS: Final = (
     ),
     *(
         Target(
+            f"codec alone, {record}, one field touched, to a full decode and encode",
+            "partial",
+            f"codec alone, {record}",
+            "to full",
+            most=1.0,
+        )
+        for record in ("1,000 fields", "100 KB of text")
+    ),
+    *(
+        Target(
             f"{store}, {record}, over the bare store, to a full decode and encode",
             "partial",
             f"{store}, {record}",

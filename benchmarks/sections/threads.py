@@ -45,7 +45,8 @@ def _speed(setting: Setting, name: str, where: str, updates: int, stores: dict[s
     cases = [(side, keys, threads) for side in stores for keys in KEYS for threads in THREADS]
     speed: dict[str, list[float]] = {str(case): [] for case in cases}
     kept: dict[str, list[float]] = {str(case): [] for case in cases}
-    for case in in_turns(cases, setting.scaled(max(3, setting.rounds // 3), quick=1)):
+    number_of_rounds = setting.fewer(3)
+    for case in in_turns(cases, number_of_rounds):
         side, keys, threads = case
         users = 1 if keys == "one key" else threads
         seconds, count = _hammer(setting, stores[side], threads, users, updates, _nothing)
@@ -62,7 +63,8 @@ def _speed(setting: Setting, name: str, where: str, updates: int, stores: dict[s
     return table(
         name,
         f"Updates per second by number of threads, {where}",
-        f"Median (quartiles) for {updates:,} updates, which the threads share out.",
+        f"Median (quartiles) of {number_of_rounds} rounds, for {updates:,} updates, which the "
+        f"threads share out.",
         ("side, keys, threads", "updates per second", "to 1 thread", "kept, %"),
         (row(*case) for case in cases),
     )
@@ -73,7 +75,8 @@ def _lost(setting: Setting) -> Iterator[Table]:
     stores = {**_MEMORY, **_DISK, **_PICKLE, **(_REDIS if setting.has_redis else {})}
     kept: dict[str, list[float]] = {name: [] for name in stores}
     speed: dict[str, list[float]] = {name: [] for name in stores}
-    for name in in_turns(stores, setting.scaled(max(3, setting.rounds // 5), quick=1)):
+    rounds = setting.fewer(5)
+    for name in in_turns(stores, rounds):
         seconds, count = _hammer(setting, stores[name], threads, 1, updates, _let_others_run)
         kept[name].append(count)
         speed[name].append(updates / seconds)
@@ -82,16 +85,16 @@ def _lost(setting: Setting) -> Iterator[Table]:
     yield table(
         "threads_lost",
         title,
-        "Median (quartiles); lost ones are counted among the updates per second. A floor of one "
-        "lock for all users makes everybody wait for the handler of everybody else.",
+        f"Median (quartiles) of {rounds} rounds; lost ones are counted among the updates per "
+        f"second. With one lock for all users, everybody waits for everybody else's handler.",
         head,
         ((name, Spread.of(kept[name]), Spread.of(speed[name])) for name in stores),
     )
     yield table(
         "threads_short",
         title,
-        "Medians. telebot is fast here because its handlers do not wait for each other; that is "
-        "how the others get lost.",
+        f"Medians of {rounds} rounds. telebot is fast here because its handlers do not wait for "
+        f"each other; that is how the others get lost.",
         head,
         (
             (name, round(Spread.of(kept[name]).median), round(Spread.of(speed[name]).median))

@@ -11,8 +11,9 @@ too little to see), the size of the files on disk, and what the server says of i
 is opening the store, by a new object in this process, and reading one session; the file is in the
 system's cache.
 
-telebot's and PTB's pickles write all users at each update. They are measured up to 10,000 users, in
-few rounds; a million is left out, since one update would take many seconds.
+Choosing the user and making the key is part of both. telebot's and PTB's pickles write all users at
+each update: that is measured up to 10,000 users, in few rounds; with more of them, only the start,
+since one update would take many seconds.
 """
 
 from __future__ import annotations
@@ -56,18 +57,13 @@ _SMALL_JSON = json.dumps(SMALL)
 
 
 @dataclass(frozen=True)
-class _Filled:
-    """A filled store: updates of random users, bytes per user, and seconds to open it and read."""
+class _Store:
+    """One that is filled: updates of random users, bytes per user, seconds to open it and read; and
+    the same updates in the bare store of the same size."""
 
-    work: Work
+    ours: Work
     room: Cell
     start: Cell
-
-
-@dataclass(frozen=True)
-class _Store(_Filled):
-    """One of ours, and the same updates in the bare store of the same size."""
-
     bare: Work
 
 
@@ -111,7 +107,7 @@ def _rows(
         for size in sizes:
             log(f"  {kind}: {size:,} users")
             stores[size] = fill(place, size)
-        works = {f"ours {size}": store.work for size, store in stores.items()}
+        works = {f"ours {size}": store.ours for size, store in stores.items()}
         works |= {f"bare {size}": store.bare for size, store in stores.items()}
         timings = setting.measure(works)
     for size, store in stores.items():
@@ -289,80 +285,105 @@ def _start(open_storage: Callable[[], Any]) -> float:
 # -- pickles
 
 
+@dataclass(frozen=True)
+class _Pickle:
+    """One that is filled: what makes updates of random users, bytes per user, seconds to open it
+    and read."""
+
+    adding: Callable[[], Work]
+    room: float
+    start: float
+
+
 def _pickles(setting: Setting, sizes: list[int]) -> Table:
-    """telebot's and PTB's, next to each other, with our own from the table above to compare."""
-    rows: list[list[Cell]] = []
-    for size in (size for size in sizes if size <= _PICKLES_UP_TO):
-        log(f"  pickles: {size:,} users")
-        with Place(setting) as place:
-            fills = {
-                "telebot, StatePickleStorage": _telebot(place, size),
-                "PTB, PicklePersistence": _ptb(place, size),
-            }
-            works = {name: store.work for name, store in fills.items()}
-            timings = setting.measure(works, rounds=min(setting.rounds, 5))
-        rows += [
-            [f"{name}, {size:,}", timings.of(name) * 1e6, store.room, store.start]
-            for name, store in fills.items()
-        ]
+    """telebot's and PTB's, next to each other."""
+    rows = [row for size in sizes for row in _pickle_rows(setting, size)]
     return table(
         "users_pickles",
         "The same in pickles of all users",
-        "Median (quartiles), in microseconds, of 5 rounds at most.",
+        "Median (quartiles), in microseconds, of 5 rounds at most; the start is measured once.",
         ("store, users", "one update", "bytes per user", "start-up, seconds"),
         rows,
     )
 
 
-def _telebot(place: Place, size: int) -> _Filled:
+def _pickle_rows(setting: Setting, size: int) -> Iterator[list[Cell]]:
+    log(f"  pickles: {size:,} users")
+    with Place(setting) as place:
+        pickles = {
+            "telebot, StatePickleStorage": _telebot(place, size),
+            "PTB, PicklePersistence": _ptb(place, size),
+        }
+        timings = None
+        if size <= _PICKLES_UP_TO:
+            works = {name: one.adding() for name, one in pickles.items()}
+            timings = setting.measure(works, rounds=min(setting.rounds, 5))
+    for name, one in pickles.items():
+        update: Cell = "" if timings is None else timings.of(name) * 1e6
+        yield [f"{name}, {size:,}", update, one.room, one.start]
+
+
+def _telebot(place: Place, size: int) -> _Pickle:
     storage = telebot.storage_of(place, "pickle")
     bot = telebot.bot_with(storage, SMALL)
     path = Path(storage.file_path)
     ((key, one),) = pickle.loads(path.read_bytes()).items()
-    everybody = {
-        key.replace(str(USER), str(USER + user)): {**one, "data": _own_fields()}
-        for user in range(size)
-    }
-    path.write_bytes(pickle.dumps(everybody))
-    chance = random.Random(1)
-
-    def work(times: int) -> None:
-        for _ in repeat(None, times):
-            user = USER + chance.randrange(size)
-            with bot.retrieve_data(user, user) as data:
-                data["counter"] += 1
+    with path.open("wb") as file:
+        everybody = {
+            key.replace(str(USER), str(USER + user)): {**one, "data": _own_fields()}
+            for user in range(size)
+        }
+        pickle.dump(everybody, file)
+    del everybody
 
     def read() -> object:
         return type(storage)(str(path)).get_data(USER, USER, bot_id=bot.bot_id)["step"]
 
-    return _Filled(work, path.stat().st_size / size, _reading(read))
+    def adding() -> Work:
+        chance = random.Random(1)
+
+        def work(times: int) -> None:
+            for _ in repeat(None, times):
+                user = USER + chance.randrange(size)
+                with bot.retrieve_data(user, user) as data:
+                    data["counter"] += 1
+
+        return work
+
+    return _Pickle(adding, path.stat().st_size / size, _reading(read))
 
 
-def _ptb(place: Place, size: int) -> _Filled:
-    path = Path(place.folder(), "data")
-    file = path.with_name(f"{path.name}_user_data")
-    file.write_bytes(pickle.dumps({USER + user: _own_fields() for user in range(size)}, protocol=5))
+def _ptb(place: Place, size: int) -> _Pickle:
+    path = os.path.join(place.folder(), "data")
+    with open(f"{path}_user_data", "wb") as file:
+        pickle.dump({USER + user: _own_fields() for user in range(size)}, file, protocol=5)
     run = place.loop.run_until_complete
-    persistence = ptb.pickle_in(str(path))
-    application = ptb.application_with(persistence)
-    for user, fields in run(persistence.get_user_data()).items():
-        application.user_data[user].update(fields)
-    chance = random.Random(1)
 
-    async def many(times: int) -> None:
-        for _ in repeat(None, times):
-            user = USER + chance.randrange(size)
-            application.user_data[user]["counter"] += 1
-            application.mark_data_for_update_persistence(user_ids=user)
-            await application.update_persistence()
+    bot = ptb.application_with(ptb.pickle_in(path)).bot
 
-    def read() -> object:
-        another = ptb.pickle_in(str(path))
-        another.set_bot(application.bot)
-        return run(another.get_user_data())[USER]["step"]
+    def load() -> tuple[ptb.AnyPersistence, dict[int, Any]]:
+        persistence = ptb.pickle_in(path)
+        persistence.set_bot(bot)
+        return persistence, run(persistence.get_user_data())
 
-    room = file.stat().st_size / size
-    return _Filled(lambda times: run(many(times)), room, _reading(read))
+    def adding() -> Work:
+        persistence, everybody = load()
+        application = ptb.application_with(persistence)
+        for user, fields in everybody.items():
+            application.user_data[user].update(fields)
+        chance = random.Random(1)
+
+        async def many(times: int) -> None:
+            for _ in repeat(None, times):
+                user = USER + chance.randrange(size)
+                application.user_data[user]["counter"] += 1
+                application.mark_data_for_update_persistence(user_ids=user)
+                await application.update_persistence()
+
+        return lambda times: run(many(times))
+
+    room = os.path.getsize(f"{path}_user_data") / size
+    return _Pickle(adding, room, _reading(lambda: load()[1][USER]["step"]))
 
 
 def _reading(read: Callable[[], object]) -> float:
