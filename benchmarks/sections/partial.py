@@ -18,6 +18,7 @@ from itertools import repeat
 from typing import Any
 
 from session_sync import Codec
+from session_sync.storages.base import patched
 
 from ..fields import LARGE, SMALL, TEXT, message
 from ..setting import Place, Setting
@@ -117,7 +118,7 @@ def _touching_in_codec(fields: dict[str, Any]) -> Work:
     def work(times: int) -> None:
         for _ in repeat(None, times):
             record = codec.decode_record(data, "key")
-            codec.encode(record.patched({"counter": record["counter"] + 1}))
+            codec.encode(patched(record, {"counter": record["counter"] + 1}))
 
     return work
 
