@@ -1142,3 +1142,27 @@ def test_no_update_is_lost_by_threads_and_coroutines_together(keys: int, threads
 def test_asking_for_the_session_of_a_poll_raises() -> None:
     with pytest.raises(SessionKeyError, match=r"session_scope\(StorageKey\(user=\.\.\.\)\)"):
         SessionManager().session_scope({"update_id": 1, "poll": {"id": "1"}})
+
+
+def test_an_event_loop_goes_on_while_a_slow_store_works() -> None:
+    """A coroutine looks only for a moment whether a quick store is done."""
+    storage, begun, go_on = slow_store()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+
+    async def handler() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+
+    async def main() -> None:
+        for _ in range(3):  # quick ones, after which the next coroutine waits in place
+            async with sessions.session_scope("another key"):
+                pass
+        task = asyncio.create_task(handler())
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        assert not task.done()
+        go_on.set()
+        await task
+
+    asyncio.run(main())
+    assert storage.values[KEY] == {"a": 1}

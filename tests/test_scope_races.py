@@ -21,6 +21,7 @@ from session_sync import (
     SessionLockTimeout,
     SessionManager,
     SQLiteStorage,
+    steps,
 )
 from session_sync.scope import Scope, in_handler
 
@@ -641,10 +642,11 @@ def test_a_lazy_session_that_nobody_touched_has_nothing_to_flush(tmp_path: Path)
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_coroutine_thrown_away_while_it_opens_leaves_the_record_free(
-    tmp_path: Path, lazy: bool
+    tmp_path: Path, lazy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, other = (SQLiteStorage(tmp_path / "sessions.db") for _ in range(2))
     sessions: SessionManager[Any] = SessionManager(storage=storage, lazy=lazy)
+    monkeypatch.setattr(steps.openers, "seconds", 1.0)  # after a slow call nobody waits in place
 
     async def handler() -> None:
         async with sessions.session_scope("user:1") as session:
