@@ -156,35 +156,35 @@ class Codec:
 
     def decode_field(self, name: str, raw: Raw, key: str | None) -> Any:
         """One field out of its JSON text; `name` and `key` are for the message of an error."""
-        text = bytes(raw)
         try:
-            value = _from_json(text)
-            return self._unpacker.unpack(value) if _may_have_tags(text) else value
+            value = _from_json(raw)
+            if type(value) in _LEAVES or not _may_have_tags(bytes(raw)):
+                return value
+            return self._unpacker.unpack(value)
         except Exception as error:
             raise _undecodable(error, key, name) from error.__cause__
 
     def _split(self, data: bytes, key: str | None) -> dict[str, Raw]:
         try:
             raws = _split_json(data)
-            if _may_have_tags(data):
+            # To look at each of a thousand names would take as long as all the rest.
+            if _FIELD_ESCAPE in "".join(raws):
                 raws = {_unescaped_name(name): raw for name, raw in raws.items()}
         except Exception as error:
             raise _undecodable(error, key) from None
         return raws
 
     def _packed(self, fields: Mapping[str, Any], packer: _Packer) -> dict[str, Any]:
-        ours = False
-        if isinstance(fields, EncodedRecord) and fields.codec is self:
-            ours, fields = True, fields.encoded()
         packed: dict[str, Any] = {}
-        name: object = None
-        try:
-            for name, value in fields.items():
-                done = ours and type(value) is Raw
-                packed[packer.name(name)] = value if done else packer.pack(value, 1)
-        except _RefusedError as refused:
-            refused.path.append(step(name))
-            raise
+        changed = fields
+        if isinstance(fields, EncodedRecord) and fields.codec is self:
+            packed, changed = packer.names(fields.base), fields.patch
+        for name, value in changed.items():
+            try:
+                packed[packer.name(name)] = packer.pack(value, 1)
+            except _RefusedError as refused:
+                refused.path.append(step(name))
+                raise
         if len(packed) != len(fields):
             raise _RefusedError("two fields have the same name")
         return packed
@@ -197,6 +197,9 @@ class EncodedRecord(PatchedRecord):
     as the record, which is the time of one scope. What was decoded is remembered aside, so that a
     field that nobody changed is written as it was found; two threads that decode the same field at
     the same time both get the object of the first.
+
+    Whatever is not in `patch` is the text of its field, so that to encode the record is to look at
+    `patch` alone.
     """
 
     __slots__ = ("_decoded", "_key", "codec")
@@ -209,39 +212,35 @@ class EncodedRecord(PatchedRecord):
         key: str,
         decoded: dict[str, Any],
     ) -> None:
-        super().__init__(base, patch)
+        self.base = base  # without super().__init__(), which every update would pay for
+        self.patch = patch
         self.codec: Final = codec
         self._key = key
         self._decoded = decoded
 
     def patched(self, changes: Mapping[str, Any]) -> EncodedRecord:
         """This record with `changes` put over it; the other fields stay encoded."""
-        record = super().patched(self._checked(changes))
-        return self._successor(record.base, record.patch)
+        return self._successor(self.base, {**self.patch, **self._checked(changes)})
 
     def only(self, names: Iterable[str], changes: Mapping[str, Any]) -> EncodedRecord:
         """The fields called `names`, in that order, with `changes` put over them."""
         changes = self._checked(changes)
         stored = super().__getitem__
-        return self._successor(
-            {name: changes[name] if name in changes else stored(name) for name in names}, {}
-        )
+        base = {name: changes[name] if name in changes else stored(name) for name in names}
+        patch = {name: value for name, value in base.items() if type(value) is not Raw}
+        return self._successor(base, patch)
 
     def reread(self) -> EncodedRecord:
         """This record as it was stored: what was decoded is decoded again."""
         return EncodedRecord(self.base, self.patch, self.codec, self._key, {})
 
     def __getitem__(self, name: str) -> Any:
-        value = super().__getitem__(name)
-        if type(value) is not Raw:
-            return value
+        if name in self.patch:
+            return self.patch[name]
         if name in self._decoded:
             return self._decoded[name]
-        return self._decoded.setdefault(name, self.codec.decode_field(name, value, self._key))
-
-    def encoded(self) -> dict[str, Any]:
-        """Each name with its value, or with its `Raw` text if it was not changed."""
-        return {**self.base, **self.patch}
+        value = self.codec.decode_field(name, self.base[name], self._key)
+        return self._decoded.setdefault(name, value)
 
     def _checked(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
         """Refuse a `Raw` from outside: it would be written without a look at it."""
@@ -290,6 +289,15 @@ class _Packer:
         if self._careful and _SURROGATE.search(name):
             return _FIELD_ESCAPE + _escaped(name)
         return name
+
+    def names(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """A copy of `fields`, which were stored: nothing but surrogates makes their names odd."""
+        if not self._careful:
+            return fields.copy()
+        return {
+            _FIELD_ESCAPE + _escaped(name) if _SURROGATE.search(name) else name: value
+            for name, value in fields.items()
+        }
 
     def pack(self, value: Any, depth: int) -> Any:
         kind = type(value)

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
@@ -41,19 +42,16 @@ def storage(folder: Path) -> Iterator[DiskStorage]:
 
 
 class Clock:
-    """Takes the place of `time` in diskcache."""
+    """Says how late it is, for all who ask."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
-
-    def time(self) -> float:
-        return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(diskcache.core, "time", clock)
+    monkeypatch.setattr(time, "time", lambda: clock.now)
     return clock
 
 
@@ -169,6 +167,35 @@ class TestRecords:
         }
 
 
+class TestTheFolder:
+    def test_is_one_that_diskcache_reads_and_counts(self, folder: Path, clock: Clock) -> None:
+        with closing(DiskStorage(folder, ttl=10)) as storage:
+            for n in range(3):
+                storage.set(f"old:{n}", {"n": n})
+            clock.now += 11
+            for n in [*range(5), *range(5)]:
+                storage.set(f"user:{n}", {"n": n})
+            storage.delete("user:0")
+        with closing(DiskStorage(folder)) as storage:
+            storage.set("user:1", {"n": 1})  # which does not expire any more
+        clock.now += 5
+        with diskcache.Cache(str(folder)) as cache:
+            assert len(cache) == 4
+            assert cache.check() == []
+            assert cache.get("user:1", expire_time=True) == (b'{"n":1}', None)
+            assert cache.get("user:2", expire_time=True) == (b'{"n":2}', clock.now + 5)
+
+    def test_may_have_been_written_by_diskcache(self, folder: Path) -> None:
+        with diskcache.Cache(str(folder), disk_min_file_size=1) as cache:
+            cache.set("user:1", b'{"n":1}', expire=100, tag="a")
+            assert cache.volume() > 0
+        with closing(DiskStorage(folder)) as storage:
+            storage.set("user:1", {"n": 2})
+        with diskcache.Cache(str(folder)) as cache:
+            assert cache.get("user:1", expire_time=True, tag=True) == (b'{"n":2}', None, None)
+            assert sql(folder, "SELECT value FROM Settings WHERE key = 'size'") == [(0,)]
+
+
 class TestNothingIsEvicted:
     def test_whatever_the_settings_in_the_folder_say(self, folder: Path) -> None:
         with diskcache.Cache(
@@ -241,6 +268,15 @@ class TestLifeTime:
             assert storage.get("user:1") == {"a": 1}
             clock.now += 10
             assert not storage.has("user:1")
+
+    def test_is_not_written_for_each_read(self, folder: Path, clock: Clock) -> None:
+        with closing(DiskStorage(folder, 100)) as storage:
+            storage.set("user:1", {"a": 1})
+            for gone, expires in ((0.5, 100), (1, 101.5)):
+                clock.now += gone
+                storage.load("user:1")
+                ends = sql(folder, "SELECT expire_time FROM Cache")
+                assert ends == [(1_700_000_000.0 + expires,)]
 
     def test_none_means_for_ever_and_no_write_on_a_read(
         self, storage: DiskStorage, folder: Path, clock: Clock
@@ -598,11 +634,12 @@ class TestThreads:
             assert len(list(storage.keys())) == 4
 
     def test_a_write_that_waits_too_long_is_an_error(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
     ) -> None:
         monkeypatch.setattr(disk, "_TIMEOUT", 0.05)
         with closing(DiskStorage(folder, ttl=10)) as storage:
             storage.set("user:1", {"a": 1})
+            clock.now += 1
             with closing(sqlite3.connect(folder / "cache.db", isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
                 for write in (

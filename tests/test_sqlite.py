@@ -223,6 +223,44 @@ def test_many_threads_need_as_many_connections_as_work_at_once(
     assert len(storage._connections._idle) <= 8
 
 
+def test_a_fork_waits_for_a_statement_and_statements_wait_for_a_fork(
+    storage: SQLiteStorage, threads: Threads
+) -> None:
+    connections = storage._connections
+    storage.set("user:1", {"a": 1})
+    in_use = connections.take()
+    storage.set("user:2", {"a": 2})  # with a second connection, which is idle then
+    events = []
+
+    def fork() -> None:
+        connections.shut()
+        try:
+            events.append("forked")
+            assert not connections._made
+            with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+                in_use.execute("SELECT 1")
+            forked.set()
+            go_on.wait(20)
+            assert not connections._made
+        finally:
+            connections.open_again()
+
+    forked, go_on = threading.Event(), threading.Event()
+    forking = threads.start(fork)
+    while forking.is_alive() and not connections._is_shut:
+        time.sleep(0.001)
+    with connections._gate:  # which is free as long as somebody waits there
+        pass
+    events.append(in_use.execute("SELECT 1").fetchone())
+    connections.give_back(in_use)
+    assert forked.wait(5)
+    threads.start(lambda: events.append(storage.get("user:1")))
+    go_on.set()
+    threads.join()
+    assert events == [(1,), "forked", {"a": 1}]
+    assert connections.take().execute("SELECT 1").fetchone() == (1,)
+
+
 def test_many_may_begin_at_once(tmp_path: Path, threads: Threads) -> None:
     gate = threading.Barrier(8)
 

@@ -161,8 +161,8 @@ class PatchedRecord(Mapping[str, Any]):
     __slots__ = ("base", "patch")
 
     def __init__(self, base: dict[str, Any], patch: dict[str, Any]) -> None:
-        self.base: Final = base
-        self.patch: Final = patch
+        self.base = base
+        self.patch = patch
 
     def patched(self, changes: Mapping[str, Any]) -> PatchedRecord:
         """This record with `changes` put over it."""
@@ -194,8 +194,7 @@ class PatchedRecord(Mapping[str, Any]):
                 yield name
 
     def __len__(self) -> int:
-        base = self.base
-        return len(base) + sum(name not in base for name in self.patch)
+        return len(self.base) + len(set(self.patch).difference(self.base))
 
     def __bool__(self) -> bool:
         return bool(self.patch or self.base)

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final, Literal
 
@@ -33,6 +33,7 @@ _INDEX: Final = """
     CREATE INDEX IF NOT EXISTS expiry ON sessions (expires) WHERE expires IS NOT NULL
 """
 _LIVE: Final = "key = ? AND (expires IS NULL OR expires > ?)"
+_SELECT: Final = f"SELECT value, expires FROM sessions WHERE {_LIVE}"
 _UPSERT: Final = """
     INSERT INTO sessions VALUES (?, ?, ?)
     ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires
@@ -169,13 +170,15 @@ class SQLiteStorage:
         return LockedRecord(self, key, self._locks.acquire(key, timeout))
 
     def _find(self, key: str) -> tuple[object, float | None] | None:
-        select = f"SELECT value, expires FROM sessions WHERE {_LIVE}"
-        rows: list[Any] = self._run(select, _stored(key), time.time())
+        rows = self._run(_SELECT, _stored(key), time.time())
         return rows[0] if rows else None
 
     def _run(self, statement: str, *values: object) -> list[Any]:
-        with self._connections.one() as connection:
-            return connection.execute(statement, values).fetchall()
+        cursor = self._connections.take()
+        try:
+            return cursor.execute(statement, values).fetchall()
+        finally:
+            self._connections.give_back(cursor)
 
 
 def _stored(key: str) -> str | bytes:
@@ -210,103 +213,114 @@ class Connection(sqlite3.Connection):
 
 
 class _Connections:
-    """Connections to one file, each used by one thread at a time.
+    """Connections to one file, each used by one thread at a time, through the one cursor it has.
 
     SQLite keeps its locks by process, so no connection may be open while the process forks: the
     child would take the parent's locks for its own. Before a fork the gate is shut and those in use
     are waited for, which takes as long as one statement.
+
+    Who takes an idle one, or gives it back, does not pass the gate: that would cost as much as half
+    a statement. Whoever shuts it closes what is idle until nothing is left of all that were made;
+    and who gives one back looks only then whether it was shut, so one of the two sees the other.
     """
 
     def __init__(self, path: str, synchronous: str) -> None:
         self.path: Final = path
         self._synchronous: Final = synchronous
-        self._idle: Final[deque[sqlite3.Connection]] = deque()
+        self._idle: Final[deque[sqlite3.Cursor]] = deque()
+        self._made: Final[weakref.WeakSet[sqlite3.Connection]] = weakref.WeakSet()
         self._gate = threading.Condition()
-        self._in_use = 0
         self._is_shut = False
         _all[id(self)] = self
 
-    @contextmanager
-    def one(self) -> Iterator[sqlite3.Connection]:
-        """A connection, for as long as one statement takes."""
-        with self._gate:
-            while self._is_shut:
-                self._gate.wait()
-            self._in_use += 1
-            connection = self._idle.pop() if self._idle else None
+    def take(self) -> sqlite3.Cursor:
+        """The cursor of a connection, for one statement, after which it has to be given back."""
         try:
-            if connection is None:
-                connection = self._connect()
-            yield connection
-        finally:
+            return self._idle.pop()
+        except IndexError:
             with self._gate:
-                if connection is not None:
-                    self._idle.append(connection)
-                self._in_use -= 1
-                if self._is_shut:
-                    self._gate.notify_all()
+                while self._is_shut:
+                    self._gate.wait()
+                return self._connect().cursor()
+
+    def give_back(self, cursor: sqlite3.Cursor) -> None:
+        """Let others use it."""
+        self._idle.append(cursor)
+        if self._is_shut:  # looked at after the append, see above
+            with self._gate:
+                self._gate.notify_all()
 
     def make_table(self) -> None:
         """Make the table, if the file is new.
 
         Raises ValueError if it is somebody else's.
         """
-        with self.one() as connection:
-            ((ours,),) = connection.execute("PRAGMA application_id").fetchall()
-            ((version,),) = connection.execute("PRAGMA user_version").fetchall()
-            ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
-            if ours != _OURS and tables:
-                raise ValueError(
-                    f"{self.path} is a database of another program; give SQLiteStorage a file of "
-                    f"its own"
-                )
-            if version > _VERSION:
-                raise ValueError(
-                    f"{self.path} was made by a newer session_sync (its tables have version "
-                    f"{version}, known here is {_VERSION}); upgrade this one"
-                )
-            if ours == _OURS and version == _VERSION:
-                return
-            connection.execute("PRAGMA journal_mode = wal")
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                for statement in (_TABLE, _INDEX):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {_OURS}")
-                connection.execute(f"PRAGMA user_version = {_VERSION}")
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
+        cursor = self.take()
+        try:
+            self._make_table(cursor)
+        finally:
+            self.give_back(cursor)
+
+    def _make_table(self, cursor: sqlite3.Cursor) -> None:
+        ((ours,),) = cursor.execute("PRAGMA application_id").fetchall()
+        ((version,),) = cursor.execute("PRAGMA user_version").fetchall()
+        ((tables,),) = cursor.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        if ours != _OURS and tables:
+            raise ValueError(
+                f"{self.path} is a database of another program; give SQLiteStorage a file of "
+                f"its own"
+            )
+        if version > _VERSION:
+            raise ValueError(
+                f"{self.path} was made by a newer session_sync (its tables have version "
+                f"{version}, known here is {_VERSION}); upgrade this one"
+            )
+        if ours == _OURS and version == _VERSION:
+            return
+        cursor.execute("PRAGMA journal_mode = wal")
+        cursor.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in (_TABLE, _INDEX):
+                cursor.execute(statement)
+            cursor.execute(f"PRAGMA application_id = {_OURS}")
+            cursor.execute(f"PRAGMA user_version = {_VERSION}")
+        except BaseException:
+            cursor.execute("ROLLBACK")
+            raise
+        cursor.execute("COMMIT")
 
     def close(self) -> None:
         """Close those that are not in use."""
         while self._idle:
             with suppress(IndexError):  # somebody else took the last one
-                self._idle.pop().close()
+                connection = self._idle.pop().connection
+                self._made.discard(connection)
+                connection.close()
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> Connection:
         connection = sqlite3.connect(
             self.path,
             timeout=_TIMEOUT,
             isolation_level=None,
-            check_same_thread=False,  # one thread at a time, which the gate sees to
+            check_same_thread=False,  # one thread at a time has it
             factory=Connection,
         )
         # What is no text would be named in the error of who reads it as text, with its value.
         connection.text_factory = bytes
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        self._made.add(connection)
         return connection
 
     # -- around a fork
 
     def shut(self) -> None:
-        """Wait until no connection is in use, and close them."""
+        """Close all connections, those in use as soon as they are not."""
         self._gate.acquire()
         self._is_shut = True
-        while self._in_use:
-            self._gate.wait()
         self.close()
+        while self._made:
+            self._gate.wait()
+            self.close()
 
     def open_again(self) -> None:
         """Go on, in the parent."""
