@@ -701,6 +701,81 @@ class TestNothingIsLeft:
             one.close(None)
 
 
+# -- connections
+
+
+def connections(client: Any) -> int:
+    return len(client.client_list(_type="normal"))
+
+
+class TestConnections:
+    def test_are_as_many_as_are_needed_at_once(
+        self, storage: RedisStorage, client: Any, threads: Threads
+    ) -> None:
+        put(storage, "key", n=0)
+        before = connections(client)
+        opened = [storage.open_record(f"key:{n}", 0) for n in range(10)]
+        for one in opened:
+            one.close(None)
+        assert connections(client) == before
+        gate = threading.Barrier(4)
+
+        def work(number: int) -> None:
+            gate.wait(20)
+            for n in range(20):
+                put(storage, f"key:{number}", n=n)
+
+        for number in range(4):
+            threads.start(work, number)
+        threads.join()
+        assert connections(client) <= before + 3
+
+    def test_end_with_the_storage_which_may_be_used_again(
+        self, client: Any, server: Server
+    ) -> None:
+        before = connections(client)
+        storage = RedisStorage(server.url)
+        for _ in range(2):
+            put(storage, "key", n=0)
+            assert connections(client) > before
+            storage.close()
+            wait_until(lambda: connections(client) == before)
+
+    def test_that_were_interrupted_answer_nobody_else(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        storage = make()
+        for key in "abc":
+            put(storage, key, name=key)
+
+        def interrupted(self: Any, **_options: object) -> None:
+            raise KeyboardInterrupt  # between the request and its answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(redis.Connection, "read_response", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                storage.open_record("a", 0)
+        for key in "bca":
+            opened = storage.open_record(key, 0)
+            assert fields(opened) == {"name": key}
+            opened.close(None)
+
+    def test_of_a_client_that_does_more_are_its_own(self, make: Make, server: Server) -> None:
+        asked: list[object] = []
+
+        class Client(redis.Redis):
+            def execute_command(self, *args: Any, **options: Any) -> Any:
+                asked.append(args[0])
+                return super().execute_command(*args, **options)
+
+        with closing(Client(port=server.port)) as client:
+            storage = make(client)
+            put(storage, "key", n=0)
+            asked.clear()
+            put(storage, "key", n=1)
+        assert asked == ["EVALSHA", "EVALSHA"]
+
+
 # -- requests that are sent again
 
 
@@ -724,9 +799,10 @@ class TestLostAnswers:
     def test_to_open_when_it_is_given_up(self, make: Make, proxy: Proxy) -> None:
         storage = make(proxy.client(retries=0))
         put(storage, "key", n=0)
-        proxy.lose_next_answer()
+        proxy.lose_next_answer(proxy.lose_next_answer)  # of the new connection, too
         with pytest.raises(RedisConnectionError):
             storage.open_record("key", 0)
+        assert proxy.lost == 2
         assert fields(storage.open_record("key", 0)) == {"n": 0}  # the key is ours
 
     def test_to_save(self, storage: RedisStorage, proxy: Proxy) -> None:

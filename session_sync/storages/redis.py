@@ -6,6 +6,7 @@ This module knows records, their bytes and what the server keeps of them; it kno
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -13,9 +14,8 @@ import secrets
 import threading
 import time
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
 
@@ -32,11 +32,12 @@ except ImportError as error:
 
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
+from redis.connection import ConnectionPool
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.retry import Retry
 
 Client: TypeAlias = redis.Redis | RedisCluster
-_Written: TypeAlias = tuple[str, bytes, int]
+_Written: TypeAlias = tuple[bytes, bytes]
 
 _SHORTEST_LEASE: Final = 0.1  # seconds
 _LONGEST_TTL: Final = 10**15  # milliseconds; the server cannot count much further
@@ -51,17 +52,31 @@ _OLD_PLACE: Final = 60.0  # seconds
 
 
 class _Script:
-    """A script that the server runs as one step, called by its digest."""
+    """A script that the server runs as one step, called by its digest; `options`, which are the
+    same for every call, are part of it."""
 
-    def __init__(self, text: str) -> None:
-        self.text: Final = text
-        self._digest: Final = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+    def __init__(self, text: str, options: Mapping[str, int]) -> None:
+        names, numbers = ", ".join(options), ", ".join(f"'{number}'" for number in options.values())
+        self.text: Final = f"local {names} = {numbers}\n{_COMMON}{text}"
+        self._digest: Final = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        self._head: Final = _packed(b"EVALSHA", self._digest.encode(), b"5")
 
-    def run(self, client: Client, keys: Sequence[bytes], *values: bytes | str | int) -> Any:
+    def run(
+        self, client: Client, lines: _Lines | None, opened: OpenRedisRecord, *values: bytes
+    ) -> Any:
+        """Its answer; asked for on one of `lines`, or by `client` if there are none."""
         try:
-            return client.evalsha(self._digest, len(keys), *keys, *values)
+            if lines is None:
+                return client.evalsha(self._digest, 5, *opened.names, opened.token, *values)
+            size = b"*%d\r\n" % (9 + len(values))
+            return lines.ask(size + self._head + opened.packed + _packed(*values))
         except NoScriptError:  # the first time, or after a restart of the server
-            return client.eval(self.text, len(keys), *keys, *values)
+            return client.eval(self.text, 5, *opened.names, opened.token, *values)
+
+
+def _packed(*parts: bytes) -> bytes:
+    """Parts of a request, as the server reads them."""
+    return b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
 
 # What lies beside the data of a session, under names that begin as theirs:
@@ -82,33 +97,34 @@ local function is_ours(held)
   return held and string.sub(held, 1, #token + 1) == token .. ' '
 end
 
+-- A number of 13 digits, and Lua writes as many as 14.
 local function now_in_ms()
   local time = redis.call('TIME')
-  return string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+  return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
 -- Whoever has waited longest and is still there.
-local function first_waiter(now)
+local function first_waiter()
   while true do
     local first = redis.call('ZRANGE', queue, 0, 0)[1]
     if not first then return nil end
-    if tonumber(redis.call('HGET', seen, first) or 0) > tonumber(now) then return first end
+    if tonumber(redis.call('HGET', seen, first) or 0) > now_in_ms() then return first end
     redis.call('ZREM', queue, first)
     redis.call('HDEL', seen, first)
   end
 end
 
 -- Keep the free key for `first` until he comes, and wake him.
-local function offer(first, now, milliseconds)
+local function offer(first, now)
   local held, wake = first .. ' 0 ' .. now, data .. ':wake:' .. first
-  redis.call('SET', lock, held, 'PX', milliseconds)
+  redis.call('SET', lock, held, 'PX', offered)
   redis.call('RPUSH', wake, '1')
-  redis.call('PEXPIRE', wake, milliseconds)
+  redis.call('PEXPIRE', wake, offered)
   return held
 end
 
 -- Do what a save or a close asks for: "ok", or why the server refuses.
-local function write(how, value, ttl)
+local function write(how, value)
   local answer = 'ok'
   if how == 'set' and ttl == '0' then
     answer = redis.pcall('SET', data, value)
@@ -123,28 +139,28 @@ local function write(how, value, ttl)
 end
 """
 
-# Take the lock and get the data; or stand in the queue and say who has it.
-_OPEN: Final = _Script(
-    _COMMON
-    + """
-local lease, ttl, place, offered, kept = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-if redis.call('EXISTS', closed) == 1 then -- sent again, and overtaken: nobody waits for it
-  return redis.error_reply('ERR this opening of a session is over')
-end
+# Take the lock and get the data, which is the answer; or stand in the queue and say who has it.
+_OPEN: Final = """
+local place = ARGV[2]
 local now = now_in_ms()
-local held = redis.call('GET', lock)
-local first = nil
-if not held then
-  first = first_waiter(now)
-  if first and first ~= token then held = offer(first, now, offered) end
-end
-if held and not is_ours(held) then
-  local time = redis.call('TIME')
-  redis.call('ZADD', queue, 'NX', string.format('%.0f', time[1] * 1000000 + time[2]), token)
-  redis.call('HSET', seen, token, string.format('%.0f', now + place))
-  redis.call('PEXPIRE', queue, kept)
-  redis.call('PEXPIRE', seen, kept)
-  return {'held', redis.call('PTTL', lock), held, now}
+local held, first = nil, nil
+if redis.call('EXISTS', lock, queue, closed) > 0 then -- else it is free, and nobody waits
+  if redis.call('EXISTS', closed) == 1 then -- sent again, and overtaken: nobody waits for it
+    return redis.error_reply('ERR this opening of a session is over')
+  end
+  held = redis.call('GET', lock)
+  if not held then
+    first = first_waiter()
+    if first and first ~= token then held = offer(first, now) end
+  end
+  if held and not is_ours(held) then
+    local time = redis.call('TIME')
+    redis.call('ZADD', queue, 'NX', string.format('%.0f', time[1] * 1000000 + time[2]), token)
+    redis.call('HSET', seen, token, now + place)
+    redis.call('PEXPIRE', queue, kept)
+    redis.call('PEXPIRE', seen, kept)
+    return {redis.call('PTTL', lock), held, now}
+  end
 end
 local value = redis.call('GET', data) -- which fails if it is no string, before anything is written
 if held then
@@ -157,48 +173,40 @@ if held or first then
   redis.call('HDEL', seen, token)
 end
 if value and ttl ~= '0' then redis.call('PEXPIRE', data, ttl) end
-return {'open', value}
+return value
 """
-)
 
 # Write under the lock. Saves are numbered: one that is sent again, and arrives late, must not put
 # what it has over what came after it.
-_SAVE: Final = _Script(
-    _COMMON
-    + """
-local number, lease, how, value, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+_SAVE: Final = """
+local number, how, value = ARGV[2], ARGV[3], ARGV[4]
 local held = redis.call('GET', lock)
 if not is_ours(held) then return 0 end
 local saves, since = string.match(held, ' (%d+) (%d+)$')
 if tonumber(number) <= tonumber(saves) then return 1 end
-local said = write(how, value, ttl)
+local said = write(how, value)
 if said ~= 'ok' then return redis.error_reply(said) end
 redis.call('SET', lock, token .. ' ' .. number .. ' ' .. since, 'PX', lease)
 return 1
 """
-)
 
 # Write, and hand the key on, also if the server has no memory for what is to be written.
-_CLOSE: Final = _Script(
-    _COMMON
-    + """
-local remembered, offered, how, value, ttl = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+_CLOSE: Final = """
+local how, value = ARGV[2], ARGV[3]
 if not is_ours(redis.call('GET', lock)) then
   local said = redis.call('GET', closed)
   if not said then return 0 end
   if said ~= 'ok' then return redis.error_reply(said) end
   return 1
 end
-local said = write(how, value, ttl)
+local said = write(how, value)
 redis.call('DEL', lock) -- once a script has written, a full memory does not stop it any more
 redis.call('SET', closed, said, 'PX', remembered)
-local now = now_in_ms()
-local first = first_waiter(now)
-if first then offer(first, now, offered) end
+local first = first_waiter()
+if first then offer(first, now_in_ms()) end
 if said ~= 'ok' then return redis.error_reply(said) end
 return 1
 """
-)
 
 _RENEW: Final = """
 local held = redis.call('GET', KEYS[1])
@@ -221,7 +229,10 @@ class RedisStorage:
 
     A session lies under `prefix{key}`, braces and percent signs in the key written as in a URL.
     Redis Cluster keeps on one node whatever has the same text in braces, so what belongs to a
-    session stays together. An update takes two round trips, one to open and one to close.
+    session stays together. An update takes two round trips, one to open and one to close. They go
+    over connections of the storage's own, as many as there are threads that open or close at once,
+    made with the options of the client's pool; a client of a class or with a pool of your own (or
+    one of a cluster, or by Sentinel) is asked itself.
 
     Why it is correct. A key is open for whoever's token is in its lock. The lock is taken, and the
     data read, in one script, which the server runs as one step; data are written, and the lock is
@@ -231,10 +242,10 @@ class RedisStorage:
     background while the record is open, so it is lost only where nothing here runs for that long,
     or where the server is unreachable or forgets it. Then a save raises SessionConflictError.
 
-    A request whose answer was lost may be sent again, by redis-py or by a proxy. To open twice
-    with one token is to open once. Saves have numbers, which the lock knows. A close leaves a note
-    for the time of a lease, 10 seconds at least, by which it is recognised when it comes again; and
-    by which an open is that comes too late.
+    A request whose answer was lost may be sent again, by redis-py, by this storage or by a proxy.
+    To open twice with one token is to open once. Saves have numbers, which the lock knows. A close
+    leaves a note for the time of a lease, 10 seconds at least, by which it is recognised when it
+    comes again; and by which an open is that comes too late.
 
     When the key is given back, it goes to whoever has waited longest, in the same step: the lock
     then has his token, for half a second, and something is pushed to a list on which he blocks.
@@ -272,7 +283,6 @@ class RedisStorage:
             )
         self.lease: Final = float(lease)
         self._lease: Final = _milliseconds(lease)
-        self._offer: Final = min(_OFFER, self._lease)
         self._ttl = 0 if ttl is None else min(_milliseconds(life_time(ttl)), _LONGEST_TTL)
         self._prefix: Final = prefix.encode("utf-8", "surrogatepass")
         self._codec = Codec() if codec is None else codec
@@ -280,14 +290,26 @@ class RedisStorage:
         self._client: Final = _client_of(url_or_client)
         self._warned = False
         self._made: Final[dict[int, _InProcess]] = {}
+        options = {
+            "lease": self._lease,
+            "ttl": self._ttl,
+            "offered": min(_OFFER, self._lease),
+            "kept": _milliseconds(2 * (_LONGEST_BLOCK + _GRACE)),
+            "remembered": max(self._lease, _milliseconds(_REMEMBERED)),
+        }
+        self._open_script: Final = _Script(_OPEN, options)
+        self._save_script: Final = _Script(_SAVE, options)
+        self._close_script: Final = _Script(_CLOSE, options)
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None.
 
         Raises `SessionDecodeError` if what lies there is not ours.
         """
-        with self._refusing(key):
+        try:
             data: Any = self._client.get(self._name(key))
+        except ResponseError as error:
+            raise self._refusal(error, key) from None
         return None if data is None else self._codec.decode(data, key)
 
     def set(self, key: str, value: Mapping[str, Any], /) -> None:
@@ -340,48 +362,44 @@ class RedisStorage:
             self._warn_of_eviction()
         here = self._in_process()
         token = here.places.pop(key)
+        opened = OpenRedisRecord(self, key, token, self._names(key, token))
         try:
-            data = self._take(key, token, timeout, here)
+            data = self._take(opened, timeout, here)
         except BaseException:
             # Whether it was opened may be unknown: then whoever is next to ask here has it.
             here.places.keep(key, token)
             raise
-        opened = OpenRedisRecord(self, key, token)
         if data is not None:
             try:
                 opened.record = self._codec.decode_record(data, key)
             except BaseException:
                 opened.close(None)
                 raise
+        opened.renewed()  # the waiting does not count
         renewer().keep(opened)
         return opened
 
     # -- opening
 
-    def _take(self, key: str, token: bytes, timeout: float, here: _InProcess) -> bytes | None:
-        deadline = time.monotonic() + timeout
+    def _take(self, opened: OpenRedisRecord, timeout: float, here: _InProcess) -> bytes | None:
+        deadline, left = time.monotonic() + timeout, timeout
         while True:
-            left = max(0.0, deadline - time.monotonic())
             block = min(left, _LONGEST_BLOCK)
-            with self._refusing(key):
-                state, *answer = _OPEN.run(
-                    self._client,
-                    self._names(key, token),
-                    token,
-                    self._lease,
-                    self._ttl,
-                    _milliseconds(block + _GRACE),
-                    self._offer,
-                    _milliseconds(2 * (_LONGEST_BLOCK + _GRACE)),
-                )
-            if state == b"open":
-                data: bytes | None = answer[0]
+            try:
+                place = b"%d" % _milliseconds(block + _GRACE)
+                answer = self._open_script.run(self._client, here.lines, opened, place)
+            except ResponseError as error:
+                raise self._refusal(error, opened.key) from None
+            if not isinstance(answer, list):
+                data: bytes | None = answer
                 return data
             rest, held, now = answer
             if not left:
                 raise SessionLockTimeout(_whose(held, now))
             until_free = rest / 1000 + 0.001 if rest >= 0 else block
-            here.wait(self._node_of(key), self._name(key), token, min(block, until_free))
+            node = self._node_of(opened.key)
+            here.wait(node, opened.names[0], opened.token, min(block, until_free))
+            left = max(0.0, deadline - time.monotonic())
 
     def _node_of(self, key: str) -> redis.Redis:
         if not isinstance(self._client, RedisCluster):
@@ -393,23 +411,22 @@ class RedisStorage:
     # -- for an open record
 
     def written(self, key: str, record: Record | None) -> _Written:
-        """How to write `record`, what, and for how long it lives."""
+        """How to write `record`, and what."""
         if record is None:
-            return "keep", b"", 0
+            return b"keep", b""
         if not record:
-            return "delete", b"", 0
-        return "set", self._codec.encode(record, key), self._ttl
+            return b"delete", b""
+        return b"set", self._codec.encode(record, key)
 
     def save_open(self, opened: OpenRedisRecord, written: _Written) -> bool:
         """Write under the lock; False if it was lost."""
-        names, token = self._names(opened.key, opened.token), opened.token
-        return bool(_SAVE.run(self._client, names, token, opened.saves, self._lease, *written))
+        lines, number = self._in_process().lines, b"%d" % opened.saves
+        return bool(self._save_script.run(self._client, lines, opened, number, *written))
 
     def close_open(self, opened: OpenRedisRecord, written: _Written) -> bool:
         """Write and give the key back; False if it was lost."""
-        names, token = self._names(opened.key, opened.token), opened.token
-        remembered = max(self._lease, _milliseconds(_REMEMBERED))
-        return bool(_CLOSE.run(self._client, names, token, remembered, self._offer, *written))
+        lines = self._in_process().lines
+        return bool(self._close_script.run(self._client, lines, opened, *written))
 
     def renew(self, records: Sequence[OpenRedisRecord], /) -> Mapping[OpenRedisRecord, bool]:
         """Renew the leases of all of `records`, in one round trip to each node."""
@@ -431,10 +448,7 @@ class RedisStorage:
     def _renew_on(
         self, node: redis.Redis, group: Sequence[OpenRedisRecord]
     ) -> Iterator[tuple[OpenRedisRecord, bool]]:
-        requests = [
-            (_RENEW, 1, self._name(opened.key) + b":lock", opened.token, self._lease)
-            for opened in group
-        ]
+        requests = [(_RENEW, 1, opened.names[1], opened.token, self._lease) for opened in group]
         with node.pipeline(transaction=False) as pipe:
             for request in requests:
                 pipe.eval(*request)
@@ -474,18 +488,15 @@ class RedisStorage:
 
     # -- besides
 
-    @contextmanager
-    def _refusing(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except ResponseError as error:
-            if "WRONGTYPE" not in str(error):
-                raise
-            raise SessionDecodeError(
-                f"session {key!r} cannot be read: what lies under {self._name(key)!r} is not a "
-                f"string, which was not written here. It is left as it is. If another program "
-                f"uses such keys, give the storage a prefix."
-            ) from None
+    def _refusal(self, error: ResponseError, key: str) -> Exception:
+        """What to raise for `error`, which may be that no string lies under `key`."""
+        if "WRONGTYPE" not in str(error):
+            return error
+        return SessionDecodeError(
+            f"session {key!r} cannot be read: what lies under {self._name(key)!r} is not a "
+            f"string, which was not written here. It is left as it is. If another program "
+            f"uses such keys, give the storage a prefix."
+        )
 
     def _warn_of_eviction(self) -> None:
         """Once, at the first use."""
@@ -506,20 +517,25 @@ class RedisStorage:
 
     def _in_process(self) -> _InProcess:
         pid = os.getpid()
-        return self._made.get(pid) or self._made.setdefault(pid, _InProcess(self.lease))
+        made = self._made.get(pid)
+        return made or self._made.setdefault(pid, _InProcess(self._client, self.lease))
 
 
 class OpenRedisRecord(Lease):
     """An open record: a lease, which is renewed until `close`."""
 
-    __slots__ = ("_owner", "_storage", "key", "record", "saves", "token")
+    __slots__ = ("_owner", "_storage", "key", "names", "packed", "record", "saves", "token")
 
-    def __init__(self, storage: RedisStorage, key: str, token: bytes) -> None:
+    def __init__(
+        self, storage: RedisStorage, key: str, token: bytes, names: Sequence[bytes]
+    ) -> None:
         super().__init__(storage, storage.lease)
         self._storage: Final = storage
         self._owner: Final = os.getpid()
         self.key: Final = key
         self.token: Final = token
+        self.names: Final = names  # of all that belongs to it ...
+        self.packed: Final = _packed(*names, token)  # ... as it is sent with each script
         self.record: Record | None = None
         self.saves = 0
 
@@ -570,8 +586,9 @@ class _InProcess:
     not try again by themselves, and their time-out exceeds what they wait for.
     """
 
-    def __init__(self, lease: float) -> None:
+    def __init__(self, client: Client, lease: float) -> None:
         self.places: Final = _Places()
+        self.lines: Final = _Lines.of(client)
         # Soon enough to try again to renew a lease; and well over what anybody blocks for.
         self._timeout: Final = max(2 * _LONGEST_BLOCK, min(lease / 3, 5.0))
         self._waits: Final = threading.Semaphore(_WAITS)
@@ -614,16 +631,78 @@ class _InProcess:
             return client
 
     def close(self) -> None:
+        if self.lines is not None:
+            self.lines.close()
         with self._mutex:
             for client in self._clients.values():
                 client.connection_pool.disconnect()
             self._clients.clear()
 
 
+class _Lines:
+    """Connections for the scripts, of the same kind as those of a client, and used past it.
+
+    What redis-py does around a request (its pool, its metrics, its way to pack it) takes longer
+    than the server takes for the answer. A request is sent again as often as the client's options
+    say, as redis-py does it; and once more on a new connection if one that was kept has failed,
+    since the server may have closed it long ago. A connection is kept after an answer only: what
+    was interrupted might be answered to somebody else.
+    """
+
+    def __init__(self, pool: redis.ConnectionPool) -> None:
+        self._pool: Final = pool
+        self._idle: Final[deque[Any]] = deque()
+
+    @classmethod
+    def of(cls, client: Client) -> _Lines | None:
+        """None for a client that does more than redis-py's own for one server with a plain pool."""
+        if type(client) is not redis.Redis or type(client.connection_pool) is not ConnectionPool:
+            return None
+        return cls(client.connection_pool)
+
+    def ask(self, request: bytes) -> Any:
+        """The answer to one request."""
+        line = self._kept()
+        if line is not None:
+            try:
+                return self._ask(line, request)
+            except redis.ConnectionError:
+                pass
+        return self._ask(self._pool.connection_class(**self._pool.connection_kwargs), request)
+
+    def _kept(self) -> Any:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def _ask(self, line: Any, request: bytes) -> Any:
+        def attempt() -> Any:
+            line.send_packed_command([request])  # which connects, if need be
+            return line.read_response()
+
+        try:
+            answer = line.retry.call_with_retry(attempt, lambda _error: line.disconnect())
+        except ResponseError:
+            self._idle.append(line)
+            raise
+        except BaseException:
+            line.disconnect()
+            raise
+        self._idle.append(line)
+        return answer
+
+    def close(self) -> None:
+        while (line := self._kept()) is not None:
+            line.disconnect()
+
+
 class _Places:
     """The tokens with which this process waits, by key: whoever asks again keeps his place."""
 
     def __init__(self) -> None:
+        self._token: Final = f"%x{secrets.token_hex(8)}@{_HOST}:{os.getpid()}".encode()
+        self._numbers: Final = itertools.count()
         self._mutex: Final = threading.Lock()
         self._tokens: Final[dict[str, tuple[bytes, float]]] = {}
 
@@ -631,7 +710,7 @@ class _Places:
         """A token that nobody else uses now: the one that was kept for `key`, or a new one."""
         with self._mutex:
             kept = self._tokens.pop(key, None)
-        return _new_token() if kept is None else kept[0]
+        return self._token % next(self._numbers) if kept is None else kept[0]
 
     def keep(self, key: str, token: bytes) -> None:
         """Whoever is next to ask for `key` gets `token`."""
@@ -645,10 +724,6 @@ class _Places:
 
 
 _HOST: Final = re.sub(r"[^\w.-]", "-", platform.node(), flags=re.ASCII)
-
-
-def _new_token() -> bytes:
-    return f"{secrets.token_hex(8)}@{_HOST}:{os.getpid()}".encode()
 
 
 def _whose(held: bytes, now: bytes) -> str:
