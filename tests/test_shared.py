@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import random
 import signal
@@ -237,13 +236,13 @@ def test_who_comes_later_does_not_pass_who_stands_before_the_key(tmp_path: Path)
     """Not even if the key is free in that very moment."""
     path = str(tmp_path / "locks")
     first, later = FileLocks(path), FileLocks(path)
-    gate = filelocks._place_of("key")
+    place = filelocks._place_of("key")
     first.acquire("another key", 0)  # which opens the file
     assert first._file is not None
-    filelocks._set(first._file, fcntl.F_WRLCK, gate)
+    filelocks._wait_for(first._file, place.gate)
     with pytest.raises(SessionLockTimeout):
         later.acquire("key", 0)
-    filelocks._set(first._file, fcntl.F_UNLCK, gate)
+    filelocks._set(first._file, place.open)
     later.acquire("key", 0).release()
 
 

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from ..errors import SessionConflictError, SessionLockTimeout
 from .base import Record
@@ -73,20 +73,20 @@ class FileLocks:
         Within one object the same key must not be asked for twice at the same time. Raises
         SessionLockTimeout.
         """
-        gate = _place_of(key)
         if not _HAS_OFD:
-            return Grip(self, key, gate, self.era)
+            return Grip(self, key, None, self.era)
+        place = _place_of(key)
         with self._mutex:
             if self._file is None:
                 flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
                 self._file = os.open(self._path, flags, 0o600)
             wait = self._waits.get(key)
             if wait is None:
-                if _try(self._file, gate):
-                    return Grip(self, key, gate, self.era)
+                if _try(self._file, place):
+                    return Grip(self, key, place, self.era)
                 if not timeout:
                     raise SessionLockTimeout("another process has it")
-                wait = self._waits[key] = _Wait(self, key, gate, self._file)
+                wait = self._waits[key] = _Wait(self, key, place, self._file)
             wait.wanted = True
         try:
             wait.done.wait(timeout)
@@ -100,7 +100,7 @@ class FileLocks:
             raise SessionLockTimeout("another process has it")
         if wait.error is not None:
             raise wait.error
-        return Grip(self, key, gate, wait.era)
+        return Grip(self, key, place, wait.era)
 
     def given(self, wait: _Wait) -> None:
         """A waiting thread has its key: whoever wants it takes it now, or else it goes."""
@@ -109,19 +109,19 @@ class FileLocks:
             if not wait.wanted:
                 self._waits.pop(wait.key, None)
                 if wait.error is None and wait.era == self.era:
-                    self.release(wait.gate)
+                    self.release(wait.place)
 
-    def release(self, gate: int) -> None:
-        """Let the key behind `gate` go."""
+    def release(self, place: _Place) -> None:
+        """Let the key at `place` go."""
         if self._file is not None:
-            _set(self._file, fcntl.F_UNLCK, gate + 1)
+            _set(self._file, place.leave)
 
     def close(self) -> None:
         """Let all go."""
         with self._mutex:
             if self._file is not None:
                 # All bytes: a thread that waits has the same description open once more.
-                _set(self._file, fcntl.F_UNLCK, 0, 0)
+                _set(self._file, _flock(fcntl.F_UNLCK, 0, 0))
             self._leave()
 
     def after_fork(self) -> None:
@@ -142,12 +142,12 @@ class FileLocks:
 class Grip:
     """A key that this process has."""
 
-    __slots__ = ("_era", "_gate", "_key", "_locks")
+    __slots__ = ("_era", "_key", "_locks", "_place")
 
-    def __init__(self, locks: FileLocks, key: str, gate: int, era: int) -> None:
+    def __init__(self, locks: FileLocks, key: str, place: _Place | None, era: int) -> None:
         self._locks: Final = locks
         self._key: Final = key
-        self._gate: Final = gate
+        self._place: Final = place  # None: where nobody is kept out
         self._era: Final = era
 
     def check(self) -> None:
@@ -161,8 +161,8 @@ class Grip:
 
     def release(self) -> None:
         """Let the key go."""
-        if self._locks.era == self._era:
-            self._locks.release(self._gate)
+        if self._place is not None and self._locks.era == self._era:
+            self._locks.release(self._place)
 
 
 class _Store(Protocol):
@@ -207,12 +207,12 @@ class LockedRecord:
 class _Wait:
     """A thread that waits for one key, for whoever in this process wants it."""
 
-    def __init__(self, locks: FileLocks, key: str, gate: int, file: int) -> None:
+    def __init__(self, locks: FileLocks, key: str, place: _Place, file: int) -> None:
         self._locks: Final = locks
         # Of its own: the number of a closed file is soon that of another one.
         self.file: Final = os.dup(file)
         self.key: Final = key
-        self.gate: Final = gate
+        self.place: Final = place
         self.era: Final = locks.era
         self.wanted = True
         self.done: Final = threading.Event()
@@ -221,42 +221,61 @@ class _Wait:
 
     def _run(self) -> None:
         try:
-            _wait_for(self.file, self.gate)
+            _wait_for(self.file, self.place.gate)
             try:
-                _wait_for(self.file, self.gate + 1)
+                _wait_for(self.file, self.place.gate + 1)
             finally:
-                _set(self.file, fcntl.F_UNLCK, self.gate)
+                _set(self.file, self.place.open)
         except BaseException as error:
             self.error = error
         self._locks.given(self)
         os.close(self.file)
 
 
-def _try(file: int, gate: int) -> bool:
-    """Take the key behind `gate`, if that is possible at once."""
+class _Place(NamedTuple):
+    """Where the two bytes of a key are, and what the kernel is asked about them."""
+
+    gate: int
+    take: bytes  # both bytes
+    open: bytes  # the gate
+    leave: bytes  # the key
+
+
+@lru_cache(maxsize=1024)  # of users who write one message after the other
+def _place_of(key: str) -> _Place:
+    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    gate = (int.from_bytes(digest) >> 3) << 1
+    return _Place(
+        gate,
+        take=_flock(fcntl.F_WRLCK, gate, 2),
+        open=_flock(fcntl.F_UNLCK, gate),
+        leave=_flock(fcntl.F_UNLCK, gate + 1),
+    )
+
+
+def _flock(how: int, at: int, length: int = 1) -> bytes:
+    """To lock or unlock `length` bytes (0: all that follow)."""
+    return _FLOCK.pack(how, 0, at, length, 0)
+
+
+def _try(file: int, place: _Place) -> bool:
+    """Take the key at `place`, if that is possible at once."""
     try:
-        _set(file, fcntl.F_WRLCK, gate, 2)  # both or none
+        _set(file, place.take)  # both or none
     except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves open
         return False
-    _set(file, fcntl.F_UNLCK, gate)
+    _set(file, place.open)
     return True
 
 
-def _set(file: int, how: int, at: int, length: int = 1) -> None:
-    """Lock or unlock `length` bytes (0: all that follow), without waiting."""
-    fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(how, 0, at, length, 0))
+def _set(file: int, request: bytes) -> None:
+    """Lock or unlock, without waiting."""
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
 
 
 def _wait_for(file: int, at: int) -> None:
     """Lock one byte, when it is free."""
-    fcntl.fcntl(file, fcntl.F_OFD_SETLKW, _FLOCK.pack(fcntl.F_WRLCK, 0, at, 1, 0))
-
-
-@lru_cache(maxsize=1024)  # of users who write one message after the other
-def _place_of(key: str) -> int:
-    """Where the two bytes of a key begin."""
-    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return (int.from_bytes(digest) >> 3) << 1
+    fcntl.fcntl(file, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
 
 
 _all: Final[weakref.WeakValueDictionary[int, FileLocks]] = weakref.WeakValueDictionary()
