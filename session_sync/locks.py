@@ -256,18 +256,21 @@ class Turn(_Waiter):
 
     def __init__(self, lock: KeyLock, call: Callable[[Turn], None]) -> None:
         super().__init__(lock)
-        self._call: Final = call
+        self._call: Callable[[Turn], None] | None = call
         self.called = False  # told to come, and has not yet come
 
     def offer(self) -> _Answer:
-        if not self.called:
+        if not self.called and self._call is not None:
             self.called = True
             self._call(self)
         return "called"
 
     def claim(self) -> Hold | None:
         """The key, or None if somebody passed: then `call` will be called again."""
-        return self.lock._claim(self, here())
+        hold = self.lock._claim(self, here())
+        if hold is not None:
+            self._call = None  # which may lead back to this turn: no cycle stays
+        return hold
 
     def withdraw(self) -> None:
         """Leave the queue; no error if the turn has been taken or left already."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
@@ -329,6 +330,29 @@ def test_update_listeners_get_their_list(make_bot: Bots, sessions: SessionManage
     feed(bot, message(1, "a"), message(2, "b"), callback_query(1), message(1, "c"))
     texts = [[m.text for m in got.get(timeout=20)] for _ in range(2)]
     assert sorted(texts) == [["a", "b"], ["c"]]
+
+
+def test_an_update_leaves_nothing_for_the_garbage_collector(
+    make_bot: Bots, sessions: SessionManager[Any]
+) -> None:
+    bot = make_bot(sessions, threaded=True, num_threads=1)
+    came, gone = threading.Semaphore(0), threading.Semaphore(0)
+
+    @bot.message_handler(func=lambda m: True)
+    def handle(m: Any) -> None:
+        weakref.finalize(m, gone.release)
+        came.release()
+
+    gc.disable()
+    try:
+        feed(bot, message(1), message(2), message(1))
+        for _ in range(3):
+            assert came.acquire(timeout=20)
+        bot.worker_pool.put(str)  # a worker forgets its last task when it gets another one
+        for _ in range(3):
+            assert gone.acquire(timeout=20)
+    finally:
+        gc.enable()
 
 
 def test_without_a_pool_a_message_is_the_next_step_of_the_one_before_it(
