@@ -31,7 +31,7 @@ from .locks import Hold, KeyLock, Party, here
 from .migrations import Migrations
 from .schema import Schema
 from .session import BaseSession, Fields
-from .steps import Call, Steps, Take, TakeTurn, arun, closers, openers, run, waiters
+from .steps import Call, Steps, Take, TakeTurn, arun, call_store, closers, openers, run, waiters
 from .storages.base import OpenRecord, Record, record_of
 
 S = TypeVar("S", bound=BaseSession)
@@ -129,6 +129,27 @@ class Scope(Generic[S]):
             raise
         return True
 
+    def opens_here(self) -> bool:
+        """Lock and load from a store that blocks, in this thread; False if somebody else has the
+        key, for whom one would have to wait."""
+        options = self.options
+        door, name = options.door, self.name
+        if not door.blocking or options.migrate_eagerly:
+            return False
+        hold = self.hold = self.hold or door.locks.try_acquire(name)
+        if hold is None:
+            return False
+        self._opened = None
+        try:
+            opened = call_store(self._open_store, 0)
+            self._hand_out(hold, opened.record)
+        except BaseException as error:
+            if self._opened is None and isinstance(error, SessionLockTimeout):
+                return False  # another process has it; who waits for that keeps the hold
+            self._abandon()
+            raise
+        return True
+
     def opening(self, passes: bool) -> Steps:
         """Lock and load. `passes`: see LockTable.acquire."""
         door, name = self.options.door, self.name
@@ -182,9 +203,10 @@ class Scope(Generic[S]):
                         f"give the manager a longer lock_timeout."
                     ) from None
 
-    def _open_store(self, timeout: float) -> None:
-        # Not as an answer, which nobody would be given where a coroutine was cancelled meanwhile.
-        self._opened = self.options.door.open(self.name, timeout)
+    def _open_store(self, timeout: float) -> OpenRecord:
+        # Noted at once: nobody would be given an answer where a coroutine was cancelled meanwhile.
+        opened = self._opened = self.options.door.open(self.name, timeout)
+        return opened
 
     def _hand_out(self, hold: Hold, record: Record | None) -> None:
         options = self.options
@@ -228,6 +250,27 @@ class Scope(Generic[S]):
             self._release()
         return True
 
+    def closes_here(self) -> bool:
+        """Write to a store that blocks and unlock, in this thread; False if somebody has flushed,
+        who may be doing so just now."""
+        if self._once.setdefault("flushes", None) is not None:
+            return False
+        fields, opened = self.fields, self._opened
+        assert fields is not None
+        assert opened is not None
+        kept = fields.kept
+        try:
+            fields.close()  # first: a change that comes now would be lost
+            record = fields.take_changes()
+        except BaseException:
+            self._abandon()
+            raise
+        try:
+            call_store(self._write, opened, None if record is kept else record, True)
+        finally:
+            self._release()
+        return True
+
     def closing(self) -> Steps:
         """Write and unlock."""
         if not self.closes_at_once():
@@ -243,12 +286,16 @@ class Scope(Generic[S]):
     def __del__(self) -> None:
         # Entered and never left (an interrupt came between, say): else the key would stay locked.
         if self.hold is not None:
-            opened = getattr(self, "_opened", None)
-            try:
-                if opened is not None:
-                    opened.close(None)
-            finally:
-                self._unlock()
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Unlock, and write nothing."""
+        opened = getattr(self, "_opened", None)
+        try:
+            if opened is not None:
+                opened.close(None)
+        finally:
+            self._unlock()
 
     def _unlock(self) -> None:
         if self.fields is not None:
@@ -553,7 +600,7 @@ class SessionScope(Scope[S]):
         around = self._begins()
         if around is None and self.options.lazy:
             self.begin_lazily()
-        elif around is not None or not self.opens_at_once():
+        elif around is not None or not (self.opens_at_once() or self.opens_here()):
             run(self._entering(around))
         session = self.session
         assert session is not None
@@ -568,8 +615,9 @@ class SessionScope(Scope[S]):
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self._leaves(error) and not (self.joined or self).closes_at_once():
-                run(self.scope.closing())
+            scope = self.joined or self
+            if self._leaves(error) and not (scope.closes_at_once() or scope.closes_here()):
+                run(scope.closing())
         finally:
             if self._turn is not None:
                 self._give_turn_on()

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, Final, Literal, NoReturn, Protocol
+from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar
 
 from .locks import Hold, KeyLock, LockTable
 
@@ -29,6 +29,7 @@ class Step(Protocol):
 
 
 Steps = Generator[Step, Any, None]
+T = TypeVar("T")
 
 
 def run(steps: Steps) -> None:
@@ -108,6 +109,14 @@ class TakeTurn:
         return await self._lock.acquire_async(self._timeout)
 
 
+def call_store(function: Callable[..., T], *args: Any) -> T:
+    """Call something of a storage."""
+    try:
+        return function(*args)
+    except StopIteration as error:  # which would end a generator, and a future cannot hold it
+        raise RuntimeError("the storage raised StopIteration") from error
+
+
 class Call:
     """Call something that blocks; from a coroutine in a thread of `pool`.
 
@@ -123,10 +132,7 @@ class Call:
         self._args: Final = args
 
     def run(self) -> Any:
-        try:
-            return self._function(*self._args)
-        except StopIteration as error:  # which would end a generator, and a future cannot hold it
-            raise RuntimeError("the storage raised StopIteration") from error
+        return call_store(self._function, *self._args)
 
     async def arun(self) -> Any:
         pool = self._pool
