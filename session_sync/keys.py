@@ -296,7 +296,7 @@ def default_storage_key(update: object) -> StorageKey | None:
 
 def default_key_text(update: object) -> str | None:
     """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
-    if _kind_of(type(update)) is _MESSAGE_OBJECT:  # type: ignore[arg-type] # mypy: a class has no hash
+    if type(update) in _message_types or _is_message(type(update)):
         message: Any = update
         try:
             user, chat = message.from_user.id, message.chat.id
@@ -311,6 +311,16 @@ def default_key_text(update: object) -> str | None:
             pass
     key = default_storage_key(update)
     return None if key is None else str(key)
+
+
+_message_types: Final[set[type[Any]]] = set()  # those that have come so far
+
+
+def _is_message(cls: type[Any]) -> bool:
+    is_message = _kind_of(cls) is _MESSAGE_OBJECT  # type: ignore[arg-type] # mypy: a class has no hash
+    if is_message:
+        _message_types.add(cls)
+    return is_message
 
 
 def by_user(update: object) -> StorageKey | None:

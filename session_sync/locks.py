@@ -91,12 +91,12 @@ class Hold:
     table again until then.
     """
 
-    __slots__ = ("_fate", "_since", "_table", "name", "parties")
+    __slots__ = ("_fate", "_table", "_wanted_since", "name", "parties")
 
     def __init__(self, name: str, party: Party, table: _Table) -> None:
         self.name: Final = name
         self.parties = [party]  # more than one where a scope was joined
-        self._since: Final = time.monotonic()
+        self._wanted_since: float | None = None  # None: by nobody
         self._table: Final = table
         self._fate: dict[Literal["lock"], KeyLock | None] = {}  # None: let go, and nobody waited
 
@@ -105,6 +105,7 @@ class Hold:
         """The right to a key that others may wait for."""
         hold = cls(lock.name, party, {} if lock.table is None else lock.table)
         hold._fate["lock"] = lock
+        hold._wanted_since = time.monotonic()
         return hold
 
     @property
@@ -119,6 +120,7 @@ class Hold:
 
     def wanted(self) -> KeyLock | None:
         """Where to wait for the key; None if it was let go, and is about to leave the table."""
+        self._wanted_since = self._wanted_since or time.monotonic()
         lock = KeyLock(self.name, self._table)
         lock.hold = self
         return self._fate.setdefault("lock", lock)
@@ -141,7 +143,9 @@ class Hold:
 
     def __str__(self) -> str:
         who = " and ".join(map(str, self.parties)) or "nobody any more"
-        return f"{who}, for {time.monotonic() - self._since:.1f} s now"
+        if self._wanted_since is None:
+            return who
+        return f"{who}, for {time.monotonic() - self._wanted_since:.1f} s or more"
 
 
 class _Waiter:

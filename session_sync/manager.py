@@ -133,11 +133,13 @@ class SessionManager(Generic[S]):
         1
         """
         if isinstance(update_or_key, (str, StorageKey)):
-            key = str(update_or_key)
-        elif (found := self.key_of(update_or_key)) is not None:
-            key = found
+            key: Any = str(update_or_key)
         else:
-            raise SessionKeyError(no_key(update_or_key))
+            key = self._get_storage_key(update_or_key)
+            if key.__class__ is not str:
+                key = _text_of(key)
+                if key is None:
+                    raise SessionKeyError(no_key(update_or_key))
         return SessionScope(self._options, key, self.prefix + key, update_or_key)
 
     def with_session(self, handler: Handler) -> Handler:
@@ -183,14 +185,7 @@ class SessionManager(Generic[S]):
 
     def key_of(self, update: Any) -> str | None:
         """The key of an update, or None; raises what `get_storage_key` raises, and TypeError."""
-        key = self._get_storage_key(update)
-        if isinstance(key, str) or key is None:
-            return key
-        if isinstance(key, StorageKey):
-            return str(key)
-        raise TypeError(
-            f"get_storage_key must return a str, a StorageKey or None, not {type(key).__name__}"
-        )
+        return _text_of(self._get_storage_key(update))
 
     def scope_of(self, key: str, update: Any) -> SessionScope[S]:
         """The scope of `key` on behalf of `update`, which `initial` will be given. It waits as
@@ -265,6 +260,17 @@ class SessionManager(Generic[S]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _text_of(key: Any) -> str | None:
+    """The text of what get_storage_key has answered."""
+    if key is None or isinstance(key, str):
+        return key
+    if isinstance(key, StorageKey):
+        return str(key)
+    raise TypeError(
+        f"get_storage_key must return a str, a StorageKey or None, not {type(key).__name__}"
+    )
 
 
 def no_key(update: Any) -> str:
