@@ -16,6 +16,7 @@ from .locks import LockTable
 from .storages.base import (
     KVStorage,
     OpenRecord,
+    PromptStorage,
     Record,
     RecordStorage,
     SharedStorage,
@@ -45,10 +46,22 @@ class Door:
         self.save: Final = way.save
         self.delete: Final = way.delete
         self._open: Final = storage.open_record if isinstance(storage, SharedStorage) else None
+        self._open_at_once: Final = (
+            storage.open_at_once if isinstance(storage, PromptStorage) else None
+        )
 
     def open(self, key: str, timeout: float) -> OpenRecord:
         """Open what is stored under `key`; raises SessionLockTimeout after `timeout` seconds."""
         return _Alone(self, key) if self._open is None else self._open(key, timeout)
+
+    def open_at_once(self, key: str) -> OpenRecord | None:
+        """The same, if that can be done without waiting; else None."""
+        return None if self._open_at_once is None else self._open_at_once(key)
+
+    def close_at_once(self, opened: OpenRecord, record: Record | None) -> bool:
+        """Close a record, if that can be done without waiting."""
+        close: Callable[[Record | None], bool] | None = getattr(opened, "close_at_once", None)
+        return close is not None and close(record)
 
 
 class _Alone:

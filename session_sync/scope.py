@@ -174,7 +174,7 @@ class Scope(Generic[S]):
         self._opened = None
         try:
             try:
-                yield Call(openers, self._open_store, 0)
+                yield Call(openers, self._open_store, 0, at_once=self._open_store_at_once)
             except SessionLockTimeout:
                 yield from self._waiting_for_another_process()
             assert self._opened is not None
@@ -207,6 +207,10 @@ class Scope(Generic[S]):
         # Noted at once: nobody would be given an answer where a coroutine was cancelled meanwhile.
         opened = self._opened = self.options.door.open(self.name, timeout)
         return opened
+
+    def _open_store_at_once(self, _timeout: float) -> bool:
+        self._opened = self.options.door.open_at_once(self.name)
+        return self._opened is not None
 
     def _hand_out(self, hold: Hold, record: Record | None) -> None:
         options = self.options
@@ -379,19 +383,33 @@ class Scope(Generic[S]):
             return
         self._written = None
         try:
-            yield Call(closers, self._write, opened, record if changed else None, last)
+            args = (opened, record if changed else None, last)
+            yield Call(closers, self._write, *args, at_once=self._write_if_prompt)
         except BaseException:
             if changed and self._written is not record:  # else it was cancelled, and yet written
                 fields.not_saved(kept)
             raise
 
     def _write(self, opened: OpenRecord, record: Record | None, last: bool) -> None:
-        if record is not None and not record and not self._stored:
-            record = None  # nothing to remove
+        record = self._to_write(record)
         if last:
             opened.close(record)
         elif record is not None:
             opened.save(record)
+        self._has_written(record)
+
+    def _write_if_prompt(self, opened: OpenRecord, record: Record | None, last: bool) -> bool:
+        record = self._to_write(record)
+        done = last and self.options.door.close_at_once(opened, record)
+        if done:
+            self._has_written(record)
+        return done
+
+    def _to_write(self, record: Record | None) -> Record | None:
+        """None if there is nothing to write, nor anything to remove."""
+        return record if record or self._stored else None
+
+    def _has_written(self, record: Record | None) -> None:
         if record is not None:
             self._stored = bool(record)
             self._written = record

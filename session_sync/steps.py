@@ -120,25 +120,42 @@ def call_store(function: Callable[..., T], *args: Any) -> T:
 class Call:
     """Call something that blocks; from a coroutine in a thread of `pool`.
 
+    `at_once` does the same in the coroutine itself, if nothing has to be waited for, and says
+    whether it did. It is not asked where the last call was slow.
+
     A cancelled coroutine waits for the call to end all the same: the lock must not be given on
     while a thread still writes, nor a result that has to be cleaned up come when nobody looks.
     """
 
-    __slots__ = ("_args", "_function", "_pool")
+    __slots__ = ("_args", "_at_once", "_function", "_pool")
 
-    def __init__(self, pool: Pool, function: Callable[..., Any], *args: Any) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        function: Callable[..., Any],
+        *args: Any,
+        at_once: Callable[..., bool] | None = None,
+    ) -> None:
         self._pool: Final = pool
         self._function: Final = function
         self._args: Final = args
+        self._at_once: Final = at_once
 
     def run(self) -> Any:
         return call_store(self._function, *self._args)
 
     async def arun(self) -> Any:
         pool = self._pool
+        is_quick = pool.seconds < _MOMENT
+        if is_quick and self._at_once is not None:
+            begin = time.perf_counter()
+            done = call_store(self._at_once, *self._args)
+            pool.seconds = time.perf_counter() - begin
+            if done:
+                return None
         job = _Job(self.run)
         pool.submit(job)
-        if pool.seconds < _MOMENT:
+        if is_quick:
             job.wait_a_moment()
         answer = await job.answer()
         pool.seconds = job.seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import sqlite3
@@ -22,6 +23,7 @@ from session_sync import (
     SessionManager,
     SQLiteStorage,
     StorageKey,
+    steps,
     storage_from_url,
 )
 
@@ -311,3 +313,142 @@ def test_a_bad_url_says_what_is_wrong_and_no_password(url: str, message: str) ->
     with pytest.raises(ValueError, match=message) as caught:
         storage_from_url(url)
     assert "secret" not in str(caught.value)
+
+
+# -- in place of a coroutine
+
+
+@pytest.fixture
+def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the pools whose threads were asked."""
+    asked: list[str] = []
+    submit = steps.Pool.submit
+
+    def watched(pool: Any, job: Any) -> None:
+        asked.append(pool._name.removeprefix("session_sync-"))
+        submit(pool, job)
+
+    monkeypatch.setattr(steps.Pool, "submit", watched)
+    for pool in (steps.openers, steps.closers):
+        monkeypatch.setattr(pool, "seconds", 0.0)
+    monkeypatch.setattr(
+        steps, "_MOMENT", 10.0
+    )  # whatever is slow on this machine is not meant here
+    return asked
+
+
+def count(sessions: SessionManager[Any], times: int = 1, **fields: Any) -> None:
+    async def main() -> None:
+        for _ in range(times):
+            async with sessions.session_scope("user:1") as session:
+                session.counter = session.get("counter", 0) + 1
+                session.update(fields)
+
+    asyncio.run(main())
+
+
+def test_a_coroutine_needs_no_thread_for_what_waits_for_nothing(
+    path: Path, handed_over: list[str]
+) -> None:
+    with SessionManager(storage=SQLiteStorage(path)) as sessions:
+        count(sessions, 3)
+        assert handed_over == []
+        assert sessions.storage.get("user:1") == {"counter": 3}
+
+        async def clear() -> None:
+            async with sessions.session_scope("user:1") as session:
+                session.clear()
+
+        asyncio.run(clear())
+        assert handed_over == []
+        assert not sessions.storage.has("user:1")
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "expected"),
+    [
+        ({"synchronous": "full"}, {}, ["close"]),
+        ({}, {"text": "x" * 100_000}, ["close"]),
+        ({"ttl": 3600}, {}, ["close"]),  # which looks for what has expired, too
+    ],
+)
+def test_what_may_wait_for_the_disk_is_done_in_a_thread(
+    path: Path, handed_over: list[str], options: Any, fields: Any, expected: list[str]
+) -> None:
+    with SessionManager(storage=SQLiteStorage(path, **options)) as sessions:
+        count(sessions, **fields)
+        assert handed_over == expected
+        assert sessions.storage.get("user:1") == {"counter": 1, **fields}
+
+
+def test_reading_that_starts_a_life_time_anew_is_done_in_a_thread(
+    path: Path, handed_over: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SessionManager(storage=SQLiteStorage(path, ttl=3600)) as sessions:
+        sessions.storage.set("user:1", {"counter": 1})
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 1800)
+        count(sessions)
+        assert handed_over[0] == "open"
+        monkeypatch.setattr(time, "time", lambda: now + 4000)
+        assert sessions.storage.get("user:1") == {"counter": 2}
+
+
+def test_now_and_then_a_write_goes_the_way_that_may_wait_for_a_checkpoint(
+    path: Path, handed_over: list[str]
+) -> None:
+    with SessionManager(storage=SQLiteStorage(path)) as sessions:
+        count(sessions, 2_200)
+        assert len(handed_over) == 4
+        assert sessions.storage.get("user:1") == {"counter": 2_200}
+    # SQLite's own bound is 1,000 pages; what came in between is on top.
+    assert not os.path.exists(f"{path}-wal") or os.path.getsize(f"{path}-wal") < 2_000 * 4_096
+
+
+def test_an_event_loop_goes_on_while_another_program_writes(
+    path: Path, handed_over: list[str]
+) -> None:
+    with SessionManager(storage=SQLiteStorage(path)) as sessions:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+
+        async def handler() -> None:
+            async with sessions.session_scope("user:1") as session:
+                session.a = 1
+
+        async def main() -> None:
+            task = asyncio.create_task(handler())
+            while not handed_over:
+                await asyncio.sleep(0)
+            assert not task.done()
+            other.execute("COMMIT")
+            await task
+
+        steps._MOMENT = 0.0002  # undone by the fixture
+        asyncio.run(main())
+        other.close()
+        assert handed_over == ["close"]
+        assert sessions.storage.get("user:1") == {"a": 1}
+
+
+def test_a_coroutine_asks_a_thread_after_a_call_that_was_slow(
+    path: Path, handed_over: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SessionManager(storage=SQLiteStorage(path)) as sessions:
+        monkeypatch.setattr(steps.openers, "seconds", 20.0)
+        monkeypatch.setattr(steps.closers, "seconds", 20.0)
+        count(sessions, 3)  # the threads are quick again
+        assert handed_over == ["open", "close"]
+
+
+def test_a_record_that_cannot_be_encoded_frees_its_key_in_place(
+    path: Path, handed_over: list[str]
+) -> None:
+    with SessionManager(storage=SQLiteStorage(path)) as sessions:
+        with pytest.raises(SessionEncodeError):
+            count(sessions, odd=object())
+        assert handed_over == []
+        another = SQLiteStorage(path)
+        another.open_record("user:1", 0).close(None)  # no lock is left in the file
+        another.close()
+        count(sessions)

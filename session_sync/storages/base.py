@@ -113,6 +113,29 @@ class SharedStorage(Protocol):
         ...
 
 
+class PromptRecord(OpenRecord, Protocol):
+    """An OpenRecord that can often be closed without waiting for anything."""
+
+    def close_at_once(self, record: Record | None, /) -> bool:
+        """As `close`, if nothing in that has to wait; else False, and nothing was done: it is then
+        closed the other way."""
+        ...
+
+
+@runtime_checkable
+class PromptStorage(SharedStorage, Protocol):
+    """A shared storage that often need not wait: a coroutine then asks it in place, on the event
+    loop's thread, since to go to another thread and back takes longer than all the rest.
+
+    It must refuse whenever somebody else is in the way or a disk has to be waited for. Reading what
+    the system may have in memory is not waiting; if it was slow the last time, it is not asked.
+    """
+
+    def open_at_once(self, key: str, /) -> PromptRecord | None:
+        """As `open_record`, if nothing in that has to wait; else None, and nothing was done."""
+        ...
+
+
 #: The stored fields of one session at one moment: a mapping that never changes, so that any thread
 #: can read it while another one stores its successor. A dict that nobody changes any more, or a
 #: PatchedRecord. `record_of` makes one, and the functions below make others of it.

@@ -182,7 +182,7 @@ class DiskStorage:
         """Store `record` whole, or raise and leave what was stored before."""
         self.set(key, record)
 
-    def open_record(self, key: str, timeout: float, /) -> LockedRecord:
+    def open_record(self, key: str, timeout: float, /) -> LockedRecord[DiskStorage]:
         """Open `key` when no other process has it open; raises SessionLockTimeout."""
         return LockedRecord(self, key, self._locks.acquire(key, timeout))
 

@@ -12,9 +12,10 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from ..errors import SessionConflictError, SessionLockTimeout
 from .base import Record
@@ -171,18 +172,27 @@ class _Store(Protocol):
     def delete(self, key: str, /) -> None: ...
 
 
-class LockedRecord:
+Store = TypeVar("Store", bound=_Store)
+
+
+class LockedRecord(Generic[Store]):
     """An OpenRecord (see base.py) of a storage that can load, save and delete; `grip` keeps other
     processes away meanwhile."""
 
     __slots__ = ("_grip", "_key", "_storage", "record")
 
-    def __init__(self, storage: _Store, key: str, grip: Grip) -> None:
+    def __init__(
+        self,
+        storage: Store,
+        key: str,
+        grip: Grip,
+        load: Callable[[str], Record | None] | None = None,
+    ) -> None:
         self._storage: Final = storage
         self._key: Final = key
         self._grip: Final = grip
         try:
-            self.record: Final = storage.load(key)
+            self.record: Final = storage.load(key) if load is None else load(key)
         except BaseException:
             grip.release()
             raise

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import Any, Final, Literal
 
 from ..codec import Codec
-from ..errors import SessionDecodeError
+from ..errors import SessionDecodeError, SessionLockTimeout
 from ..expiry import life_time
 from .base import Record
 from .filelocks import FileLocks, LockedRecord
@@ -41,7 +41,11 @@ _UPSERT: Final = """
 _SWEEP: Final = """
     DELETE FROM sessions WHERE key IN (SELECT key FROM sessions WHERE expires <= ? LIMIT 100)
 """
+_DELETE: Final = "DELETE FROM sessions WHERE key = ?"
 _TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
+_PAGE: Final = 4096  # bytes that SQLite writes at least
+_PAGES: Final = 500  # written at once, until one write goes the other way and may wait
+_LARGE: Final = 16 * _PAGE  # bytes of a record that is not written at once
 _PAUSE: Final = 1.0  # seconds between two sweeps
 
 
@@ -57,6 +61,10 @@ class SQLiteStorage:
     or a crash of the system can take is a choice, `synchronous`: with "full" nothing; with "normal"
     the last writes, but never a part of one, nor what was there before; with "off" the same where
     the system lives on, else perhaps the file. "full" waits for the disk at every write.
+
+    A coroutine opens and closes a session in place where that waits for nothing: no other process
+    is in the way, the record is not large, and no checkpoint is due, in which SQLite waits for the
+    disk; all else, and what comes after a call that was slow, is done in another thread.
 
     The table `sessions` has a key, the fields as JSON, and when the record expires, in seconds
     since 1970. The file has mode 0600; folders are made with 0700. Beside it lie SQLite's own
@@ -89,7 +97,10 @@ class SQLiteStorage:
         self._ttl: Final = None if ttl is None else life_time(ttl)
         self._codec: Final = Codec() if codec is None else codec
         self._swept = 0.0
+        self._waits_for_disk: Final = synchronous == "full"
+        self._pages = 0  # written at once since the last write that was not
         self._connections: Final = _Connections(_private(path), synchronous)
+        self._prompt: Final = _Connections(self._connections.path, synchronous, waits=False)
         self._locks: Final = FileLocks(f"{self._connections.path}-locks")
         grip = self._locks.acquire("$table", _TIMEOUT)  # four workers may begin at once
         try:
@@ -114,13 +125,13 @@ class SQLiteStorage:
         now = time.time()
         expires = None if self._ttl is None else now + self._ttl
         self._run(_UPSERT, _stored(key), data, expires)
-        if expires is not None and not self._swept <= now <= self._swept + _PAUSE:
+        if self._is_sweeping_due(now):
             self._swept = now
             self._run(_SWEEP, now)
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
-        self._run("DELETE FROM sessions WHERE key = ?", _stored(key))
+        self._run(_DELETE, _stored(key))
 
     def has(self, key: str, /) -> bool:
         """Whether something is stored under `key`."""
@@ -147,6 +158,7 @@ class SQLiteStorage:
     def close(self) -> None:
         """Close all connections. The storage opens new ones when it is used again."""
         self._connections.close()
+        self._prompt.close()
         self._locks.close()
 
     def load(self, key: str, /) -> Record | None:
@@ -156,8 +168,7 @@ class SQLiteStorage:
             return None
         data, expires = found
         record = self._codec.decode_record(_bytes(data, key), key)
-        # A write for each read would cost more than all the rest.
-        if self._ttl is not None and (expires or 0) < time.time() + 0.99 * self._ttl:
+        if self._has_aged(expires):
             self.touch(key)
         return record
 
@@ -165,20 +176,99 @@ class SQLiteStorage:
         """Store `record` whole, or raise and leave what was stored before."""
         self.set(key, record)
 
-    def open_record(self, key: str, timeout: float, /) -> LockedRecord:
+    def open_record(self, key: str, timeout: float, /) -> _OpenRecord:
         """Open `key` when no other process has it open; raises SessionLockTimeout."""
-        return LockedRecord(self, key, self._locks.acquire(key, timeout))
+        return _OpenRecord(self, key, self._locks.acquire(key, timeout))
+
+    # -- without waiting
+
+    def open_at_once(self, key: str, /) -> _OpenRecord | None:
+        """As `open_record`, if nothing in that has to wait; else None."""
+        try:
+            return _OpenRecord(self, key, self._locks.acquire(key, 0), self._load_at_once)
+        except (SessionLockTimeout, _WouldWaitError):
+            return None
+
+    def _load_at_once(self, key: str) -> Record | None:
+        rows = self._run_at_once(_SELECT, _stored(key), time.time())
+        if not rows:
+            return None
+        ((data, expires),) = rows
+        if self._has_aged(expires):
+            raise _WouldWaitError
+        return self._codec.decode_record(_bytes(data, key), key)
+
+    def save_at_once(self, key: str, record: Record, /) -> None:
+        """As `save`, or `delete` for an empty record; raises _WouldWaitError."""
+        now = time.time()
+        if self._waits_for_disk or self._is_sweeping_due(now):
+            raise _WouldWaitError
+        data = self._codec.encode(record, key) if record else b""
+        self._pages += 1 + len(data) // _PAGE
+        if self._pages > _PAGES or len(data) > _LARGE:
+            self._pages = 0
+            raise _WouldWaitError
+        if record:
+            expires = None if self._ttl is None else now + self._ttl
+            self._run_at_once(_UPSERT, _stored(key), data, expires)
+        else:
+            self._run_at_once(_DELETE, _stored(key))
+
+    def _run_at_once(self, statement: str, *values: object) -> list[Any]:
+        try:
+            return self._run(statement, *values, connections=self._prompt)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # which has several kinds
+                raise
+            raise _WouldWaitError from None
+
+    # -- besides
+
+    def _has_aged(self, expires: float | None) -> bool:
+        """Whether reading starts the life time anew: a write for each would cost more than all the
+        rest."""
+        return self._ttl is not None and (expires or 0) < time.time() + 0.99 * self._ttl
+
+    def _is_sweeping_due(self, now: float) -> bool:
+        return self._ttl is not None and not self._swept <= now <= self._swept + _PAUSE
 
     def _find(self, key: str) -> tuple[object, float | None] | None:
         rows = self._run(_SELECT, _stored(key), time.time())
         return rows[0] if rows else None
 
-    def _run(self, statement: str, *values: object) -> list[Any]:
-        cursor = self._connections.take()
+    def _run(
+        self, statement: str, *values: object, connections: _Connections | None = None
+    ) -> list[Any]:
+        connections = connections or self._connections
+        cursor = connections.take()
         try:
             return cursor.execute(statement, values).fetchall()
         finally:
-            self._connections.give_back(cursor)
+            connections.give_back(cursor)
+
+
+class _WouldWaitError(Exception):
+    """What was to be done at once would have to wait; nothing was done."""
+
+
+class _OpenRecord(LockedRecord["SQLiteStorage"]):
+    """An open record that can be closed without waiting, mostly."""
+
+    __slots__ = ()
+
+    def close_at_once(self, record: Record | None, /) -> bool:
+        """As `close`, if nothing in that has to wait; else False."""
+        try:
+            if record is not None:
+                self._grip.check()
+                self._storage.save_at_once(self._key, record)
+        except _WouldWaitError:
+            return False
+        except BaseException:
+            self._grip.release()
+            raise
+        self._grip.release()
+        return True
 
 
 def _stored(key: str) -> str | bytes:
@@ -224,9 +314,10 @@ class _Connections:
     and who gives one back looks only then whether it was shut, so one of the two sees the other.
     """
 
-    def __init__(self, path: str, synchronous: str) -> None:
+    def __init__(self, path: str, synchronous: str, waits: bool = True) -> None:
         self.path: Final = path
         self._synchronous: Final = synchronous
+        self._waits: Final = waits  # for other processes, and for the disk at a checkpoint
         self._idle: Final[deque[sqlite3.Cursor]] = deque()
         self._made: Final[weakref.WeakSet[sqlite3.Connection]] = weakref.WeakSet()
         self._gate = threading.Condition()
@@ -300,7 +391,7 @@ class _Connections:
     def _connect(self) -> Connection:
         connection = sqlite3.connect(
             self.path,
-            timeout=_TIMEOUT,
+            timeout=_TIMEOUT if self._waits else 0,
             isolation_level=None,
             check_same_thread=False,  # one thread at a time has it
             factory=Connection,
@@ -308,6 +399,8 @@ class _Connections:
         # What is no text would be named in the error of who reads it as text, with its value.
         connection.text_factory = bytes
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        if not self._waits:
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
         self._made.add(connection)
         return connection
 
