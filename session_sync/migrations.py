@@ -47,7 +47,9 @@ class Migrations:
 
     def are_done(self, record: Record) -> bool:
         """Whether a record is of the version of this program."""
-        version = record.get(VERSION, 1)
+        if VERSION not in record:
+            return self.version == 1
+        version = record[VERSION]
         return version.__class__ is int and self.version == version
 
     def newest(self, key: str, record: Record, schema: Schema) -> Record:
