@@ -296,19 +296,18 @@ def default_storage_key(update: object) -> StorageKey | None:
 
 def default_key_text(update: object) -> str | None:
     """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
-    if type(update) in _message_types or _is_message(type(update)):
-        message: Any = update
-        try:
-            user, chat = message.from_user.id, message.chat.id
-            if (
-                user.__class__ is chat.__class__ is int
-                and message.business_connection_id is None
-                and 0 < user < 2**63
-                and -(2**63) <= chat < 2**63
-            ):
-                return f"user:{user}:chat:{chat}"
-        except Exception:  # a channel's post has no user; for what else, see _key
-            pass
+    try:
+        message: Any = update if type(update) in _message_types else _message_in(update)
+        user, chat = message.from_user.id, message.chat.id
+        if (
+            user.__class__ is chat.__class__ is int
+            and message.business_connection_id is None
+            and 0 < user < 2**63
+            and -(2**63) <= chat < 2**63
+        ):
+            return f"user:{user}:chat:{chat}"
+    except Exception:  # no message, or a channel's, which has no user; for what else, see _key
+        pass
     key = default_storage_key(update)
     return None if key is None else str(key)
 
@@ -316,11 +315,16 @@ def default_key_text(update: object) -> str | None:
 _message_types: Final[set[type[Any]]] = set()  # those that have come so far
 
 
-def _is_message(cls: type[Any]) -> bool:
-    is_message = _kind_of(cls) is _MESSAGE_OBJECT  # type: ignore[arg-type] # mypy: a class has no hash
-    if is_message:
-        _message_types.add(cls)
-    return is_message
+def _message_in(update: Any) -> Any:
+    """A message itself, or the one that an Update has; None where there is none."""
+    kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
+    if kind is _UPDATE:
+        update = update.message
+        kind = _kind_of(type(update))  # type: ignore[arg-type] # as above
+    if kind is not _MESSAGE_OBJECT:
+        return None
+    _message_types.add(type(update))
+    return update
 
 
 def by_user(update: object) -> StorageKey | None:

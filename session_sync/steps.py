@@ -121,7 +121,7 @@ class Call:
     """Call something that blocks; from a coroutine in a thread of `pool`.
 
     `at_once` does the same in the coroutine itself, if nothing has to be waited for, and says
-    whether it did. It is not asked where the last call was slow.
+    whether it did. For a second after it has taken long all the same, it is not asked.
 
     A cancelled coroutine waits for the call to end all the same: the lock must not be given on
     while a thread still writes, nor a result that has to be cleaned up come when nobody looks.
@@ -146,16 +146,16 @@ class Call:
 
     async def arun(self) -> Any:
         pool = self._pool
-        is_quick = pool.seconds < _MOMENT
-        if is_quick and self._at_once is not None:
-            begin = time.perf_counter()
+        if self._at_once is not None and (begin := time.perf_counter()) >= pool.in_threads_until:
             done = call_store(self._at_once, *self._args)
-            pool.seconds = time.perf_counter() - begin
+            end = time.perf_counter()
+            if end - begin > _LONG:
+                pool.in_threads_until = end + _PAUSE
             if done:
                 return None
         job = _Job(self.run)
         pool.submit(job)
-        if is_quick:
+        if pool.seconds < _MOMENT:
             job.wait_a_moment()
         answer = await job.answer()
         pool.seconds = job.seconds
@@ -243,6 +243,8 @@ class _Job:
 
 
 _MOMENT: Final = 0.0002  # seconds
+_LONG: Final = 0.002  # seconds that a call in place should not take
+_PAUSE: Final = 1.0  # seconds for which there is none after one that did
 
 
 class Pool:
@@ -257,6 +259,7 @@ class Pool:
         self._size: Final = size
         self._crews: Final[dict[int, _Crew]] = {}  # by process
         self.seconds = 0.0  # that the last call took
+        self.in_threads_until = 0.0  # from time.perf_counter(): a call in place took long
         if finish:
             atexit.register(self._finish)
 

@@ -331,9 +331,9 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(steps.Pool, "submit", watched)
     for pool in (steps.openers, steps.closers):
         monkeypatch.setattr(pool, "seconds", 0.0)
-    monkeypatch.setattr(
-        steps, "_MOMENT", 10.0
-    )  # whatever is slow on this machine is not meant here
+        monkeypatch.setattr(pool, "in_threads_until", 0.0)
+    for moment in ("_MOMENT", "_LONG"):  # what is slow on this machine is not meant
+        monkeypatch.setattr(steps, moment, 10.0)
     return asked
 
 
@@ -435,9 +435,15 @@ def test_a_coroutine_asks_a_thread_after_a_call_that_was_slow(
     path: Path, handed_over: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SessionManager(storage=SQLiteStorage(path)) as sessions:
-        monkeypatch.setattr(steps.openers, "seconds", 20.0)
-        monkeypatch.setattr(steps.closers, "seconds", 20.0)
-        count(sessions, 3)  # the threads are quick again
+        monkeypatch.setattr(steps, "_LONG", 0.0)  # as if this disk were slow
+        count(sessions)
+        assert handed_over == []
+        count(sessions)
+        assert handed_over == ["open", "close"]
+        monkeypatch.setattr(steps, "_LONG", 10.0)
+        for pool in (steps.openers, steps.closers):  # a second later
+            monkeypatch.setattr(pool, "in_threads_until", 0.0)
+        count(sessions)
         assert handed_over == ["open", "close"]
 
 

@@ -108,7 +108,7 @@ def run(setting: Setting) -> list[Table]:
     with _server() as server:
         for case in in_turns(cases, setting.fewer(3)):
             client, handler, store = case
-            updates = setting.scaled(500 if handler == ANSWERS else 1_500, quick=10)
+            updates = setting.scaled(1_000 if handler == ANSWERS else 4_000, quick=10)
             bot = _BOTS[client]
             one_speed, one_kept = _measured(setting, server, bot, handler, store, updates)
             speed[str(case)].append(one_speed)

@@ -128,7 +128,7 @@ class PromptStorage(SharedStorage, Protocol):
     loop's thread, since to go to another thread and back takes longer than all the rest.
 
     It must refuse whenever somebody else is in the way or a disk has to be waited for. Reading what
-    the system may have in memory is not waiting; if it was slow the last time, it is not asked.
+    the system may have in memory is not waiting; once it was slow, it is not asked for a second.
     """
 
     def open_at_once(self, key: str, /) -> PromptRecord | None:

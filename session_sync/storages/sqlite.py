@@ -64,7 +64,7 @@ class SQLiteStorage:
 
     A coroutine opens and closes a session in place where that waits for nothing: no other process
     is in the way, the record is not large, and no checkpoint is due, in which SQLite waits for the
-    disk; all else, and what comes after a call that was slow, is done in another thread.
+    disk; all else, and what comes in the second after a slow call, is done in another thread.
 
     The table `sessions` has a key, the fields as JSON, and when the record expires, in seconds
     since 1970. The file has mode 0600; folders are made with 0700. Beside it lie SQLite's own
