@@ -63,7 +63,7 @@ def main() -> None:
             sys.exit(str(error))
         if options.docs:
             results.save(DOCS)
-            _render(results, DOCS)
+            _render(Results.load(DOCS), DOCS)  # as it was saved, which is rounded
         elif options.out is not None:
             results.save(options.out)
             _plot(results, options.out)
