@@ -62,7 +62,7 @@ _SELECT: Final = """
 _UPSERT: Final = f"""
     INSERT INTO Cache
         (key, raw, store_time, expire_time, access_time, mode, value)
-        VALUES (?1, 1, ?2, ?3, ?2, {diskcache.core.MODE_RAW}, ?4)
+        VALUES (?, 1, ?, ?, ?, {diskcache.core.MODE_RAW}, ?)
     ON CONFLICT (key, raw) DO UPDATE SET
         store_time = excluded.store_time, expire_time = excluded.expire_time,
         access_time = excluded.access_time, access_count = 0, tag = NULL, size = 0,
@@ -304,7 +304,8 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         stored, _ = self._disk.put(key)
         now = time.time()
         try:
-            self._con.execute(_UPSERT, (stored, now, None if ttl is None else now + ttl, value))
+            expires = None if ttl is None else now + ttl
+            self._con.execute(_UPSERT, (stored, now, expires, now, value))
             if not self._swept <= now <= self._swept + _PAUSE:
                 self._swept = now
                 self._con.execute(_SWEEP, (now,))
