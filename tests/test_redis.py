@@ -611,8 +611,6 @@ class TestLease:
         his.close(record_of({"a": "his"}))
         assert storage.get("key") == {"a": "his"}
 
-    # What other tests have left to the collector (an event loop's socket) is not this one's matter.
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_of_a_forgotten_record_runs_out(self, make: Make) -> None:
         opened = make(lease=0.3).open_record("key", 0)
         del opened
