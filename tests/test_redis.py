@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -1248,6 +1249,113 @@ class TestRestart:
         done.set()
         threads.join()
         assert sessions.storage.get("key") == {"n": number}
+        client.close()
+
+
+class TestInPlace:
+    """A coroutine asks a server that is near without going to a thread, and waits in threads."""
+
+    @staticmethod
+    async def goes_on(task: asyncio.Task[None]) -> None:
+        """The event loop does, while `task` waits."""
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not task.done()
+
+    @pytest.mark.parametrize("stopped_at", ["opening", "closing"])
+    def test_the_loop_goes_on_while_the_server_stands_still(
+        self, own_server: Server, stopped_at: str
+    ) -> None:
+        async def update(stops: bool) -> None:
+            if stops and stopped_at == "opening":
+                own_server.signal(signal.SIGSTOP)
+            async with sessions.session_scope("key") as session:
+                session.n = session.get("n", 0) + 1
+                if stops and stopped_at == "closing":
+                    own_server.signal(signal.SIGSTOP)
+
+        async def main() -> None:
+            await update(stops=False)  # from here on there is a connection
+            for _ in range(3):
+                task = asyncio.create_task(update(stops=True))
+                await self.goes_on(task)
+                own_server.signal(signal.SIGCONT)
+                await task
+            await update(stops=False)
+
+        with closing(RedisStorage(own_server.url)) as storage:
+            sessions: SessionManager[Any] = SessionManager(storage=storage)
+            asyncio.run(main())
+            assert storage.get("key") == {"n": 5}
+        client = own_server.client()
+        assert all(name == b"{key}" or b":closed:" in name for name in client.keys())
+        client.close()
+
+    @pytest.mark.parametrize("lost_at", ["opening", "closing"])
+    def test_a_kept_connection_that_the_server_has_closed(
+        self, own_server: Server, lost_at: str
+    ) -> None:
+        killer = own_server.client()
+
+        def lose() -> None:
+            killer.client_kill_filter(_type="normal", skipme=True)
+
+        async def main() -> None:
+            for _ in range(20):
+                if lost_at == "opening":
+                    lose()
+                async with sessions.session_scope("key") as session:
+                    session.n = session.get("n", 0) + 1
+                    if lost_at == "closing":
+                        lose()
+
+        with closing(RedisStorage(own_server.url)) as storage:
+            sessions: SessionManager[Any] = SessionManager(storage=storage)
+            asyncio.run(main())
+            assert storage.get("key") == {"n": 20}
+        killer.close()
+
+    def test_a_session_that_another_process_has_is_waited_for(self, own_server: Server) -> None:
+        """The two storages here know of each other as little as two processes do."""
+
+        async def main() -> None:
+            async with mine.session_scope("key") as session:
+                session.n = 1  # also makes a connection
+            async with theirs.session_scope("key") as session:
+                session.n += 1
+                task = asyncio.create_task(third(), context=Context())
+                await self.goes_on(task)
+            await task
+
+        async def third() -> None:
+            async with mine.session_scope("key") as session:
+                session.n *= 10
+
+        with (
+            closing(RedisStorage(own_server.url)) as one,
+            closing(RedisStorage(own_server.url)) as two,
+        ):
+            mine: SessionManager[Any] = SessionManager(storage=one)
+            theirs: SessionManager[Any] = SessionManager(storage=two)
+            asyncio.run(main())
+            assert one.get("key") == {"n": 20}
+
+    def test_a_record_that_does_not_decode_is_refused_and_left(self, own_server: Server) -> None:
+        client = own_server.client()
+
+        async def main() -> None:
+            async with sessions.session_scope("other"):
+                pass
+            client.set("{key}", b"not ours")
+            with pytest.raises(SessionDecodeError, match="key"):
+                async with sessions.session_scope("key"):
+                    pass
+
+        with closing(RedisStorage(own_server.url)) as storage:
+            sessions: SessionManager[Any] = SessionManager(storage=storage)
+            asyncio.run(main())
+        assert client.get("{key}") == b"not ours"
+        assert client.get("{key}:lock") is None
         client.close()
 
 

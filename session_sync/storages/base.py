@@ -117,8 +117,8 @@ class PromptRecord(OpenRecord, Protocol):
     """An OpenRecord that can often be closed without waiting for anything."""
 
     def close_at_once(self, record: Record | None, /) -> bool:
-        """As `close`, if nothing in that has to wait; else False, and nothing was done: it is then
-        closed the other way."""
+        """As `close`, if nothing in that has to wait; else False: it is then closed the other way,
+        with the same record, which goes on with what was begun here."""
         ...
 
 
@@ -128,11 +128,13 @@ class PromptStorage(SharedStorage, Protocol):
     loop's thread, since to go to another thread and back takes longer than all the rest.
 
     It must refuse whenever somebody else is in the way or a disk has to be waited for. Reading what
-    the system may have in memory is not waiting; once it was slow, it is not asked for a second.
+    the system may have in memory is not waiting, nor is half a millisecond for a server that is
+    near; once it was slow, it is not asked for a second.
     """
 
     def open_at_once(self, key: str, /) -> PromptRecord | None:
-        """As `open_record`, if nothing in that has to wait; else None, and nothing was done."""
+        """As `open_record`, if nothing in that has to wait; else None: it is then opened the other
+        way, which goes on with what was begun here."""
         ...
 
 

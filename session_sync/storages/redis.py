@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
@@ -32,9 +32,10 @@ except ImportError as error:
 
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
-from redis.connection import ConnectionPool
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.retry import Retry
+
+from session_sync.storages.lines import Asked, Lines
 
 Client: TypeAlias = redis.Redis | RedisCluster
 _Written: TypeAlias = tuple[bytes, bytes]
@@ -62,16 +63,27 @@ class _Script:
         self._head: Final = _packed(b"EVALSHA", self._digest.encode(), b"5")
 
     def run(
-        self, client: Client, lines: _Lines | None, opened: OpenRedisRecord, *values: bytes
+        self,
+        client: Client,
+        lines: Lines | None,
+        opened: OpenRedisRecord,
+        *values: bytes,
+        asked: Asked | None = None,
     ) -> Any:
-        """Its answer; asked for on one of `lines`, or by `client` if there are none."""
+        """Its answer; asked for on one of `lines`, or by `client` if there are none; or before."""
         try:
+            if asked is not None:
+                return asked.answer()
             if lines is None:
                 return client.evalsha(self._digest, 5, *opened.names, opened.token, *values)
-            size = b"*%d\r\n" % (9 + len(values))
-            return lines.ask(size + self._head + opened.packed + _packed(*values))
+            return lines.ask(self.request(opened, *values))
         except NoScriptError:  # the first time, or after a restart of the server
             return client.eval(self.text, 5, *opened.names, opened.token, *values)
+
+    def request(self, opened: OpenRedisRecord, *values: bytes) -> bytes:
+        """What is sent to ask for it."""
+        size = b"*%d\r\n" % (9 + len(values))
+        return size + self._head + opened.packed + _packed(*values)
 
 
 def _packed(*parts: bytes) -> bytes:
@@ -232,7 +244,8 @@ class RedisStorage:
     session stays together. An update takes two round trips, one to open and one to close. They go
     over connections of the storage's own, as many as there are threads that open or close at once,
     made with the options of the client's pool; a client of a class or with a pool of your own (or
-    one of a cluster, or by Sentinel) is asked itself.
+    one of a cluster, or by Sentinel) is asked itself. A coroutine waits for a server that is
+    near, as a thread does, but for half a millisecond at most, and then goes on in a thread.
 
     Why it is correct. A key is open for whoever's token is in its lock. The lock is taken, and the
     data read, in one script, which the server runs as one step; data are written, and the lock is
@@ -361,13 +374,14 @@ class RedisStorage:
         if not self._warned:
             self._warn_of_eviction()
         here = self._in_process()
-        token = here.places.pop(key)
-        opened = OpenRedisRecord(self, key, token, self._names(key, token))
+        opened, asked = here.begun.pop(key, (None, None))
+        if opened is None:
+            opened = self._record(here, key)
         try:
-            data = self._take(opened, timeout, here)
+            data = self._take(opened, timeout, here, asked)
         except BaseException:
             # Whether it was opened may be unknown: then whoever is next to ask here has it.
-            here.places.keep(key, token)
+            here.places.keep(key, opened.token)
             raise
         if data is not None:
             try:
@@ -379,17 +393,48 @@ class RedisStorage:
         renewer().keep(opened)
         return opened
 
+    def open_at_once(self, key: str, /) -> OpenRedisRecord | None:
+        """As `open_record`, if the server answers at once and nobody else has `key` open; else
+        None, and `open_record` goes on with what was begun."""
+        here = self._in_process()
+        if here.lines is None or not self._warned or key in here.begun:
+            return None
+        opened = self._record(here, key)
+        asked = here.lines.send(self._open_script.request(opened, _place(0)))
+        if asked is not None and not asked.has_come():
+            here.begun[key] = opened, asked
+            return None
+        try:
+            data = [] if asked is None else asked.answer()
+            if isinstance(data, list):
+                raise SessionLockTimeout
+            if data is not None:
+                opened.record = self._codec.decode_record(data, key)
+        except Exception:  # it is asked again, and that one may take its time to fail
+            here.places.keep(key, opened.token)
+            return None
+        renewer().keep(opened)
+        return opened
+
     # -- opening
 
-    def _take(self, opened: OpenRedisRecord, timeout: float, here: _InProcess) -> bytes | None:
+    def _record(self, here: _InProcess, key: str) -> OpenRedisRecord:
+        token = here.places.pop(key)
+        return OpenRedisRecord(self, key, token, self._names(key, token))
+
+    def _take(
+        self, opened: OpenRedisRecord, timeout: float, here: _InProcess, asked: Asked | None
+    ) -> bytes | None:
         deadline, left = time.monotonic() + timeout, timeout
         while True:
             block = min(left, _LONGEST_BLOCK)
             try:
-                place = b"%d" % _milliseconds(block + _GRACE)
-                answer = self._open_script.run(self._client, here.lines, opened, place)
+                answer = self._open_script.run(
+                    self._client, here.lines, opened, _place(block), asked=asked
+                )
             except ResponseError as error:
                 raise self._refusal(error, opened.key) from None
+            asked = None
             if not isinstance(answer, list):
                 data: bytes | None = answer
                 return data
@@ -423,10 +468,18 @@ class RedisStorage:
         lines, number = self._in_process().lines, b"%d" % opened.saves
         return bool(self._save_script.run(self._client, lines, opened, number, *written))
 
-    def close_open(self, opened: OpenRedisRecord, written: _Written) -> bool:
-        """Write and give the key back; False if it was lost."""
+    def close_open(
+        self, opened: OpenRedisRecord, written: _Written, asked: Asked | None = None
+    ) -> bool:
+        """Write and give the key back; False if it was lost. `asked`: that was begun before."""
         lines = self._in_process().lines
-        return bool(self._close_script.run(self._client, lines, opened, *written))
+        return bool(self._close_script.run(self._client, lines, opened, *written, asked=asked))
+
+    def send_close(self, opened: OpenRedisRecord, written: _Written) -> Asked | None:
+        """Begin to close, if nothing in that has to wait; else None, and nothing was done."""
+        lines = self._in_process().lines
+        request = self._close_script.request(opened, *written)
+        return None if lines is None else lines.send(request)
 
     def renew(self, records: Sequence[OpenRedisRecord], /) -> Mapping[OpenRedisRecord, bool]:
         """Renew the leases of all of `records`, in one round trip to each node."""
@@ -524,7 +577,17 @@ class RedisStorage:
 class OpenRedisRecord(Lease):
     """An open record: a lease, which is renewed until `close`."""
 
-    __slots__ = ("_owner", "_storage", "key", "names", "packed", "record", "saves", "token")
+    __slots__ = (
+        "_asked",
+        "_owner",
+        "_storage",
+        "key",
+        "names",
+        "packed",
+        "record",
+        "saves",
+        "token",
+    )
 
     def __init__(
         self, storage: RedisStorage, key: str, token: bytes, names: Sequence[bytes]
@@ -538,6 +601,7 @@ class OpenRedisRecord(Lease):
         self.packed: Final = _packed(*names, token)  # ... as it is sent with each script
         self.record: Record | None = None
         self.saves = 0
+        self._asked: Asked | None = None  # to close it
 
     def save(self, record: Record, /) -> None:
         """Store `record` and stay open. Raises SessionConflictError if the lease was lost."""
@@ -558,10 +622,27 @@ class OpenRedisRecord(Lease):
             except BaseException:
                 self._storage.close_open(self, self._storage.written(self.key, None))
                 raise
-            if not self._storage.close_open(self, written) and record is not None:
+            if not self._storage.close_open(self, written, self._asked) and record is not None:
                 raise self._conflict()
         finally:
             renewer().drop(self)
+
+    def close_at_once(self, record: Record | None, /) -> bool:
+        """As `close`, if the server answers at once; else False, and `close` goes on with what was
+        begun."""
+        if self._owner != os.getpid():
+            return False
+        try:
+            asked = self._storage.send_close(self, self._storage.written(self.key, record))
+            if asked is not None and not asked.has_come():
+                self._asked = asked
+                return False
+            closed = asked is not None and bool(asked.answer())
+        except Exception:  # it is asked again, and that one raises it
+            return False
+        if closed:
+            renewer().drop(self)
+        return closed
 
     def _refuse_in_child(self) -> None:
         if self._owner != os.getpid():
@@ -588,7 +669,9 @@ class _InProcess:
 
     def __init__(self, client: Client, lease: float) -> None:
         self.places: Final = _Places()
-        self.lines: Final = _Lines.of(client)
+        self.lines: Final = Lines.of(client)
+        #: What is being opened, and was asked for in place.
+        self.begun: Final[dict[str, tuple[OpenRedisRecord, Asked]]] = {}
         # Soon enough to try again to renew a lease; and well over what anybody blocks for.
         self._timeout: Final = max(2 * _LONGEST_BLOCK, min(lease / 3, 5.0))
         self._waits: Final = threading.Semaphore(_WAITS)
@@ -639,64 +722,6 @@ class _InProcess:
             self._clients.clear()
 
 
-class _Lines:
-    """Connections for the scripts, of the same kind as those of a client, and used past it.
-
-    What redis-py does around a request (its pool, its metrics, its way to pack it) takes longer
-    than the server takes for the answer. A request is sent again as often as the client's options
-    say, as redis-py does it; and once more on a new connection if one that was kept has failed,
-    since the server may have closed it long ago. A connection is kept after an answer only: what
-    was interrupted might be answered to somebody else.
-    """
-
-    def __init__(self, pool: redis.ConnectionPool) -> None:
-        self._pool: Final = pool
-        self._idle: Final[deque[Any]] = deque()
-
-    @classmethod
-    def of(cls, client: Client) -> _Lines | None:
-        """None for a client that does more than redis-py's own for one server with a plain pool."""
-        if type(client) is not redis.Redis or type(client.connection_pool) is not ConnectionPool:
-            return None
-        return cls(client.connection_pool)
-
-    def ask(self, request: bytes) -> Any:
-        """The answer to one request."""
-        line = self._kept()
-        if line is not None:
-            try:
-                return self._ask(line, request)
-            except redis.ConnectionError:
-                pass
-        return self._ask(self._pool.connection_class(**self._pool.connection_kwargs), request)
-
-    def _kept(self) -> Any:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
-
-    def _ask(self, line: Any, request: bytes) -> Any:
-        def attempt() -> Any:
-            line.send_packed_command([request])  # which connects, if need be
-            return line.read_response()
-
-        try:
-            answer = line.retry.call_with_retry(attempt, lambda _error: line.disconnect())
-        except ResponseError:
-            self._idle.append(line)
-            raise
-        except BaseException:
-            line.disconnect()
-            raise
-        self._idle.append(line)
-        return answer
-
-    def close(self) -> None:
-        while (line := self._kept()) is not None:
-            line.disconnect()
-
-
 class _Places:
     """The tokens with which this process waits, by key: whoever asks again keeps his place."""
 
@@ -734,6 +759,11 @@ def _whose(held: bytes, now: bytes) -> str:
     host, pid, since = found.groups()
     seconds = (int(now) - int(since)) / 1000
     return f"process {int(pid)} on {host.decode()!r} has it, for {seconds:.1f} s now"
+
+
+def _place(seconds: float) -> bytes:
+    """For how many milliseconds a place in the queue is kept for who waits for `seconds`."""
+    return b"%d" % _milliseconds(seconds + _GRACE)
 
 
 def _milliseconds(seconds: float) -> int:
