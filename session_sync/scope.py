@@ -488,6 +488,22 @@ class Scope(Generic[S]):
         self.parties = [here()]
         self.session = self.options.session_type(self)
 
+    def _loads_at_once(self) -> bool:
+        """`loading`, if nothing in it may take long and nobody has begun it; else False, and
+        nothing was done."""
+        mutex, turns = self._mutex(), KeyLock(self.name)
+        turn = turns.hold = Hold.of_lock(turns, here())  # taken before others see it
+        if self._once.setdefault("loading", turns) is not turns:
+            return False
+        try:
+            if mutex is None or self.closed or not self.opens_at_once():
+                return False
+            if self._has_ended_while_it_was_loaded(mutex):
+                self.closes_at_once()
+        finally:
+            turn.release()
+        return True
+
     def loading(self) -> Steps:
         """Lock and load a lazy session, once."""
         mutex, turns = self._mutex(), self._turns("loading")  # it does not end unnoticed any more
@@ -503,15 +519,18 @@ class Scope(Generic[S]):
                 others = (entry.scope for entry in entries() if entry.scope is not self)
                 inside = any(not scope.closed for scope in others)
                 yield from self.opening(inside or in_handler.get())
-            with mutex:
-                self.is_loaded = True
-                ended = self.closed  # by a thread that does not know of this one
-                if ended:
-                    self.session = self.update = None
-            if ended:
+            if self._has_ended_while_it_was_loaded(mutex):
                 yield from self.closing()
         finally:
             turn.release()
+
+    def _has_ended_while_it_was_loaded(self, mutex: threading.Lock) -> bool:
+        """It is loaded now; True if a thread that does not know of this one has ended the scope."""
+        with mutex:
+            self.is_loaded = True
+            if self.closed:
+                self.session = self.update = None
+            return self.closed
 
     # -- what the session asks (session.Lifecycle)
 
@@ -522,10 +541,12 @@ class Scope(Generic[S]):
                 f"write `session = await session` first (`await context.session` in PTB, `await "
                 f"message.session` in telebot), so that the event loop goes on meanwhile"
             )
-        run(self.loading())
+        if not self._loads_at_once():
+            run(self.loading())
 
     async def aload(self) -> None:
-        await arun(self.loading())
+        if not self._loads_at_once():
+            await arun(self.loading())
 
     def flush(self) -> None:
         self._refuse_to_block("flush", "aflush")

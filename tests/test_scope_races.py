@@ -25,6 +25,7 @@ from session_sync import (
     SQLiteStorage,
     steps,
 )
+from session_sync.locks import KeyLock
 from session_sync.scope import in_handler
 
 SOON = 5  # seconds until a test that waits for something in vain gives up
@@ -170,6 +171,33 @@ def test_a_lazy_session_that_two_tasks_await_at_once_is_loaded_once() -> None:
     asyncio.run(main())
     assert storage.values == {KEY: {"a": 1, "b": 1}}
     assert storage.calls == ["get", "set"]
+
+
+def test_a_lazy_session_in_memory_that_two_threads_touch_at_once_is_loaded_once(
+    monkeypatch: pytest.MonkeyPatch, threads: Threads
+) -> None:
+    asked: list[Any] = []
+    second: list[threading.Thread] = []
+    is_waiting, acquire = threading.Event(), KeyLock.acquire
+
+    def watched(*args: Any) -> Any:
+        is_waiting.set()
+        return acquire(*args)
+
+    def initial(update: Any) -> dict[str, Any]:
+        asked.append(update)
+        second.append(threads.start(lambda: session.update(b=2)))
+        assert is_waiting.wait(20)
+        return {"a": 1}
+
+    monkeypatch.setattr(KeyLock, "acquire", watched)
+    sessions: SessionManager[Any] = SessionManager(lazy=True, initial=initial, lock_timeout=SOON)
+    with sessions.session_scope(KEY) as session:
+        session.c = 3
+        second[0].join(20)
+        assert session == {"a": 1, "b": 2, "c": 3}
+    assert asked == [KEY]
+    assert is_free(sessions)
 
 
 def test_whoever_waits_until_another_thread_has_loaded_the_session_waits_no_longer_than_said(
