@@ -297,22 +297,26 @@ def default_storage_key(update: object) -> StorageKey | None:
 def default_key_text(update: object) -> str | None:
     """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
     try:
-        message: Any = update if type(update) in _message_types else _message_in(update)
+        message: Any = update if type(update) in message_types else _message_in(update)
         user, chat = message.from_user.id, message.chat.id
         if (
-            user.__class__ is chat.__class__ is int
+            type(user) is type(chat) is int
             and message.business_connection_id is None
             and 0 < user < 2**63
-            and -(2**63) <= chat < 2**63
         ):
-            return f"user:{user}:chat:{chat}"
+            digits = str(user)  # once: in a private chat the chat has the same id
+            if chat == user:
+                return f"user:{digits}:chat:{digits}"
+            if -(2**63) <= chat < 2**63:
+                return f"user:{digits}:chat:{chat}"
     except Exception:  # no message, or a channel's, which has no user; for what else, see _key
         pass
     key = default_storage_key(update)
     return None if key is None else str(key)
 
 
-_message_types: Final[set[type[Any]]] = set()  # those that have come so far
+#: The classes of messages that have come so far.
+message_types: Final[set[type[Any]]] = set()
 
 
 def _message_in(update: Any) -> Any:
@@ -323,7 +327,7 @@ def _message_in(update: Any) -> Any:
         kind = _kind_of(type(update))  # type: ignore[arg-type] # as above
     if kind is not _MESSAGE_OBJECT:
         return None
-    _message_types.add(type(update))
+    message_types.add(type(update))
     return update
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, c
 from .door import door_of
 from .errors import SessionKeyError, SessionMigrationError
 from .expiry import seconds_of
-from .keys import StorageKey, default_key_text, default_storage_key
+from .keys import StorageKey, default_key_text, default_storage_key, message_types
 from .migrations import Migration, Migrations
 from .scope import Options, SessionScope
 from .session import BaseSession, Session, schema_of
@@ -132,7 +132,9 @@ class SessionManager(Generic[S]):
         ...     session.counter
         1
         """
-        if isinstance(update_or_key, (str, StorageKey)):
+        # No message is a key, which to find out takes longer than to look whether it is a message.
+        is_message = type(update_or_key) in message_types
+        if not is_message and isinstance(update_or_key, (str, StorageKey)):
             key: Any = str(update_or_key)
         else:
             key = self._get_storage_key(update_or_key)

@@ -77,7 +77,6 @@ class Scope(Generic[S]):
         "_opened",
         "_stored",
         "_written",
-        "begun",
         "closed",
         "fields",
         "hold",
@@ -105,8 +104,8 @@ class Scope(Generic[S]):
         self.session: S | None = None  # until it closes
         self.fields: Fields | None = None  # from loading on
         self.is_loaded = not options.lazy  # whether the session may be touched once it is there
-        self.begun = self.closed = False
-        self.members = 1
+        self.closed = False
+        self.members = 0  # before it is entered, and after it has closed
         self._on_loop = False
         # What comes into being once, when it is first needed; by whoever needs it.
         self._once: Final[dict[str, Any]] = {}
@@ -447,9 +446,11 @@ class Scope(Generic[S]):
         """One less, and the end of the scope if that was the last one: True if whoever leaves now
         has to close it."""
         mutex = self._once.setdefault("mutex", None)
-        if mutex is None:  # nobody has ever joined
+        if mutex is None:  # nobody has ever joined it, or asked for a lazy session to be loaded
             self.members = 0
-            return self._end()
+            self.closed = True
+            self.session = self.update = None  # they know the scope: no cycle stays
+            return self.is_loaded
         with mutex:
             self.members -= 1
             if not self.members:
@@ -477,7 +478,7 @@ class Scope(Generic[S]):
         self.closed = True
         loading = None if self.is_loaded else self._once.get("loading")
         if loading is None or loading.hold is None:  # else somebody is just loading
-            self.session = self.update = None  # they know the scope: no cycle stays
+            self.session = self.update = None
         return self.is_loaded
 
     # -- a lazy session, loaded once, by whoever asks first
@@ -486,6 +487,22 @@ class Scope(Generic[S]):
         """Hand out a session that is not loaded yet."""
         self.parties = [here()]
         self.session = self.options.session_type(self)
+
+    def _loads_at_once(self) -> bool:
+        """`loading`, if nothing in it may take long and nobody has begun it; else False, and
+        nothing was done."""
+        mutex, turns = self._mutex(), KeyLock(self.name)
+        turn = turns.hold = Hold.of_lock(turns, here())  # taken before others see it
+        if self._once.setdefault("loading", turns) is not turns:
+            return False
+        try:
+            if mutex is None or self.closed or not self.opens_at_once():
+                return False
+            if self._has_ended_while_it_was_loaded(mutex):
+                self.closes_at_once()
+        finally:
+            turn.release()
+        return True
 
     def loading(self) -> Steps:
         """Lock and load a lazy session, once."""
@@ -502,15 +519,18 @@ class Scope(Generic[S]):
                 others = (entry.scope for entry in entries() if entry.scope is not self)
                 inside = any(not scope.closed for scope in others)
                 yield from self.opening(inside or in_handler.get())
-            with mutex:
-                self.is_loaded = True
-                ended = self.closed  # by a thread that does not know of this one
-                if ended:
-                    self.session = self.update = None
-            if ended:
+            if self._has_ended_while_it_was_loaded(mutex):
                 yield from self.closing()
         finally:
             turn.release()
+
+    def _has_ended_while_it_was_loaded(self, mutex: threading.Lock) -> bool:
+        """It is loaded now; True if a thread that does not know of this one has ended the scope."""
+        with mutex:
+            self.is_loaded = True
+            if self.closed:
+                self.session = self.update = None
+            return self.closed
 
     # -- what the session asks (session.Lifecycle)
 
@@ -521,10 +541,12 @@ class Scope(Generic[S]):
                 f"write `session = await session` first (`await context.session` in PTB, `await "
                 f"message.session` in telebot), so that the event loop goes on meanwhile"
             )
-        run(self.loading())
+        if not self._loads_at_once():
+            run(self.loading())
 
     async def aload(self) -> None:
-        await arun(self.loading())
+        if not self._loads_at_once():
+            await arun(self.loading())
 
     def flush(self) -> None:
         self._refuse_to_block("flush", "aflush")
@@ -612,17 +634,15 @@ class SessionScope(Scope[S]):
     _inside: bool
     _under: SessionScope[Any]  # where it has joined: the entry that found the scope open ...
     _party: Party  # ... who has joined ...
-    _turn: Hold | None  # ... and when
+    _turn: Hold  # ... and when
 
     def __enter__(self) -> S:
-        around = self._begins()
-        if around is None and self.options.lazy:
-            self.begin_lazily()
-        elif around is not None or not (self.opens_at_once() or self.opens_here()):
-            run(self._entering(around))
+        if not self._begins():
+            around = self.outer
+            if around is not None or not (self.opens_at_once() or self.opens_here()):
+                run(self._entering(around))
         session = self.session
         assert session is not None
-        self._inside = True
         _current.set(self)
         return session
 
@@ -633,23 +653,22 @@ class SessionScope(Scope[S]):
         trace: TracebackType | None,
     ) -> None:
         try:
-            scope = self.joined or self
-            if self._leaves(error) and not (scope.closes_at_once() or scope.closes_here()):
-                run(scope.closing())
+            if self._leaves(error):
+                scope = self.scope
+                if not (scope.closes_at_once() or scope.closes_here()):
+                    run(scope.closing())
         finally:
-            if self._turn is not None:
-                self._give_turn_on()
+            if self.joined is not None:
+                self._turn.release()
 
     async def __aenter__(self) -> S:
-        around = self._begins()
         self._on_loop = True
-        if around is None and self.options.lazy:
-            self.begin_lazily()
-        elif around is not None or not self.opens_at_once():
-            await arun(self._entering(around))
+        if not self._begins():
+            around = self.outer
+            if around is not None or not self.opens_at_once():
+                await arun(self._entering(around))
         session = self.session
         assert session is not None
-        self._inside = True
         _current.set(self)
         return session
 
@@ -660,14 +679,14 @@ class SessionScope(Scope[S]):
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self._leaves(error) and not (self.joined or self).closes_at_once():
+            if self._leaves(error) and not self.scope.closes_at_once():
                 if isinstance(error, GeneratorExit):  # thrown away with its loop: may not await
                     run(self.scope.closing())
                 else:
                     await arun(self.scope.closing())
         finally:
-            if self._turn is not None:
-                self._give_turn_on()
+            if self.joined is not None:
+                self._turn.release()
 
     @property
     def scope(self) -> Scope[S]:
@@ -676,17 +695,22 @@ class SessionScope(Scope[S]):
 
     # -- entering and leaving
 
-    def _begins(self) -> SessionScope[Any] | None:
-        """The innermost open entry around this one."""
-        if self.begun:
+    def _begins(self) -> bool:
+        """Look around for open entries; True if the session is there already, as a lazy one is
+        that has nothing around it."""
+        if self.members or self.closed:
             raise RuntimeError(
                 f"this scope of {self.key!r} was entered before; call session_scope() again for "
                 f"each `with`"
             )
-        self.begun = True
-        self.joined = self._turn = None
-        self.outer = around = _open_around() if _current.get() is not None else None
-        return around
+        self.members = 1
+        self._inside = True
+        self.joined = None
+        self.outer = None if _current.get() is None else _open_around()
+        if self.outer is not None or not self.options.lazy:
+            return False
+        self.begin_lazily()
+        return True
 
     def _entering(self, around: SessionScope[Any] | None) -> Steps:
         """Join a scope that is open around here, or open this one."""
@@ -705,11 +729,11 @@ class SessionScope(Scope[S]):
                     if self._leaves(None):
                         yield from joined.closing()
                 finally:
-                    self._give_turn_on()
+                    self._turn.release()
                 raise
             if joined.closed:  # released while it was loaded here
-                self._give_turn_on()
-                self.joined = self._turn = self.session = joined = None
+                self._turn.release()
+                self.joined = self.session = joined = None
         if joined is None:
             if self.options.lazy:
                 self.begin_lazily()
@@ -755,10 +779,6 @@ class SessionScope(Scope[S]):
         if error is not None and not self._under._inside:
             scope.discard(error)  # else it goes on to the entry around this one
         return scope.leave(self._party)
-
-    def _give_turn_on(self) -> None:
-        assert self._turn is not None
-        self._turn.release()
 
     def _is_for(self, other: SessionScope[Any]) -> bool:
         scope = self.scope

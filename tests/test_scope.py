@@ -766,6 +766,9 @@ def test_one_scope_object_serves_one_with() -> None:
     assert [type(error) for error in outcome] == [type(None), RuntimeError]
     with pytest.raises(RuntimeError, match="call session_scope"), scope:  # nor one after the other
         pass
+    scope = sessions.session_scope(KEY)
+    with scope, pytest.raises(RuntimeError, match="call session_scope"), scope:  # nor inside itself
+        pass
     with sessions.session_scope(KEY) as session:
         assert session.a == 1
     assert len(sessions._options.door.locks) == 0
