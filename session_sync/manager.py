@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast
 
+from . import people
 from .door import door_of
 from .errors import SessionKeyError, SessionMigrationError
 from .expiry import seconds_of
@@ -243,6 +244,88 @@ class SessionManager(Generic[S]):
                 return entry.fields is not None and entry.fields.is_unsaved
 
         return for_each_key(self.storage, migrate, "migrated", progress, self.prefix)
+
+    # -- those of somebody
+
+    def find(self, *, user: int | None = None, chat: int | None = None) -> Iterator[str]:
+        """The keys (without the prefix) of all stored sessions of a user, of a chat, or of a user
+        in a chat; with neither, of all that the manager has.
+
+        A key without a user is taken for that of the private chat whose number it has: of a manager
+        with `by_chat`, `user=7` finds `chat:7`. Sessions that a group shares (`chat:-100`) are
+        nobody's: only `chat=` finds them. Keys that are not texts of a `StorageKey` have neither
+        user nor chat. All keys are read, not the sessions, and nothing is locked: a session may be
+        gone when its key comes, and one that comes meanwhile may be missed.
+
+        Raises TypeError if the storage cannot list its keys, and what StorageKey raises for a
+        number that is no id.
+
+        >>> from session_sync import SessionManager
+        >>> sessions = SessionManager()
+        >>> for key in ("user:7:chat:7", "user:7:chat:-100", "user:8:chat:-100"):
+        ...     with sessions.session_scope(key) as session:
+        ...         session.counter = 1
+        >>> list(sessions.find(user=7)), list(sessions.find(user=8, chat=-100))
+        (['user:7:chat:7', 'user:7:chat:-100'], ['user:8:chat:-100'])
+        """
+        return people.find(self._options, self.prefix, user, chat)
+
+    def forget(self, *, user: int | None = None, chat: int | None = None) -> int:
+        """Delete every stored session of a user, of a chat, or of a user in a chat: those that
+        `find` finds, which does not find what a group shares by its user.
+
+        Each is deleted under its lock: a handler that runs in it ends first, and what it saves is
+        deleted as well. One that comes afterwards begins a new session, as somebody's does who was
+        never there. Call it outside of handlers; in one, `session.release()` before. In async code:
+        `await asyncio.to_thread(sessions.forget, user=...)`.
+
+        Returns how many sessions were deleted. Raises TypeError with neither user nor chat, and as
+        `find` does; and what the storage raises. Sessions that somebody keeps for longer than
+        `lock_timeout`, that are open around the call, or that cannot be decoded stay as they are:
+        an ExceptionGroup at the end has the errors, which name the keys. Calling it again goes on.
+
+        >>> from session_sync import SessionManager
+        >>> sessions = SessionManager()
+        >>> with sessions.session_scope("user:7:chat:7") as session:
+        ...     session.counter = 1
+        >>> sessions.forget(user=7), sessions.forget(user=7)
+        (1, 0)
+        """
+        return people.forget(self._options, self.prefix, user, chat)
+
+    def migrate_chat(self, old: int, new: int) -> int:
+        """Move all sessions of a group to the number that it has as a supergroup: of every user,
+        topic, business connection and `key`. `install` does this by itself, see `migrate_chats`.
+
+        Each is moved under its lock and that of its new key, with its timers and its version; a
+        handler that runs in one of them ends first. It is written to the new place before it is
+        deleted from the old one, so a crash in between loses nothing: both are there then, and
+        calling it again finishes, as it does after any interruption. Call it outside of handlers;
+        in one, `session.release()` before. In async code: `await asyncio.to_thread(
+        sessions.migrate_chat, old, new)`.
+
+        Where the new chat has a session already, both become one, field by field. What both have is
+        the new one's, for it was written last; except what that one has only because `initial` gave
+        it, which does not win over the old one's. Both are brought to the current version before.
+
+        Arguments:
+            old: the number of the group: `message.chat.id` beside `migrate_to_chat_id`.
+            new: that of the supergroup: `message.chat.id` beside `migrate_from_chat_id`.
+
+        Returns how many sessions were moved. Raises ValueError if both are the same, and otherwise
+        as `forget` does. Where `initial` fails for a key, or a migration does, both stay as they
+        are.
+
+        >>> from session_sync import SessionManager
+        >>> sessions = SessionManager()
+        >>> with sessions.session_scope("user:7:chat:-100") as session:
+        ...     session.counter = 1
+        >>> sessions.migrate_chat(-100, -1001234)
+        1
+        >>> list(sessions.find())
+        ['user:7:chat:-1001234']
+        """
+        return people.migrate_chat(self._options, self.prefix, old, new)
 
     # -- the end
 

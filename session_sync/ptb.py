@@ -31,6 +31,7 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
         "session_sync.ptb needs python-telegram-bot 20 or newer: pip install 'session-sync[ptb]'"
     ) from error
 
+from .chats import Migration, migrate_chat, migrates_chats, migration_in
 from .errors import SessionAwaitError, SessionKeyError
 from .locks import here
 from .manager import SessionManager, no_key
@@ -169,13 +170,21 @@ def _no_unit(context: CallbackContext[Any, Any, Any, Any]) -> str:
 # its bot gets the session as well is known only at run time.
 @overload
 def install(
-    builder: ApplicationBuilder[BT, OwnContext, UD, CD, BD, JQ], sessions: SessionManager[Any]
+    builder: ApplicationBuilder[BT, OwnContext, UD, CD, BD, JQ],
+    sessions: SessionManager[Any],
+    *,
+    migrate_chats: bool | None = None,
 ) -> ApplicationBuilder[BT, OwnContext, UD, CD, BD, JQ]: ...
 @overload
 def install(
-    builder: ApplicationBuilder[BT, Any, UD, CD, BD, Any], sessions: SessionManager[S]
+    builder: ApplicationBuilder[BT, Any, UD, CD, BD, Any],
+    sessions: SessionManager[S],
+    *,
+    migrate_chats: bool | None = None,
 ) -> ApplicationBuilder[BT, SessionContext[S], UD, CD, BD, JobQueue[SessionContext[S]]]: ...
-def install(builder: Any, sessions: SessionManager[Any]) -> Any:
+def install(
+    builder: Any, sessions: SessionManager[Any], *, migrate_chats: bool | None = None
+) -> Any:
     """Give every update of the application that `builder` builds its session: `context.session`.
 
     One update is one unit: its session is opened before its handlers and closed after the last of
@@ -190,9 +199,14 @@ def install(builder: Any, sessions: SessionManager[Any]) -> Any:
         builder: a builder of PTB 20 or newer, before or after its other choices: a bot's own
             context class and application class are kept, and get the session as well.
         sessions: where the sessions come from.
+        migrate_chats: when a group becomes a supergroup, move its sessions to its new number
+            (`sessions.migrate_chat`), before the service message is handled that says so. What
+            fails in that goes to the error handlers, and the message is handled all the same. It
+            reads all keys of the store; by default it is done if the storage can list them.
 
-    Returns the builder. Raises TypeError if `builder` is no ApplicationBuilder, RuntimeError if it
-    has sessions already, or if this version of PTB lacks what is needed here.
+    Returns the builder. Raises TypeError if `builder` is no ApplicationBuilder, or if the storage
+    cannot list its keys and `migrate_chats` is True; RuntimeError if it has sessions already, or if
+    this version of PTB lacks what is needed here.
 
     >>> import session_sync.ptb
     >>> from session_sync import SessionManager
@@ -215,11 +229,10 @@ def install(builder: Any, sessions: SessionManager[Any]) -> Any:
             "this version of python-telegram-bot starts its tasks in a way that is not known here: "
             "pip install --upgrade 'session-sync[ptb]'"
         )
+    room = {"sessions": sessions, "migrates_chats": migrates_chats(sessions, migrate_chats)}
     # Not by application_class() and context_types(), which may be called once more afterwards.
     kind = type(builder)
-    builder.__class__ = type(
-        kind.__name__, (_SessionBuilder, kind), {"__slots__": (), "sessions": sessions}
-    )
+    builder.__class__ = type(kind.__name__, (_SessionBuilder, kind), {"__slots__": (), **room})
     return builder
 
 
@@ -235,6 +248,7 @@ class _SessionBuilder:
     __slots__ = ()
 
     sessions: SessionManager[Any]
+    migrates_chats: bool
     _application_class: Any
     _context_types: Any
 
@@ -259,7 +273,7 @@ class _SessionBuilder:
                 f"{type(self).__name__}.build() has chosen an application class or context types "
                 f"by itself, without sessions; choose them before"
             )
-        application._session_sync = _Room(self.sessions)
+        application._session_sync = _Room(self.sessions, self.migrates_chats)
         return application
 
 
@@ -295,8 +309,9 @@ def _context_class(chosen: type[Any]) -> type[Any]:
 class _Room:
     """What an application with sessions has besides."""
 
-    def __init__(self, sessions: SessionManager[Any]) -> None:
+    def __init__(self, sessions: SessionManager[Any], migrates_chats: bool) -> None:
         self.sessions: Final = sessions
+        self.migrates_chats: Final = migrates_chats
         #: What stop() has to wait for, and PTB does not know of.
         self.closing: Final[set[asyncio.Task[Any]]] = set()
 
@@ -314,6 +329,10 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         """Handle one update inside its session's scope."""
         self._check_initialized()
         sessions, entry = self._session_sync.sessions, None
+        if self._session_sync.migrates_chats:
+            migration = migration_in(getattr(update, "message", None))
+            if migration is not None:
+                await self._migrate_chat(migration, update)
         try:
             key = sessions.key_of(update)
             if key is not None:
@@ -336,6 +355,14 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         _Unit.current.set(around)
         if entry is not None:
             await self._saves_session(update, entry.__aexit__(None, None, None))
+
+    async def _migrate_chat(self, migration: Migration, update: object) -> None:
+        """Move the sessions of a chat, before the scope of the update is opened that says so: that
+        is one of them."""
+        try:
+            await migrate_chat(self._session_sync.sessions, migration)
+        except Exception as error:
+            await self.process_error(update=update, error=error)
 
     async def process_error(self, update: object, error: Exception, *args: Any, **kw: Any) -> bool:
         """Let the error handlers see what was before the handler that has failed."""

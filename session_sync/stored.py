@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 from .errors import SessionError
 from .storages.base import KVStorage, ListableStorage
+
+
+def stored_keys(storage: KVStorage[Any], prefix: str = "") -> Iterator[str]:
+    """Every stored key that begins with `prefix`, also while others write: one that is there all
+    the time is among them. Raises TypeError, at once, if the storage cannot list its keys."""
+    if not isinstance(storage, ListableStorage):
+        raise TypeError(
+            f"{type(storage).__name__} cannot list its keys: it has no method keys(). Give it one "
+            f"that answers every stored key (see ListableStorage)."
+        )
+    keys = storage.keys()
+    if isinstance(keys, Collection):  # perhaps a view, which would not outlive a change
+        keys = list(keys)
+    return (key for key in keys if key.startswith(prefix))
 
 
 def for_each_key(
@@ -23,17 +37,11 @@ def for_each_key(
     the storage cannot list its keys. What `act` raises of this library's errors is kept, and the
     others have their turn: an ExceptionGroup at the end has them, and they name the keys.
     """
-    if not isinstance(storage, ListableStorage):
-        raise TypeError(f"{type(storage).__name__} cannot list its keys: it has no method keys()")
-    keys = storage.keys()
-    if isinstance(keys, Collection):  # perhaps a view, which would not outlive a change
-        keys = list(keys)
+    keys = stored_keys(storage, prefix)
     count = 0
     errors: list[SessionError] = []
     try:
         for key in keys:
-            if not key.startswith(prefix):
-                continue
             try:
                 count += act(key)
             except SessionError as error:

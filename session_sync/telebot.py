@@ -14,7 +14,7 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
@@ -26,6 +26,7 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
         "session_sync.telebot needs pyTelegramBotAPI: pip install 'session-sync[telebot]'"
     ) from error
 
+from .chats import Migration, migrate_chat, migrates_chats, migration_in
 from .errors import SessionKeyError
 from .locks import Hold, Turn
 from .manager import SessionManager, no_key
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # it needs aiohttp, which who has no AsyncTeleBot may not hav
 Bot = TypeVar("Bot", bound="telebot.TeleBot | AsyncTeleBot")
 
 
-def install(bot: Bot, sessions: SessionManager[Any]) -> Bot:
+def install(bot: Bot, sessions: SessionManager[Any], *, migrate_chats: bool | None = None) -> Bot:
     """Give every update of `bot` its session: `message.session`, `call.session`, ...
 
     It is there in handlers of every kind, in their filters, in class middlewares, and in next-step
@@ -54,9 +55,18 @@ def install(bot: Bot, sessions: SessionManager[Any]) -> Bot:
     class middleware, `get_storage_key`, the storage) goes to the bot's exception handler too, and
     leaves `process_new_updates` if that one does not answer True.
 
-    Returns the bot. Raises TypeError if `bot` is neither a TeleBot nor an AsyncTeleBot,
-    RuntimeError if it has sessions already, or if this version of telebot lacks what is needed
-    here.
+    Arguments:
+        bot: a TeleBot or an AsyncTeleBot.
+        sessions: where the sessions come from.
+        migrate_chats: when a group becomes a supergroup, move its sessions to its new number
+            (`sessions.migrate_chat`), before the service message is handled that says so. What
+            fails in that goes where goes what a handler raises, and the message is handled all the
+            same. It reads all keys of the store; by default it is done if the storage can list
+            them.
+
+    Returns the bot. Raises TypeError if `bot` is neither a TeleBot nor an AsyncTeleBot, or if the
+    storage cannot list its keys and `migrate_chats` is True; RuntimeError if the bot has sessions
+    already, or if this version of telebot lacks what is needed here.
 
     >>> import telebot
     >>> from session_sync import SessionManager
@@ -85,8 +95,9 @@ def install(bot: Bot, sessions: SessionManager[Any]) -> Bot:
             "filters, handlers) that a session could be open for: "
             "pip install --upgrade 'session-sync[telebot]'"
         )
+    moves = migrates_chats(sessions, migrate_chats)
     setattr(JsonDeserializable, "session", _SessionAttribute())  # noqa: B010 (for type checkers)
-    room(bot, sessions)
+    room(bot, sessions, moves)
     return bot
 
 
@@ -116,15 +127,16 @@ class _Room:
 
     task: ClassVar = "_run_middlewares_and_handler"
 
-    def __init__(self, bot: Any, sessions: SessionManager[Any]) -> None:
+    def __init__(self, bot: Any, sessions: SessionManager[Any], migrates_chats: bool) -> None:
         self._bot: Final = bot
         self._sessions: Final = sessions
         self._waiting: Final[set[_Job]] = set()
         self._stopped = False
         self._exec_task: Final = bot._exec_task
+        self._migrates_chats: Final = migrates_chats
         self._process_new_updates: Final = bot.process_new_updates
         self._test_message_handler: Final = bot._test_message_handler
-        bot._exec_task = self.exec_task
+        bot._exec_task = self.exec_task_after_migration if migrates_chats else self.exec_task
         bot._test_message_handler = self.test_message_handler
         bot.process_new_updates = self.process_new_updates
         if bot.threaded:
@@ -136,7 +148,34 @@ class _Room:
         could overtake the message that was sent before it. Without a pool one at a time, since the
         handler of one may say what is the next step for the other."""
         for _, alike in itertools.groupby(updates, _kind_of if self._bot.threaded else id):
-            self._process_new_updates(list(alike))
+            batch = list(alike)
+            self._process_new_updates(batch)
+            if self._migrates_chats and not self._bot.message_handlers:
+                self._migrate_unhandled(batch)
+
+    def _migrate_unhandled(self, updates: Iterable[Any]) -> None:
+        """Telebot makes no task of a message if there is no handler of messages at all."""
+        for update in updates:
+            migration = migration_in(update.message)
+            if migration is not None:
+                self._exec_task(_as_handler, self._sessions.migrate_chat, *migration)
+
+    def exec_task_after_migration(self, task: Callable[..., Any], *args: Any, **kw: Any) -> None:
+        """As `exec_task`; if the update says that a chat has migrated, move its sessions first.
+        Before the scope of the update is opened, since that is one of them."""
+        migration = migration_in(args[0]) if args else None
+        if migration is None:
+            self.exec_task(task, *args, **kw)
+        else:
+            handle = functools.partial(self.exec_task, task, *args, **kw)
+            self._exec_task(_as_handler, self._migrate_chat, migration, handle)
+
+    def _migrate_chat(self, migration: Migration, handle: Callable[[], None]) -> None:
+        """In a worker, or in the polling thread where there is none."""
+        try:
+            self._sessions.migrate_chat(*migration)
+        finally:
+            handle()
 
     def exec_task(self, task: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Run `task` inside the scope of its update, in the pool if the bot has one."""
@@ -247,14 +286,16 @@ class _AsyncRoom:
 
     task: ClassVar = "_run_middlewares_and_handlers"
 
-    def __init__(self, bot: Any, sessions: SessionManager[Any]) -> None:
+    def __init__(self, bot: Any, sessions: SessionManager[Any], migrates_chats: bool) -> None:
         self._bot: Final = bot
         self._sessions: Final = sessions
         self._process_new_updates: Final = bot.process_new_updates
         self._run_middlewares_and_handlers: Final = bot._run_middlewares_and_handlers
         self._test_message_handler: Final = bot._test_message_handler
         bot.process_new_updates = self.process_new_updates
-        bot._run_middlewares_and_handlers = self.run_middlewares_and_handlers
+        bot._run_middlewares_and_handlers = (
+            self.run_after_migration if migrates_chats else self.run_middlewares_and_handlers
+        )
         bot._test_message_handler = self.test_message_handler
 
     async def process_new_updates(self, updates: Iterable[Any]) -> None:
@@ -270,6 +311,25 @@ class _AsyncRoom:
             raise BaseExceptionGroup(f"{len(errors)} updates were not handled", errors)
         if errors:
             raise errors[0]
+
+    def run_after_migration(self, update: Any, *args: Any) -> Coroutine[Any, Any, None]:
+        """As `run_middlewares_and_handlers`; if the update says that a chat has migrated, move its
+        sessions first. Before the scope of the update is opened, since that is one of them."""
+        migration = migration_in(update)
+        if migration is None:
+            return self.run_middlewares_and_handlers(update, *args)
+        return self._migrate_chat(migration, update, *args)
+
+    async def _migrate_chat(self, migration: Migration, update: Any, *args: Any) -> None:
+        try:
+            await migrate_chat(self._sessions, migration)
+        except Exception as error:
+            handled = await self._handle_exception(error)
+            await self.run_middlewares_and_handlers(update, *args)
+            if not handled:
+                raise
+        else:
+            await self.run_middlewares_and_handlers(update, *args)
 
     async def run_middlewares_and_handlers(
         self, update: Any, handlers: Iterable[Mapping[str, Any]], *args: Any

@@ -100,6 +100,22 @@ def redis_errors() -> type[Exception]:
     return RedisError
 
 
+def migrate_chat(old: str, new: str) -> None:
+    """Move the sessions of a chat."""
+    heard()
+    say(sessions.migrate_chat(int(old), int(new)))
+
+
+def visit(chat: str, users: str, rounds: str) -> None:
+    """Add 1 to a field of this process in the session of each user of a chat."""
+    heard()
+    for number in range(int(users) * int(rounds)):
+        with sessions.session_scope(f"user:{number % int(users)}:chat:{chat}") as session:
+            visits = session.get(f"visits {os.getpid()}", 0)
+            time.sleep(0.001)  # let others in, if they can come in
+            session[f"visits {os.getpid()}"] = visits + 1
+
+
 def full_disk(key: str, folder: str) -> None:
     """A file that may not grow any more."""
     size = max(entry.stat().st_size for entry in os.scandir(folder))
@@ -142,6 +158,8 @@ if __name__ == "__main__":
         "turns": turns,
         "go_on_adding": go_on_adding,
         "try_adding": try_adding,
+        "migrate_chat": migrate_chat,
+        "visit": visit,
         "full_disk": full_disk,
         "read_only": read_only,
     }[what](*arguments)

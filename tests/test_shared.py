@@ -221,6 +221,48 @@ def test_connections_that_are_cut_lose_and_double_nothing_that_was_reported(
         assert session.counter >= max(len(reported), *reported)
 
 
+@EVERY_STORE
+def test_a_chat_that_several_processes_move_while_others_write_loses_nothing(
+    start: Start, sessions: SessionManager[Any]
+) -> None:
+    users, rounds = 30, 5
+    for user in range(users):
+        with sessions.session_scope(f"user:{user}:chat:-100") as session:
+            session.old = rounds
+    movers = [start("migrate_chat", -100, -1001234) for _ in range(2)]
+    visitors = [start("visit", -1001234, users, rounds) for _ in range(4)]
+    for process in visitors + movers:
+        process.tell()
+    moved = sum(int(process.hear()) for process in movers)
+    for process in movers + visitors:
+        process.end()
+    assert moved == users  # each by one of them
+    assert list(sessions.find(chat=-100)) == []
+    for user in range(users):
+        with sessions.session_scope(f"user:{user}:chat:-1001234") as session:
+            assert list(session.values()) == [rounds] * 5
+
+
+@EVERY_STORE
+def test_a_move_that_is_killed_loses_nothing_and_is_finished_by_the_next_one(
+    start: Start, sessions: SessionManager[Any]
+) -> None:
+    users = 200
+    for user in range(users):
+        with sessions.session_scope(f"user:{user}:chat:-100") as session:
+            session.old = user
+    mover = start("migrate_chat", -100, -1001234)
+    mover.tell()
+    while not any(sessions.find(chat=-1001234)):
+        pass  # until it has begun
+    mover.kill()
+    sessions.migrate_chat(-100, -1001234)
+    assert list(sessions.find(chat=-100)) == []
+    for user in range(users):
+        with sessions.session_scope(f"user:{user}:chat:-1001234") as session:
+            assert session == {"old": user}
+
+
 # -- waiting
 
 

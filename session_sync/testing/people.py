@@ -220,6 +220,23 @@ class OfflineUser:
             )
         return Press(self.api, self.api._push_press(self.raw, reply.raw, pressed.data))
 
+    def upgrade(self, group: OfflineChat, chat_id: int) -> OfflineChat:
+        """Make a group a supergroup, which has the number `chat_id` from then on, and return it.
+
+        The bot gets the service messages of both chats, the old one's first; a test of another
+        order sends them by `send(chat=..., migrate_to_chat_id=...)`.
+
+        >>> from session_sync.testing import OfflineBotAPI
+        >>> with OfflineBotAPI() as api:
+        ...     friends = api.group(-100, title="Friends", type="group")
+        ...     api.user(1).upgrade(friends, -1001234).raw
+        {'id': -1001234, 'type': 'supergroup', 'title': 'Friends'}
+        """
+        chat = self.api.group(chat_id, title=group.raw["title"])
+        self.send(chat=group, migrate_to_chat_id=chat_id)
+        self.send(chat=chat, migrate_from_chat_id=group.id)
+        return chat
+
     def wait_reply(
         self,
         timeout: float = 5.0,

@@ -1,0 +1,210 @@
+"""Whose sessions are stored: found by user and chat, forgotten, and moved to a chat's new number.
+
+This module knows stored keys and the scopes that open them one by one; it knows no updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from .containers import freeze
+from .errors import SessionDeadlockError, SessionMigrationError
+from .expiry import TIMERS, Timers, Ttl
+from .keys import StorageKey
+from .schema import NO_SCHEMA, is_field
+from .scope import Options, SessionScope
+from .session import Fields, Session
+from .storages.base import Record, record_of
+from .stored import for_each_key, stored_keys
+
+
+def find(options: Options[Any], prefix: str, user: int | None, chat: int | None) -> Iterator[str]:
+    """The stored keys, without `prefix`, of a user, of a chat, of a user in a chat, or all."""
+    keys = (name.removeprefix(prefix) for name in stored_keys(options.door.storage, prefix))
+    if user is None and chat is None:
+        return keys
+    key_in = _keys_of(StorageKey(user=user, chat=chat))  # which refuses what is no id
+    return (key for key in keys if key_in(key) is not None)
+
+
+def forget(options: Options[Any], prefix: str, user: int | None, chat: int | None) -> int:
+    """Delete what `find` finds; returns how many there were."""
+    if user is None and chat is None:
+        raise TypeError(
+            "forget() deletes the sessions of somebody: forget(user=...), forget(chat=...), or "
+            "both for those of one user in one chat"
+        )
+    key_in = _keys_of(StorageKey(user=user, chat=chat))
+
+    def delete(name: str) -> bool:
+        if key_in(name.removeprefix(prefix)) is None:
+            return False
+        with _opened(options, prefix, "forget", name) as (session,):
+            found = bool(_record(session))
+            if found:
+                _store(session, record_of({}))
+        return found
+
+    return for_each_key(options.door.storage, delete, "deleted", None, prefix)
+
+
+def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
+    """Move the sessions of a chat to its new number; returns how many there were."""
+    wanted, moved = StorageKey(chat=old), StorageKey(chat=new)
+    if wanted == moved:
+        raise ValueError(f"migrate_chat({old}, {new}): a chat that moves has another number then")
+    key_in = _keys_of(wanted)
+
+    def move(name: str) -> bool:
+        key = key_in(name.removeprefix(prefix))
+        if key is None:
+            return False
+        target = prefix + str(replace(key, chat=moved.chat))
+        with _opened(options, prefix, "migrate_chat", name, target) as (source, goal):
+            record, existing = _record(source), _record(goal)
+            if not record:  # somebody else has moved it meanwhile
+                return False
+            if existing:
+                record = _merged(options, source, goal)
+            _store(goal, record)  # first: a crash that comes now leaves both, and nothing is lost
+            _store(source, record_of({}))
+        return True
+
+    return for_each_key(options.door.storage, move, "moved", None, prefix)
+
+
+def _keys_of(wanted: StorageKey) -> Callable[[str], StorageKey | None]:
+    """What answers the key that a text is, if it is one of the wanted user and chat."""
+    numbers = [str(number) for number in (wanted.user, wanted.chat) if number is not None]
+
+    def read(text: str) -> StorageKey | None:
+        for number in numbers:  # most keys are others', which is sooner seen than parsed
+            if number not in text:
+                return None
+        try:
+            key = StorageKey.parse(text)
+        except ValueError:
+            return None
+        # A private chat has its user's number, so a key without a user is that of his chat.
+        user = key.chat if key.user is None else key.user
+        found = wanted.user in (None, user) and wanted.chat in (None, key.chat)
+        return key if found else None
+
+    return read
+
+
+# -- sessions of any kind, opened to be moved or deleted whole
+
+
+@contextmanager
+def _opened(
+    options: Options[Any], prefix: str, what: str, *names: str
+) -> Iterator[list[SessionScope[Session]]]:
+    """The sessions stored under `names`, whatever is in them. They are locked in one order whoever
+    wants them, so nobody who opens several in this way waits for another one in a circle."""
+    options = replace(
+        options,
+        session_type=Session,
+        schema=NO_SCHEMA,
+        migrations=None,
+        migrate_eagerly=False,
+        initial=None,
+        lazy=False,
+        save_on_error=False,
+    )
+    scopes: dict[str, SessionScope[Session]] = {}
+    with ExitStack() as stack:
+        for name in sorted(names):
+            key = name.removeprefix(prefix)
+            scope = scopes[name] = SessionScope(options, key, name, key)
+            stack.enter_context(scope)
+            if scope.joined is not None:
+                raise SessionDeadlockError(
+                    f"session {key!r} is open around {what}(), which has to wait until it is "
+                    f"closed; call session.release() before (in async code `await "
+                    f"session.arelease()`), or call {what}() outside of handlers"
+                )
+        yield [scopes[name] for name in names]
+
+
+def _record(scope: SessionScope[Session]) -> Record:
+    """What is stored."""
+    assert scope.fields is not None
+    return scope.fields.record
+
+
+def _store(scope: SessionScope[Session], record: Record) -> None:
+    """Store `record` instead; an empty one deletes the session."""
+    assert scope.session is not None
+    fields = scope.fields = Fields(scope.key, record)
+    fields.save_as_it_is()
+    scope.session.flush()
+
+
+# -- where the new chat has a session already
+
+
+def _merged(
+    options: Options[Any], source: SessionScope[Session], goal: SessionScope[Session]
+) -> Record:
+    """The old session with the new one put over it, field by field.
+
+    What both have is the new one's, being the last that somebody has written. But what a session
+    begins with was written by nobody: it does not win over what the old one has.
+    """
+    older = _current(options, source.key, _record(source))
+    newer = _current(options, goal.key, _record(goal))
+    begun = _beginning(options, goal.key)
+    lasting, timers = _lasting(source.key, older)
+    for_now, new_timers = _lasting(goal.key, newer)
+    for name, value in for_now.items():
+        if name in lasting and name in begun and begun[name] == value:
+            continue
+        lasting[name] = value
+        timers.pop(name, None)
+        if name in new_timers:
+            timers[name] = new_timers[name]
+    hidden = {name: value for name, value in {**older, **newer}.items() if not is_field(name)}
+    hidden.pop(TIMERS, None)
+    if timers:
+        hidden[TIMERS] = timers
+    return record_of({**lasting, **hidden} if lasting else {})
+
+
+def _current(options: Options[Any], key: str, record: Record) -> Record:
+    """A record in the version of this program, without which fields cannot be told apart."""
+    migrations = options.migrations
+    if migrations is None or migrations.are_done(record):
+        return record
+    return migrations.newest(key, record, options.schema)
+
+
+def _beginning(options: Options[Any], key: str) -> Mapping[str, Any]:
+    """What `initial` gives a session that begins, as it would be stored."""
+    if options.initial is None:
+        return {}
+    fields = Fields(key, record_of({}), options.schema)
+    try:
+        for name, value in (options.initial(key) or {}).items():
+            fields.set(name, freeze(value.value if isinstance(value, Ttl) else value))
+    except Exception as error:
+        raise SessionMigrationError(
+            f"session {key!r} was there before the old chat's was moved, and which of its fields "
+            f"are only those that it began with cannot be told: `initial` failed "
+            f"({type(error).__name__}) for a key. Let it take a key (a str) instead of an update, "
+            f"as it also has to for session_scope(key), and call migrate_chat() again. Both "
+            f"sessions are left as they are."
+        ) from error
+    return fields.take_changes()
+
+
+def _lasting(key: str, record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields whose time is not up, and the timers of those that have one."""
+    timers = Timers(record.get(TIMERS, {}), key)
+    expired = timers.all_expired()
+    fields = {n: value for n, value in record.items() if is_field(n) and n not in expired}
+    timers.keep(fields)
+    return fields, timers.to_store()
