@@ -341,8 +341,8 @@ def by_user(update: object) -> StorageKey | None:
         update: as in `default_storage_key`.
 
     Returns:
-        The key, or None for an update without a user: a channel's post, a chat's reaction, a poll.
-        Never raises.
+        The key, or None for an update without a user (a channel's post, a chat's reaction, a
+        poll). Never raises.
 
     >>> message = {"message_id": 1, "date": 1, "chat": {"id": -100}, "from": {"id": 7}}
     >>> str(by_user(message))

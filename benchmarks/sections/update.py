@@ -129,7 +129,7 @@ def _redis(setting: Setting, place: Place, size: str) -> Iterable[_Row]:
     yield _Row(_BARE_REDIS, bare.redis(place, fields), _OURS, _BARE_REDIS)
 
 
-# -- next to telebot alone, for the README
+# -- next to telebot alone, in short
 
 
 def _cost(setting: Setting) -> Table:

@@ -126,7 +126,7 @@ class OfflineBotAPI:
 
     @property
     def url(self) -> str:
-        """Its address, as in `http://127.0.0.1:8081`."""
+        """Its address, with the port that it was given."""
         return f"http://127.0.0.1:{self._server.port}"
 
     @property

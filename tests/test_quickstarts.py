@@ -1,0 +1,117 @@
+"""Every program on a page, copied into an empty folder, does what the page says, word for word.
+
+The quick starts and the recipes print a program, the command that runs it, and the chat that one
+then has with it. The command is run as it stands there, as a process; the lines of Alex's are typed
+in, and what is printed has to be the chat of the page.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import DOCS, PAGES, ROOT, Run, programs_of, snippets, steps, title
+
+WITH_PROGRAMS = [page for page in PAGES if programs_of(page)]
+QUICK_STARTS = sorted((DOCS / "quickstart").glob("*.md"))
+
+
+def run(folder: Path, command: str, typed: str) -> str:
+    """What a command prints in `folder`, with this Python and the session_sync of this tree."""
+    environment = {name: value for name, value in os.environ.items() if name != "TOKEN"}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "error",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=folder,
+        env=environment,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def typed_in(chat: str) -> str:
+    return "".join(f"{line}\n" for line in re.findall(r"^Alex: (.*)$", chat, re.M))
+
+
+@pytest.mark.parametrize("page", WITH_PROGRAMS, ids=title)
+def test_who_follows_a_page_sees_what_it_says(page: Path, tmp_path: Path) -> None:
+    for library in ("telebot", "telegram.ext"):
+        pytest.importorskip(library, reason="needs the extras 'telebot' and 'ptb'")
+    for step in steps(page):
+        if isinstance(step, Run):
+            printed = run(tmp_path, step.command, typed_in(step.printed))
+            assert printed == step.printed, f"{title(page)}:{step.line}"
+        else:
+            assert step.file is not None
+            (tmp_path / step.file).write_text(step.code, encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", WITH_PROGRAMS, ids=title)
+def test_every_program_is_run(page: Path) -> None:
+    commands = [step.command for step in steps(page) if isinstance(step, Run)]
+    for program in programs_of(page):
+        assert any(str(program.file) in command.split() for command in commands), program.file
+
+
+@pytest.mark.parametrize("page", QUICK_STARTS, ids=title)
+def test_a_quick_start_is_run_twice_and_goes_on_where_it_ended(page: Path) -> None:
+    runs = [step for step in steps(page) if isinstance(step, Run)]
+    for first, again in zip(runs[::2], runs[1::2], strict=True):
+        assert first.command == again.command
+        assert first.printed != again.printed
+    assert runs
+
+
+@pytest.mark.parametrize("page", QUICK_STARTS, ids=title)
+def test_a_command_with_a_token_names_a_program_of_the_page(page: Path) -> None:
+    files = {program.file for program in programs_of(page)}
+    for snippet in snippets(page):
+        for name in re.findall(r"^TOKEN=\S+ python (\S+)$", snippet.code, re.M):
+            assert name in files
+
+
+# -- the runner
+
+
+def test_a_program_gets_its_arguments_and_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("name = 'other'\n")
+    (tmp_path / "program.py").write_text("import other, sys\nprint(other.name, sys.argv)\n")
+    printed = run(tmp_path, "python -m session_sync.testing program.py --fast 1", "")
+    assert printed == "other ['program.py', '--fast', '1']\n"
+
+
+def test_a_program_that_fails_fails_here_too(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("raise SystemExit(3)\n")
+    run(tmp_path, "python -m session_sync.testing program.py || test $? = 3", "")
+
+
+@pytest.mark.parametrize(
+    "make",
+    ["telebot.TeleBot('77:mine').get_me()", "asyncio.run(me(telegram.Bot(token='77:mine')))"],
+)
+def test_any_token_will_do(tmp_path: Path, make: str) -> None:
+    pytest.importorskip("telebot", reason="needs the extra 'telebot'")
+    pytest.importorskip("telegram", reason="needs the extra 'ptb'")
+    program = f"""if True:
+        import asyncio, telebot, telegram
+        async def me(bot):
+            async with bot:
+                return await bot.get_me()
+        print({make}.username)
+    """
+    (tmp_path / "program.py").write_text(program)
+    command = "python -m session_sync.testing program.py"
+    assert run(tmp_path, command, "") == "offline_bot\n"
