@@ -1266,22 +1266,32 @@ class TestInPlace:
     def test_the_loop_goes_on_while_the_server_stands_still(
         self, own_server: Server, stopped_at: str
     ) -> None:
-        async def update(stops: bool) -> None:
-            if stops and stopped_at == "opening":
-                own_server.signal(signal.SIGSTOP)
+        def nothing() -> None:
+            pass
+
+        async def update(stop: Callable[[], None] = nothing) -> None:
+            if stopped_at == "opening":
+                stop()
             async with sessions.session_scope("key") as session:
                 session.n = session.get("n", 0) + 1
-                if stops and stopped_at == "closing":
-                    own_server.signal(signal.SIGSTOP)
+                if stopped_at == "closing":
+                    stop()
 
         async def main() -> None:
-            await update(stops=False)  # from here on there is a connection
+            await update()  # from here on there is a connection
             for _ in range(3):
-                task = asyncio.create_task(update(stops=True))
+                stopped = asyncio.Event()
+
+                def stop(stopped: asyncio.Event = stopped) -> None:
+                    own_server.signal(signal.SIGSTOP)
+                    stopped.set()
+
+                task = asyncio.create_task(update(stop))
+                await stopped.wait()
                 await self.goes_on(task)
                 own_server.signal(signal.SIGCONT)
                 await task
-            await update(stops=False)
+            await update()
 
         with closing(RedisStorage(own_server.url)) as storage:
             sessions: SessionManager[Any] = SessionManager(storage=storage)
