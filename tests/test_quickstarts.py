@@ -26,7 +26,6 @@ def run(folder: Path, command: str, typed: str) -> str:
     environment |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "error",
     }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
