@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from pages import DOCS, PAGES, ROOT, Run, programs_of, snippets, steps, title
 
+from session_sync import SessionManager, SQLiteStorage
+
 WITH_PROGRAMS = [page for page in PAGES if programs_of(page)]
 QUICK_STARTS = sorted((DOCS / "quickstart").glob("*.md"))
 
@@ -80,6 +82,41 @@ def test_a_command_with_a_token_names_a_program_of_the_page(page: Path) -> None:
     for snippet in snippets(page):
         for name in re.findall(r"^TOKEN=\S+ python (\S+)$", snippet.code, re.M):
             assert name in files
+
+
+# -- the end of a program
+
+
+def test_stop_bot_waits_for_a_handler_that_is_running(tmp_path: Path) -> None:
+    """The handler begins its work when the program has left `infinity_polling`."""
+    pytest.importorskip("telebot", reason="needs the extra 'telebot'")
+    program = """if True:
+        import threading, telebot, session_sync.telebot
+        from session_sync import SessionManager, SQLiteStorage
+
+        bot = telebot.TeleBot("77:mine")
+        sessions = SessionManager(storage=SQLiteStorage("sessions.db"))
+        session_sync.telebot.install(bot, sessions)
+        left = threading.Event()
+
+        @bot.message_handler(func=lambda message: True)
+        def count(message):
+            bot.reply_to(message, "Counting.")
+            left.wait()
+            for number in range(300):
+                message.session.counter = number
+                message.session.flush()
+            message.session.done = True
+
+        bot.infinity_polling()
+        left.set()
+        bot.stop_bot()
+    """
+    (tmp_path / "bot.py").write_text(program)
+    chat = "Alex: hi\n bot: Counting.\n"
+    assert run(tmp_path, "python -m session_sync.testing bot.py", typed_in(chat)) == chat
+    with SessionManager(storage=SQLiteStorage(tmp_path / "sessions.db")) as sessions:
+        assert sessions.storage.get("user:1:chat:1") == {"counter": 299, "done": True}
 
 
 # -- the runner
