@@ -19,7 +19,7 @@ from .errors import SessionDeadlockError, SessionLockTimeout
 _Answer = Literal["taken", "called", "absent", "gone"]
 
 # What stands under a key while somebody has it or wants it: see LockTable.
-_Table: TypeAlias = "dict[str, Hold | KeyLock]"
+_Table: TypeAlias = "dict[str, Hold | Turn | KeyLock]"
 
 # In the order of insertion; anybody can leave it at no more cost than the first.
 _Queue: TypeAlias = "dict[_Waiter, None]"
@@ -151,10 +151,9 @@ class Hold:
 class _Waiter:
     """A place in a queue. Its fields change only under the mutex of the lock it waits for."""
 
-    __slots__ = ("hold", "lock", "place")
+    __slots__ = ("hold", "place")
 
-    def __init__(self, lock: KeyLock) -> None:
-        self.lock: Final = lock
+    def __init__(self) -> None:
         self.hold: Hold | None = None
         self.place: _Queue | None = None  # the queue it stands in
 
@@ -166,12 +165,13 @@ class _Waiter:
 class _Begun(_Waiter):
     """One that waits in the middle of its work, so that others may wait for it."""
 
-    __slots__ = ("party",)
+    __slots__ = ("lock", "party")
 
     blocking: ClassVar[bool]
 
     def __init__(self, lock: KeyLock, party: Party) -> None:
-        super().__init__(lock)
+        super().__init__()
+        self.lock: Final = lock
         self.party: Final = party
 
 
@@ -254,14 +254,45 @@ class Turn(_Waiter):
     When the key is free for it, `call` is called (it must neither block nor raise: it puts the
     task into a pool, say), and whoever then runs the task asks `claim()`. Until that moment the
     task holds nothing.
+
+    Most often the key is free at once and nobody else asks for it before the task begins; then
+    there is no more to it than a Turn in the lock table, called as soon as it stands there. The
+    first one who wants the key (`wanted`) makes a KeyLock with the Turn at the head of its queue.
+    He and who claims write to the same place by `setdefault`, one atomic step, so one of them is
+    first and the other one finds what he wrote. Whoever finds a Turn that was claimed asks the Hold
+    that it became, which then takes its place in the table.
     """
 
-    __slots__ = ("_call", "called")
+    __slots__ = ("_call", "_fate", "_name", "_table", "called")
 
-    def __init__(self, lock: KeyLock, call: Callable[[Turn], None]) -> None:
-        super().__init__(lock)
+    def __init__(self, name: str, call: Callable[[Turn], None], table: _Table) -> None:
+        super().__init__()
+        self.called = True  # told to come, and has not yet come
+        self._name: Final = name
         self._call: Callable[[Turn], None] | None = call
-        self.called = False  # told to come, and has not yet come
+        self._table: Final = table
+        # In whose queue it stands, or what it became without one; nothing: it is alone.
+        self._fate: Final[dict[Literal["lock"], KeyLock | Hold]] = {}
+
+    @property
+    def holder(self) -> Hold | None:
+        """Who has the key now: nobody, or whom the turn has become, or whom it was handed on to."""
+        lock = self._fate.get("lock")
+        return lock.hold if isinstance(lock, KeyLock) else lock
+
+    def wanted(self) -> KeyLock | None:
+        """Where to wait for the key; None if it was let go, and is about to leave the table."""
+        lock = KeyLock(self._name, self._table)
+        with lock._mutex:  # so that who finds the lock finds the turn in its queue
+            first = self._fate.setdefault("lock", lock)
+            if first is lock:
+                lock._enter(self, lock._turns)
+        return first.wanted() if isinstance(first, Hold) else first
+
+    def belong_to(self, lock: KeyLock) -> None:
+        """Stand in the queue of `lock`, and never alone; before it is in that queue."""
+        self.called = False
+        self._fate["lock"] = lock
 
     def offer(self) -> _Answer:
         if not self.called and self._call is not None:
@@ -271,14 +302,30 @@ class Turn(_Waiter):
 
     def claim(self) -> Hold | None:
         """The key, or None if somebody passed: then `call` will be called again."""
-        hold = self.lock._claim(self, here())
+        hold = self._become_hold()
+        lock = self._fate["lock"]
+        if hold is None and isinstance(lock, KeyLock):
+            hold = lock._claim(self, here())
         if hold is not None:
             self._call = None  # which may lead back to this turn: no cycle stays
         return hold
 
     def withdraw(self) -> None:
         """Leave the queue; no error if the turn has been taken or left already."""
-        self.lock._leave(self)
+        hold = self._become_hold()
+        lock = self._fate["lock"]
+        if hold is not None:
+            hold.release()
+        elif isinstance(lock, KeyLock):
+            lock._take_out(self)
+
+    def _become_hold(self) -> Hold | None:
+        """The key, if nobody else has asked for it and it was not taken before."""
+        hold = Hold(self._name, here(), self._table)
+        if self._fate.setdefault("lock", hold) is not hold:
+            return None
+        self._table[self._name] = hold
+        return hold
 
 
 def _released_twice(name: str) -> RuntimeError:
@@ -365,16 +412,16 @@ class KeyLock:
         finally:
             _waiting_tasks.pop(waiter.party.task, None)
 
-    def queue_turn(self, call: Callable[[Turn], None]) -> Turn | None:
-        """Queue a task that has not begun; `call` may be called before this returns."""
-        turn = Turn(self, call)
+    def queue_turn(self, turn: Turn) -> bool:
+        """Queue a task that has not begun; it may be called before this returns."""
         with self._mutex:
             if self.retired:
-                return None
+                return False
+            turn.belong_to(self)
             self._enter(turn, self._turns)
             if self.hold is None:
                 self._hand_on()
-        return turn
+        return True
 
     def give_back(self, hold: Hold) -> None:
         """Give the lock to whoever is next."""
@@ -426,6 +473,10 @@ class KeyLock:
         # collector, which may come while this very thread has the mutex.
         if waiter.place is None:
             return False
+        return self._take_out(waiter)
+
+    def _take_out(self, waiter: _Waiter) -> bool:
+        """The same, with the mutex."""
         with self._mutex:
             if waiter.place is None:
                 return False
@@ -547,14 +598,14 @@ _waits_mutex = threading.Lock()
 class LockTable:
     """The locks of one store, by key. A lock exists only while somebody holds it or waits for it.
 
-    Under a key stands who came first: a Hold, from which the KeyLock hangs as soon as others want
-    the key; or a KeyLock, if he had to be ready to wait.
+    Under a key stands who came first: a Hold or a Turn, from which the KeyLock hangs as soon as
+    others want the key; or a KeyLock, if he had to be ready to wait.
 
     Why a key never has two locks that matter: what stands in the table enters it by `setdefault`,
-    one atomic step. A Hold leaves it as it says itself; a KeyLock does under its own mutex, marked
-    `retired` in the same breath, and whoever found it before sees the mark and asks the table
-    again. There is no mutex around the table: with one, 64 threads on 64 keys would wait for each
-    other.
+    one atomic step. A Hold leaves it as it says itself; a Turn gives its place to the Hold that it
+    becomes; a KeyLock leaves under its own mutex, marked `retired` in the same breath, and whoever
+    found it before sees the mark and asks the table again. There is no mutex around the table: with
+    one, 64 threads on 64 keys would wait for each other.
     """
 
     __slots__ = ("__weakref__", "_locks")
@@ -592,16 +643,19 @@ class LockTable:
                 return hold
 
     def queue_turn(self, key: str, call: Callable[[Turn], None]) -> Turn:
-        """Queue a task that has not begun: see Turn."""
-        while True:
-            turn = self._lock(key).queue_turn(call)
-            if turn is not None:
-                return turn
+        """Queue a task that has not begun: see Turn. `call` may be called before this returns."""
+        turn = Turn(key, call, self._locks)
+        if self._locks.setdefault(key, turn) is turn:
+            call(turn)
+        else:
+            while not self._lock(key).queue_turn(turn):
+                pass  # until there is a lock that has not left the table
+        return turn
 
     def _lock(self, key: str) -> KeyLock:
         while True:
             first = self._locks.setdefault(key, KeyLock(key, self._locks))
-            lock = first.wanted() if isinstance(first, Hold) else first
+            lock = first if isinstance(first, KeyLock) else first.wanted()
             if lock is not None:
                 return lock
             time.sleep(0)  # so that the one who lets go can take his next step
@@ -611,7 +665,7 @@ class LockTable:
         thread = threading.current_thread()
         for key, first in list(self._locks.items()):
             del self._locks[key]
-            hold = first.holder if isinstance(first, Hold) else first.hold
+            hold = first.hold if isinstance(first, KeyLock) else first.holder
             if hold is not None and any(party.thread is thread for party in hold.parties):
                 hold.begin_anew()
                 self._locks[key] = hold

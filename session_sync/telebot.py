@@ -190,9 +190,9 @@ class _Room:
             return
         if scope is not None and self._bot.use_class_middlewares and kwargs.get("handlers"):
             kwargs["handlers"] = _rolling_back(kwargs["handlers"], _RollsBack)
-        job = _Job(scope, update, functools.partial(task, *args, **kwargs))
+        job = _Job(scope, task, args, kwargs)
         if scope is None or scope.options.lazy or self._stopped or not self._bot.threaded:
-            self._exec_task(_as_handler, job.run)
+            self._exec_task(job.run)
         else:
             self._queue(job, scope)
 
@@ -202,7 +202,7 @@ class _Room:
         self._waiting.add(job)
         locks = scope.options.door.locks
         job.turn = locks.queue_turn(
-            scope.name, lambda turn: self._exec_task(_as_handler, self._run_turn, job, turn)
+            scope.name, functools.partial(self._exec_task, self._run_turn, job)
         )
         if self._stopped:
             self._withdraw(job)
@@ -245,25 +245,36 @@ def _kind_of(update: Any) -> str | None:
 class _Job:
     """One task of telebot with the scope that goes around it (None: the update has no key)."""
 
+    __slots__ = ("_args", "_kwargs", "_scope", "_task", "turn")
+
     def __init__(
-        self, scope: SessionScope[Any] | None, update: Any, work: Callable[[], None]
+        self,
+        scope: SessionScope[Any] | None,
+        task: Callable[..., Any],
+        args: tuple[Any, ...],  # the update first
+        kwargs: dict[str, Any],
     ) -> None:
         self._scope: Final = scope
-        self._update: Final = update
-        self._work: Final = work
+        self._task: Final = task
+        self._args: Final = args
+        self._kwargs: Final = kwargs
         self.turn: Turn | None = None
 
     def run(self, hold: Hold | None = None) -> None:
         """Do it, in a worker or in the polling thread; `hold` if the key was taken before."""
         scope = self._scope
-        if scope is None:
-            _bind(self._update, None)
-            self._work()
-            return
-        scope.hold = hold
-        with scope as session:
-            _bind(self._update, session)
-            self._work()
+        token = in_handler.set(True)
+        try:
+            if scope is None:
+                _bind(self._args[0], None)
+                self._task(*self._args, **self._kwargs)
+                return
+            scope.hold = hold
+            with scope as session:
+                _bind(self._args[0], session)
+                self._task(*self._args, **self._kwargs)
+        finally:
+            in_handler.reset(token)
 
 
 def _as_handler(work: Callable[..., None], *args: Any) -> None:
@@ -405,29 +416,42 @@ class _AsyncRollsBack(_RollsBack):
 
 # The session of each update object that is alive, or None where it has no key. Not an attribute of
 # the object, because telebot prints those in str(), and pickle and copy take them along.
-_bound: dict[int, tuple[Callable[[], Any], BaseSession | None]] = {}
-_UNBOUND: Final[tuple[Callable[[], Any], None]] = (lambda: None, None)
+_bound: dict[int, _Binding] = {}
+
+
+class _Binding(weakref.ref[Any]):
+    """An update object and its session, as long as the object is alive."""
+
+    __slots__ = ("at", "session")
+
+    at: int
+    session: BaseSession | None
 
 
 def _bind(update: Any, session: BaseSession | None) -> None:
-    at = id(update)
-    _bound[at] = (weakref.ref(update, lambda _: _bound.pop(at, None)), session)
+    binding = _Binding(update, _unbind)
+    binding.at, binding.session = id(update), session
+    _bound[binding.at] = binding
+
+
+def _unbind(binding: _Binding) -> None:
+    _bound.pop(binding.at, None)
 
 
 def _session_of(update: Any) -> Any:
     for entry in entries():
-        if entry.update is update and entry.scope.session is not None:
-            return entry.scope.session
-    reference, session = _bound.get(id(update), _UNBOUND)
-    if reference() is not update:
+        if entry.update is update and (session := entry.scope.session) is not None:
+            return session
+    binding = _bound.get(id(update))
+    if binding is None or binding() is not update:
         raise AttributeError(
             f"this {type(update).__name__} is not the update that is being handled, so no session "
             f"is open for it; the update itself has one (call.session, not call.message.session), "
             f"and sessions.session_scope(...) opens one anywhere"
         )
-    if session is None:
+    if binding.session is None:
         raise SessionKeyError(no_key(update))
-    return session
+    return binding.session
 
 
 class _SessionAttribute:

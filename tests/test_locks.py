@@ -61,7 +61,15 @@ def queued(table: LockTable, key: str = "k") -> int:
 def lock_of(table: LockTable, key: str = "k") -> Any:
     """Where others wait for a key; None if nobody has wanted it since it was taken."""
     first = table._locks.get(key)
-    return first._fate.get("lock") if isinstance(first, Hold) else first
+    while first is not None and not isinstance(first, KeyLock):
+        first = first._fate.get("lock")
+    return first
+
+
+def holder_of(table: LockTable, key: str = "k") -> Hold | None:
+    """Who has a key that somebody has or wants."""
+    first = table._locks[key]
+    return first.hold if isinstance(first, KeyLock) else first.holder
 
 
 def table_of(sessions: SessionManager[Any]) -> LockTable:
@@ -1465,16 +1473,88 @@ def test_a_turn_is_called_at_once_if_the_key_is_free_and_holds_nothing_before_it
     called: list[Turn] = []
     turn = table.queue_turn("k", called.append)
     assert called == [turn]
-    assert lock_of(table).hold is None
+    assert holder_of(table) is None
     hold = turn.claim()
     assert hold is not None
     assert turn.claim() is None
     assert table.try_acquire("k") is None
     turn.withdraw()  # no error, and nothing happens: it was taken
-    assert lock_of(table).hold is hold
+    assert holder_of(table) is hold
     hold.release()
     turn.withdraw()
     assert len(table) == 0
+
+
+def test_who_comes_in_the_moment_in_which_a_turn_claims_passes_it(
+    table: LockTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Turn] = []
+    turn = table.queue_turn("k", called.append)
+    passer: list[Hold] = []
+    look_around = locks.here
+
+    def here() -> Any:
+        """Somebody is quicker than who claims, and is who he says he is."""
+        monkeypatch.setattr(locks, "here", look_around)
+        passer.append(table.acquire("k", 0, passes=True))
+        return look_around()
+
+    monkeypatch.setattr(locks, "here", here)
+    assert turn.claim() is None
+    assert holder_of(table) is passer[0]
+    assert called == [turn]
+    passer[0].release()
+    assert called == [turn, turn]
+    hold = turn.claim()
+    assert hold is not None
+    hold.release()
+
+
+def test_who_finds_the_lock_of_a_turn_finds_the_turn_in_its_queue(
+    table: LockTable, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Turn] = []
+    served: list[str] = []
+    turn = table.queue_turn("k", called.append)
+    enter = KeyLock._enter
+
+    def behind(name: str) -> None:
+        hold = table.acquire("k", SOON)
+        served.append(name)
+        hold.release()
+
+    def enter_late(lock: KeyLock, waiter: Any, queue: Any) -> None:
+        monkeypatch.setattr(KeyLock, "_enter", enter)
+        threads.start(behind, "second").join(0.1)  # it would be done by then, if it could
+        enter(lock, waiter, queue)
+
+    monkeypatch.setattr(KeyLock, "_enter", enter_late)
+    threads.start(behind, "first")
+    until(lambda: queued(table) == 3)
+    assert served == []
+    hold = turn.claim()
+    assert hold is not None
+    served.append("turn")
+    hold.release()
+    threads.join()
+    assert served[0] == "turn"
+    assert called == [turn]
+
+
+def test_a_turn_is_withdrawn_in_the_moment_in_which_somebody_wants_the_key(
+    table: LockTable, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = table.queue_turn("k", lambda _: None)
+    enter = KeyLock._enter
+
+    def enter_late(lock: KeyLock, waiter: Any, queue: Any) -> None:
+        monkeypatch.setattr(KeyLock, "_enter", enter)
+        threads.start(turn.withdraw).join(0.1)  # it would be done by then, if it could
+        enter(lock, waiter, queue)
+
+    monkeypatch.setattr(KeyLock, "_enter", enter_late)
+    table.acquire("k", SOON).release()
+    threads.join()
 
 
 def test_turns_are_called_one_after_the_other_in_the_order_they_came(table: LockTable) -> None:
@@ -1760,6 +1840,9 @@ def test_a_forked_child_keeps_what_its_own_thread_holds_and_nothing_else() -> No
             table.acquire("ours", 30).release()
 
         ours = table.acquire("ours", None)
+        table.queue_turn("not begun", lambda turn: None)
+        table.queue_turn("passed", lambda turn: None)
+        passed = table.acquire("passed", None, passes=True)
         threads = [threading.Thread(target=other), threading.Thread(target=waiter)]
         for thread in threads:
             thread.start()
@@ -1772,6 +1855,9 @@ def test_a_forked_child_keeps_what_its_own_thread_holds_and_nothing_else() -> No
         child = os.fork()
         if child == 0:
             table.acquire("theirs", 1).release()
+            table.acquire("not begun", 1).release()
+            assert table.try_acquire("passed") is None
+            passed.release()
             answer = []
             def wait():
                 try:
@@ -1813,7 +1899,7 @@ def test_who_found_a_lock_that_has_left_the_table_asks_the_table_again(
     hold.release()
     assert old.acquire(0) is None
     assert asyncio.run(old.acquire_async(0)) is None
-    assert old.queue_turn(lambda _: None) is None
+    assert not old.queue_turn(Turn("k", lambda _: None, {}))
 
     look_up = LockTable._lock
 
