@@ -177,6 +177,16 @@ def test_the_reference_has_every_public_name(name: str) -> None:
     assert sorted(documented) == sorted(public_names(module))
 
 
+def test_the_reference_has_every_method_of_the_manager() -> None:
+    text = (DOCS / "api" / "session_sync.md").read_text(encoding="utf-8")
+    found = re.search(r"SessionManager\n +:members: (.+)", text)
+    assert found is not None
+    methods = vars(session_sync.SessionManager)
+    for_the_rooms = {"key_of", "scope_of", "scope_as_stored"}
+    public = {n for n, m in methods.items() if inspect.isfunction(m) and not n.startswith("_")}
+    assert set(found[1].split(", ")) == public - for_the_rooms
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     toctrees = [s.code for s in snippets(DOCS / "index.md") if s.kind == "{toctree}"]
     listed = re.findall(r"^[\w/]+$", "\n".join(toctrees), re.M)
