@@ -48,7 +48,9 @@ def main() -> None:
         if options.offline:
             play(make_bot(TOKEN, sessions), ["Hello!", "Are you counting?", "And now?"])
         elif token := os.environ.get("TOKEN"):
-            make_bot(token, sessions).infinity_polling()
+            bot = make_bot(token, sessions)
+            bot.infinity_polling()
+            bot.stop_bot()  # waits for handlers that are running
         else:
             sys.exit("Set TOKEN to the token of your bot, or try --offline.")
 

@@ -82,7 +82,9 @@ def main() -> None:
         chat = ["/start", "Alex", "/cancel", "Hm", "/start", "Alex", "old enough", "33", "/me"]
         play(make_bot(TOKEN, sessions), chat)
     elif token := os.environ.get("TOKEN"):
-        make_bot(token, sessions).infinity_polling()
+        bot = make_bot(token, sessions)
+        bot.infinity_polling()
+        bot.stop_bot()  # waits for handlers that are running
     else:
         sys.exit("Set TOKEN to the token of your bot, or try --offline.")
 

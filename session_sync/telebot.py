@@ -147,8 +147,12 @@ class _Room:
         """Only what is of one kind together: telebot sorts a batch by kind, so a button press
         could overtake the message that was sent before it. Without a pool one at a time, since the
         handler of one may say what is the next step for the other."""
-        for _, alike in itertools.groupby(updates, _kind_of if self._bot.threaded else id):
-            batch = list(alike)
+        batches: Iterable[list[Any]] = (
+            (list(alike) for _, alike in itertools.groupby(updates, _kind_of))
+            if self._bot.threaded
+            else ([update] for update in updates)
+        )
+        for batch in batches:
             self._process_new_updates(batch)
             if self._migrates_chats and not self._bot.message_handlers:
                 self._migrate_unhandled(batch)

@@ -1262,6 +1262,34 @@ class TestInPlace:
             await asyncio.sleep(0)
         assert not task.done()
 
+    def test_a_server_that_is_near_needs_no_thread(self, own_server: Server) -> None:
+        """Sooner or later, that is: it may be late now and then."""
+        asked: list[str] = []
+
+        class Watched(RedisStorage):
+            def open_record(self, *args: Any) -> Any:
+                asked.append("open")
+                return super().open_record(*args)
+
+            def close_open(self, *args: Any) -> bool:
+                asked.append("close")
+                return super().close_open(*args)
+
+        async def main() -> int:
+            updates = 0
+            while not updates or asked:
+                asked.clear()
+                async with sessions.session_scope("key") as session:
+                    session.n = session.get("n", 0) + 1
+                updates += 1
+            return updates
+
+        with closing(Watched(own_server.url)) as storage:
+            sessions: SessionManager[Any] = SessionManager(storage=storage)
+            assert storage.get("key") is None
+            updates = asyncio.run(main())
+            assert storage.get("key") == {"n": updates}
+
     @pytest.mark.parametrize("stopped_at", ["opening", "closing"])
     def test_the_loop_goes_on_while_the_server_stands_still(
         self, own_server: Server, stopped_at: str

@@ -10,6 +10,7 @@ import socket
 import ssl
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import redis
@@ -73,17 +74,8 @@ class Lines:
         return Asked(self, line, on, request)
 
     def answer(self, line: Any) -> Any:
-        """The answer to what was asked on `line`, which is kept then."""
-        try:
-            answer = line.read_response()
-        except ResponseError:
-            self._idle.append(line)
-            raise
-        except BaseException:
-            line.disconnect()
-            raise
-        self._idle.append(line)
-        return answer
+        """The answer to what was asked on `line`."""
+        return self._keeping(line, line.read_response)
 
     def was_in_vain(self) -> None:
         """Somebody has waited in place: the server is busy, or not as near as that."""
@@ -105,8 +97,15 @@ class Lines:
             line.send_packed_command([request])  # which connects, if need be
             return line.read_response()
 
+        def insist() -> Any:
+            return line.retry.call_with_retry(attempt, lambda _error: line.disconnect())
+
+        return self._keeping(line, insist)
+
+    def _keeping(self, line: Any, answer_of: Callable[[], Any]) -> Any:
+        """What `answer_of` gets on `line`, which is kept if that is an answer."""
         try:
-            answer = line.retry.call_with_retry(attempt, lambda _error: line.disconnect())
+            answer = answer_of()
         except ResponseError:
             self._idle.append(line)
             raise
