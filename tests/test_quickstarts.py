@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,17 +49,32 @@ def typed_in(chat: str) -> str:
     return "".join(f"{line}\n" for line in re.findall(r"^Alex: (.*)$", chat, re.M))
 
 
-@pytest.mark.parametrize("page", WITH_PROGRAMS, ids=title)
-def test_who_follows_a_page_sees_what_it_says(page: Path, tmp_path: Path) -> None:
-    for library in ("telebot", "telegram.ext"):
-        pytest.importorskip(library, reason="needs the extras 'telebot' and 'ptb'")
+def follow(page: Path, folder: Path) -> None:
+    """Do all that a page says, in an empty folder."""
     for step in steps(page):
         if isinstance(step, Run):
-            printed = run(tmp_path, step.command, typed_in(step.printed))
+            printed = run(folder, step.command, typed_in(step.printed))
             assert printed == step.printed, f"{title(page)}:{step.line}"
         else:
             assert step.file is not None
-            (tmp_path / step.file).write_text(step.code, encoding="utf-8")
+            (folder / step.file).write_text(step.code, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Future[None]]]:
+    """Every page, several at a time: a program waits for longer than it computes."""
+    for library in ("telebot", "telegram.ext"):
+        pytest.importorskip(library, reason="needs the extras 'telebot' and 'ptb'")
+    folders = {page: tmp_path_factory.mktemp(page.stem) for page in WITH_PROGRAMS}
+    with ThreadPoolExecutor(4) as pool:
+        yield {page: pool.submit(follow, page, folder) for page, folder in folders.items()}
+
+
+@pytest.mark.parametrize("page", WITH_PROGRAMS, ids=title)
+def test_who_follows_a_page_sees_what_it_says(
+    page: Path, followed: dict[Path, Future[None]]
+) -> None:
+    followed[page].result()
 
 
 @pytest.mark.parametrize("page", WITH_PROGRAMS, ids=title)
