@@ -34,6 +34,7 @@ from .expiry import ttl
 from .keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
 from .manager import SessionManager
 from .scope import SessionScope
+from .scopes import SessionScopes
 from .session import Session, StrictSession
 from .storages.base import KVStorage, ListableStorage, TtlStorage
 from .storages.memory import LruMemoryStorage, MemoryStorage
@@ -68,6 +69,7 @@ __all__ = [
     "SessionManager",
     "SessionMigrationError",
     "SessionScope",
+    "SessionScopes",
     "SessionTypeError",
     "SessionVersionError",
     "StorageKey",

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 from .errors import SessionDecodeError
 from .locks import LockTable
 from .storages.base import (
+    AtomicStorage,
     KVStorage,
     OpenRecord,
     PromptStorage,
@@ -49,6 +50,7 @@ class Door:
         self._open_at_once: Final = (
             storage.open_at_once if isinstance(storage, PromptStorage) else None
         )
+        self._save_all: Final = storage.save_all if isinstance(storage, AtomicStorage) else None
 
     def open(self, key: str, timeout: float) -> OpenRecord:
         """Open what is stored under `key`; raises SessionLockTimeout after `timeout` seconds."""
@@ -57,6 +59,10 @@ class Door:
     def open_at_once(self, key: str) -> OpenRecord | None:
         """The same, if that can be done without waiting; else None."""
         return None if self._open_at_once is None else self._open_at_once(key)
+
+    def save_all(self, records: Mapping[str, Record], opened: Mapping[str, OpenRecord]) -> bool:
+        """Save several records, all or none; False if the storage cannot, and nothing was done."""
+        return self._save_all is not None and self._save_all(records, opened)
 
     def close_at_once(self, opened: OpenRecord, record: Record | None) -> bool:
         """Close a record, if that can be done without waiting."""

@@ -1,4 +1,4 @@
-"""The options, and the doors: `session_scope` and `with_session`."""
+"""The options, and the doors: `session_scope`, `session_scopes` and `with_session`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .expiry import seconds_of
 from .keys import StorageKey, default_key_text, default_storage_key, message_types
 from .migrations import Migration, Migrations
 from .scope import Options, SessionScope
+from .scopes import SessionScopes
 from .session import BaseSession, Session, schema_of
 from .storages.base import KVStorage
 from .storages.memory import MemoryStorage
@@ -133,6 +134,36 @@ class SessionManager(Generic[S]):
         ...     session.counter
         1
         """
+        return self._scope(self._options, update_or_key)
+
+    def session_scopes(self, *updates_or_keys: Any) -> SessionScopes[S]:
+        """The sessions of several updates or keys at once, for `with` or `async with`: a transfer
+        from one user to another, say.
+
+        They are locked in one fixed order, whatever the order in which they are asked for, so two
+        transfers never wait for each other in a circle. A block that raises leaves all of them as
+        they were (see `on_error`). At its end all are written or, if that fails, none, where the
+        storage can write several in one step: those in memory, SQLiteStorage, DiskStorage and
+        RedisStorage can, but for a cluster, and an adapter may (see AtomicStorage). Another one
+        gets them one by one; if that fails half-way, a note on the exception says which it has.
+
+        A key that is given twice, or is open around the block, is one session; the latter is saved
+        with the scope around it. All are loaded at the beginning, also by a lazy manager.
+
+        Raises as `session_scope` does, entered and left.
+
+        >>> from session_sync import SessionManager
+        >>> sessions = SessionManager(initial=lambda key: {"coins": 10})
+        >>> with sessions.session_scopes("user:1", "user:2") as (alice, bob):
+        ...     alice.coins -= 3
+        ...     bob.coins += 3
+        >>> sessions.storage.get("user:1"), sessions.storage.get("user:2")
+        ({'coins': 7}, {'coins': 13})
+        """
+        options = replace(self._options, lazy=False) if self._options.lazy else self._options
+        return SessionScopes([self._scope(options, each) for each in updates_or_keys])
+
+    def _scope(self, options: Options[S], update_or_key: Any) -> SessionScope[S]:
         # No message is a key, which to find out takes longer than to look whether it is a message.
         is_message = type(update_or_key) in message_types
         if not is_message and isinstance(update_or_key, (str, StorageKey)):
@@ -143,7 +174,7 @@ class SessionManager(Generic[S]):
                 key = _text_of(key)
                 if key is None:
                     raise SessionKeyError(no_key(update_or_key))
-        return SessionScope(self._options, key, self.prefix + key, update_or_key)
+        return SessionScope(options, key, self.prefix + key, update_or_key)
 
     def with_session(self, handler: Handler) -> Handler:
         """Run a handler, sync or async, function or method, inside the scope of its update.
@@ -298,9 +329,9 @@ class SessionManager(Generic[S]):
         topic, business connection and `key`. `install` does this by itself, see `migrate_chats`.
 
         Each is moved under its lock and that of its new key, with its timers and its version; a
-        handler that runs in one of them ends first. It is written to the new place before it is
-        deleted from the old one, so a crash in between loses nothing: both are there then, and
-        calling it again finishes, as it does after any interruption. Call it outside of handlers;
+        handler that runs in one of them ends first. Both are written in one step, where the storage
+        can (see `session_scopes`); else the new place first, so a crash in between loses nothing.
+        After any interruption, calling it again finishes. Call it outside of handlers;
         in one, `session.release()` before. In async code: `await asyncio.to_thread(
         sessions.migrate_chat, old, new)`.
 

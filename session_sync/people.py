@@ -6,7 +6,7 @@ This module knows stored keys and the scopes that open them one by one; it knows
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from .expiry import TIMERS, Timers, Ttl
 from .keys import StorageKey
 from .schema import NO_SCHEMA, is_field
 from .scope import Options, SessionScope
+from .scopes import SessionScopes
 from .session import Fields, Session
 from .storages.base import Record, record_of
 from .stored import for_each_key, stored_keys
@@ -63,13 +64,14 @@ def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
         if key is None:
             return False
         target = prefix + str(replace(key, chat=moved.chat))
-        with _opened(options, prefix, "migrate_chat", name, target) as (source, goal):
+        # The goal first: a crash between the two leaves both, and nothing is lost.
+        with _opened(options, prefix, "migrate_chat", target, name) as (goal, source):
             record, existing = _record(source), _record(goal)
             if not record:  # somebody else has moved it meanwhile
                 return False
             if existing:
                 record = _merged(options, source, goal)
-            _store(goal, record)  # first: a crash that comes now leaves both, and nothing is lost
+            _store(goal, record)
             _store(source, record_of({}))
         return True
 
@@ -103,8 +105,8 @@ def _keys_of(wanted: StorageKey) -> Callable[[str], StorageKey | None]:
 def _opened(
     options: Options[Any], prefix: str, what: str, *names: str
 ) -> Iterator[list[SessionScope[Session]]]:
-    """The sessions stored under `names`, whatever is in them. They are locked in one order whoever
-    wants them, so nobody who opens several in this way waits for another one in a circle."""
+    """The sessions stored under `names`, whatever is in them; written together at the end, in the
+    order of `names` by a store that takes one at a time."""
     options = replace(
         options,
         session_type=Session,
@@ -115,19 +117,17 @@ def _opened(
         lazy=False,
         save_on_error=False,
     )
-    scopes: dict[str, SessionScope[Session]] = {}
-    with ExitStack() as stack:
-        for name in sorted(names):
-            key = name.removeprefix(prefix)
-            scope = scopes[name] = SessionScope(options, key, name, key)
-            stack.enter_context(scope)
+    keys = {name: name.removeprefix(prefix) for name in names}
+    scopes = [SessionScope(options, key, name, key) for name, key in keys.items()]
+    with SessionScopes(scopes):
+        for scope in scopes:
             if scope.joined is not None:
                 raise SessionDeadlockError(
-                    f"session {key!r} is open around {what}(), which has to wait until it is "
+                    f"session {scope.key!r} is open around {what}(), which has to wait until it is "
                     f"closed; call session.release() before (in async code `await "
                     f"session.arelease()`), or call {what}() outside of handlers"
                 )
-        yield [scopes[name] for name in names]
+        yield scopes
 
 
 def _record(scope: SessionScope[Session]) -> Record:
@@ -137,11 +137,9 @@ def _record(scope: SessionScope[Session]) -> Record:
 
 
 def _store(scope: SessionScope[Session], record: Record) -> None:
-    """Store `record` instead; an empty one deletes the session."""
-    assert scope.session is not None
+    """Store `record` instead, at the end; an empty one deletes the session."""
     fields = scope.fields = Fields(scope.key, record)
     fields.save_as_it_is()
-    scope.session.flush()
 
 
 # -- where the new chat has a session already

@@ -11,7 +11,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -335,15 +335,18 @@ class Scope(Generic[S]):
         if record is kept:
             return
         try:
-            if record:
-                self.options.door.save(self.name, record)
-                self._stored = True
-            elif self._stored:
-                self.options.door.delete(self.name)
-                self._stored = False
+            self._put(record)
         except BaseException:
             fields.not_saved(kept)
             raise
+
+    def _put(self, record: Record) -> None:
+        if record:
+            self.options.door.save(self.name, record)
+            self._stored = True
+        elif self._stored:
+            self.options.door.delete(self.name)
+            self._stored = False
 
     def _writing_in_turn(self, turns: KeyLock, last: bool) -> Steps:
         """A flush does not overtake one that is on its way, and none comes after the last."""
@@ -573,6 +576,82 @@ class Scope(Generic[S]):
                 f"session.{name}() would block the event loop while the storage writes "
                 f"{self.key!r}; write `await session.{instead}()`"
             )
+
+
+class SavingTogether:
+    """The end of a block around several sessions of one store: what has changed in them is written
+    before any of them is closed, all of it or, where the store can, nothing.
+
+    Those that were joined are left to the scopes that they belong to. The turns are those of the
+    flushes: none is on its way meanwhile. What fails leaves all of them as they were before.
+    """
+
+    def __init__(self, scopes: Iterable[SessionScope[Any]]) -> None:
+        own = (scope for scope in scopes if scope.joined is None and not scope.closed)
+        self._kept: Final = {scope: scope.fields.kept for scope in own if scope.fields is not None}
+        self._records: Final[dict[Scope[Any], Record]] = {}
+        self._written: Final[set[Scope[Any]]] = set()
+
+    def steps(self) -> Steps:
+        """Write."""
+        if len(self._kept) < 2:
+            return  # to close one is to write it
+        turns: dict[Scope[Any], Hold] = {}
+        try:
+            for scope in self._kept:
+                turns[scope] = yield TakeTurn(scope._turns("flushes"), None)
+            yield from self._writing()
+        except BaseException:
+            self._take_back()
+            raise
+        finally:
+            for turn in turns.values():
+                turn.release()
+
+    def _writing(self) -> Steps:
+        for scope, kept in self._kept.items():
+            assert scope.fields is not None
+            record = scope.fields.take_changes()
+            if record is not kept:
+                self._records[scope] = record
+        door = next(iter(self._kept)).options.door
+        if not self._records:
+            return
+        if door.blocking:
+            yield Call(closers, self._write, door)
+        else:
+            self._write(door)
+
+    def _write(self, door: Door) -> None:
+        records = {scope.name: record for scope, record in self._records.items()}
+        opened = {}
+        for scope in self._records:
+            if door.blocking and scope._opened is not None:
+                opened[scope.name] = scope._opened
+        if door.save_all(records, opened):
+            for scope, record in self._records.items():
+                scope._stored = bool(record)
+            self._written.update(self._records)
+            return
+        for scope, record in self._records.items():
+            try:
+                if scope.name in opened:
+                    scope._write(opened[scope.name], record, last=False)
+                else:
+                    scope._put(record)
+            except BaseException as error:
+                if self._written:
+                    keys = ", ".join(repr(scope.key) for scope in self._written)
+                    error.add_note(f"already written, by a store that takes one at a time: {keys}")
+                raise
+            self._written.add(scope)
+
+    def _take_back(self) -> None:
+        for scope, kept in self._kept.items():
+            assert scope.fields is not None
+            if scope not in self._written:  # else it was cancelled, and yet written
+                scope.fields.not_saved(kept)
+            scope.fields.roll_back()
 
 
 # The innermost entry of this thread or task, and of those started inside it.

@@ -138,6 +138,21 @@ class PromptStorage(SharedStorage, Protocol):
         ...
 
 
+@runtime_checkable
+class AtomicStorage(Protocol):
+    """A storage that can write several sessions in one step, as `session_scopes` would like to."""
+
+    def save_all(self, records: Mapping[str, Record], opened: Mapping[str, OpenRecord], /) -> bool:
+        """Store each record under its key (an empty one: remove what is stored), or raise and leave
+        all of them as they were. False if these keys cannot be written in one step: nothing was
+        done then.
+
+        `opened` has the open records of a SharedStorage, by the same keys, which stay open; of any
+        other storage it is not looked at. Raises SessionConflictError as `OpenRecord.save` does.
+        """
+        ...
+
+
 #: The stored fields of one session at one moment: a mapping that never changes, so that any thread
 #: can read it while another one stores its successor. A dict that nobody changes any more, or a
 #: PatchedRecord. `record_of` makes one, and the functions below make others of it.

@@ -186,6 +186,21 @@ class DiskStorage:
         """Open `key` when no other process has it open; raises SessionLockTimeout."""
         return LockedRecord(self, key, self._locks.acquire(key, timeout))
 
+    def save_all(
+        self, records: Mapping[str, Record], opened: Mapping[str, LockedRecord[DiskStorage]], /
+    ) -> bool:
+        """Store several records, in one transaction."""
+        values = {key: self._codec.encode(record, key) for key, record in records.items() if record}
+        for each in opened.values():
+            each.check()
+        with self._cache.transact():
+            for key in records:
+                if key in values:
+                    self._cache.write(key, values[key], self._ttl)
+                else:
+                    self._cache.delete(key)
+        return True
+
     def _find(self, key: str) -> tuple[bytes, float | None] | None:
         try:
             return self._cache.find(key)

@@ -197,9 +197,13 @@ class LockedRecord(Generic[Store]):
             grip.release()
             raise
 
+    def check(self) -> None:
+        """Raises SessionConflictError if another process may have opened it."""
+        self._grip.check()
+
     def save(self, record: Record, /) -> None:
         """Store `record`, or remove what is stored if it is empty."""
-        self._grip.check()
+        self.check()
         if record:
             self._storage.save(self._key, record)
         else:

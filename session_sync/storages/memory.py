@@ -110,6 +110,18 @@ class MemoryStorage:
             self._start_life(key, self._ttl)
             self._sweep()
 
+    def save_all(self, records: Mapping[str, Record], _opened: Mapping[str, Any]) -> bool:
+        """Store several records, all or none."""
+        if self._codec is not None:
+            for key, record in records.items():
+                self._codec.encode(record, key)
+        for key, record in records.items():
+            if record:
+                self.save(key, record)
+            else:
+                self.delete(key)
+        return True
+
     def _find(self, key: str) -> Record | None:
         if self._ttl is not None and self._expiry.get(key, 0) <= time.monotonic():
             return None

@@ -220,6 +220,37 @@ if said ~= 'ok' then return redis.error_reply(said) end
 return 1
 """
 
+# Write several sessions, each under its own lock: all or none. KEYS are the data and the lock of
+# each, ARGV the lease, the ttl, and of each the token, the number, how and what. The answer is 0,
+# or the place of the first whose lock was lost. Only the first write can fail (see _CLOSE).
+_SAVE_ALL: Final = """
+local lease, ttl = ARGV[1], ARGV[2]
+local since = {}
+for i = 1, #KEYS / 2 do
+  local token, number = ARGV[4 * i - 1], ARGV[4 * i]
+  local held = redis.call('GET', KEYS[2 * i])
+  if not held or string.sub(held, 1, #token + 1) ~= token .. ' ' then return i end
+  local saves
+  saves, since[i] = string.match(held, ' (%d+) (%d+)$')
+  if tonumber(number) <= tonumber(saves) then return 0 end -- sent again
+end
+for i = 1, #KEYS / 2 do
+  local how, value = ARGV[4 * i + 1], ARGV[4 * i + 2]
+  if how == 'delete' then
+    redis.call('DEL', KEYS[2 * i - 1])
+  elseif ttl == '0' then
+    redis.call('SET', KEYS[2 * i - 1], value)
+  else
+    redis.call('SET', KEYS[2 * i - 1], value, 'PX', ttl)
+  end
+end
+for i = 1, #KEYS / 2 do
+  local held = ARGV[4 * i - 1] .. ' ' .. ARGV[4 * i] .. ' ' .. since[i]
+  redis.call('SET', KEYS[2 * i], held, 'PX', lease)
+end
+return 0
+"""
+
 _RENEW: Final = """
 local held = redis.call('GET', KEYS[1])
 if held and string.sub(held, 1, #ARGV[1] + 1) == ARGV[1] .. ' ' then
@@ -416,6 +447,25 @@ class RedisStorage:
         renewer().keep(opened)
         return opened
 
+    def save_all(
+        self, records: Mapping[str, Record], opened: Mapping[str, OpenRedisRecord], /
+    ) -> bool:
+        """Store several records in one step; not on a cluster, where they lie on several nodes."""
+        if isinstance(self._client, RedisCluster):
+            return False
+        names = [name for key in records for name in opened[key].names[:2]]
+        values = [
+            value
+            for key, record in records.items()
+            for value in (opened[key].token, *opened[key].to_save(record))
+        ]
+        lost: Any = self._client.eval(
+            _SAVE_ALL, len(names), *names, self._lease, self._ttl, *values
+        )
+        if lost:
+            raise list(opened.values())[lost - 1].conflict()
+        return True
+
     # -- opening
 
     def _record(self, here: _InProcess, key: str) -> OpenRedisRecord:
@@ -463,9 +513,9 @@ class RedisStorage:
             return b"delete", b""
         return b"set", self._codec.encode(record, key)
 
-    def save_open(self, opened: OpenRedisRecord, written: _Written) -> bool:
+    def save_open(self, opened: OpenRedisRecord, number: bytes, *written: bytes) -> bool:
         """Write under the lock; False if it was lost."""
-        lines, number = self._in_process().lines, b"%d" % opened.saves
+        lines = self._in_process().lines
         return bool(self._save_script.run(self._client, lines, opened, number, *written))
 
     def close_open(
@@ -605,11 +655,15 @@ class OpenRedisRecord(Lease):
 
     def save(self, record: Record, /) -> None:
         """Store `record` and stay open. Raises SessionConflictError if the lease was lost."""
+        if not self._storage.save_open(self, *self.to_save(record)):
+            raise self.conflict()
+
+    def to_save(self, record: Record) -> tuple[bytes, ...]:
+        """How to store `record` as the next one: its number, how and what."""
         self._refuse_in_child()
         written = self._storage.written(self.key, record)
         self.saves += 1
-        if not self._storage.save_open(self, written):
-            raise self._conflict()
+        return b"%d" % self.saves, *written
 
     def close(self, record: Record | None, /) -> None:
         """Store `record`, unless it is None, and let others open it."""
@@ -623,7 +677,7 @@ class OpenRedisRecord(Lease):
                 self._storage.close_open(self, self._storage.written(self.key, None))
                 raise
             if not self._storage.close_open(self, written, self._asked) and record is not None:
-                raise self._conflict()
+                raise self.conflict()
         finally:
             renewer().drop(self)
 
@@ -651,7 +705,8 @@ class OpenRedisRecord(Lease):
                 f"this is a child that was forked meanwhile. Open it in the child."
             )
 
-    def _conflict(self) -> SessionConflictError:
+    def conflict(self) -> SessionConflictError:
+        """What to raise where the lease was lost."""
         return SessionConflictError(
             f"the session {self.key!r} was not saved, since somebody else may have changed it "
             f"meanwhile: its lease of {self.seconds:g} s was lost, because this process (or its "

@@ -180,6 +180,32 @@ class SQLiteStorage:
         """Open `key` when no other process has it open; raises SessionLockTimeout."""
         return _OpenRecord(self, key, self._locks.acquire(key, timeout))
 
+    def save_all(self, records: Mapping[str, Record], opened: Mapping[str, _OpenRecord], /) -> bool:
+        """Store several records, in one transaction."""
+        expires = None if self._ttl is None else time.time() + self._ttl
+        statements: list[tuple[str, tuple[object, ...]]] = [
+            (_UPSERT, (_stored(key), self._codec.encode(record, key), expires))
+            if record
+            else (_DELETE, (_stored(key),))
+            for key, record in records.items()
+        ]
+        for each in opened.values():
+            each.check()
+        cursor = self._connections.take()
+        try:
+            cursor.execute("BEGIN IMMEDIATE")
+            try:
+                for statement, values in statements:
+                    cursor.execute(statement, values)
+                cursor.execute("COMMIT")
+            except BaseException:
+                if cursor.connection.in_transaction:  # else SQLite has done it
+                    cursor.execute("ROLLBACK")
+                raise
+        finally:
+            self._connections.give_back(cursor)
+        return True
+
     # -- without waiting
 
     def open_at_once(self, key: str, /) -> _OpenRecord | None:
