@@ -40,7 +40,6 @@ STATE: Final = "step"
 
 NO_RECORD: Final = "is no record of telebot's, which has a state and data"
 
-_STATES: Final = ("telebot.states.State", "telebot.handler_backends.State")
 _FILE: Final = "the file_path that the bot gives StatePickleStorage: ./.state-save/states.pkl"
 
 
@@ -121,7 +120,7 @@ def _fields(record: Any) -> dict[Any, Any]:
 
 def _meaning(thing: Thing) -> Any:
     """A State, which the StatePickleStorage of 4.23 and newer keeps whole, is its name."""
-    return by_name(thing.state).get("name") if thing.name in _STATES else thing
+    return by_name(thing.state).get("name") if thing.name == "telebot.states.State" else thing
 
 
 # -- for both storages
