@@ -56,13 +56,13 @@ def read_pickle(data: bytes) -> Any:
 
     Raises ValueError, with the number of the byte, if `data` is no pickle of Python 3.
 
-    >>> import os, pickle
+    >>> import pickle
     >>> class Evil:
     ...     def __reduce__(self):
-    ...         return os.system, ("echo evil",)
+    ...         return eval, ("print('evil')",)
     >>> thing = read_pickle(pickle.dumps([1, Evil()]))[1]
     >>> thing.name, thing.args
-    ('posix.system', ('echo evil',))
+    ('builtins.eval', ("print('evil')",))
     """
     machine, at = _Machine(), 0
     try:
