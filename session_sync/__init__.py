@@ -33,6 +33,7 @@ from .errors import (
 from .expiry import ttl
 from .keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
 from .manager import SessionManager
+from .observers import SessionEvent
 from .scope import SessionScope
 from .scopes import SessionScopes
 from .session import Session, StrictSession
@@ -64,6 +65,7 @@ __all__ = [
     "SessionDecodeError",
     "SessionEncodeError",
     "SessionError",
+    "SessionEvent",
     "SessionKeyError",
     "SessionLockTimeout",
     "SessionManager",

@@ -152,7 +152,9 @@ class Codec:
         session_sync.errors.SessionDecodeError: session 'user:1' cannot be read: field 'b' has the
         unknown tag '$nonsense' (written by a newer version?). The record is left as it is.
         """
-        return EncodedRecord(self._split(data, key), {}, self, key, {})
+        record = EncodedRecord(self._split(data, key), {}, self, key, {})
+        record.size = len(data)
+        return record
 
     def decode_field(self, name: str, raw: Raw, key: str | None) -> Any:
         """One field out of its JSON text; `name` and `key` are for the message of an error."""
@@ -202,7 +204,9 @@ class EncodedRecord(PatchedRecord):
     `patch` alone.
     """
 
-    __slots__ = ("_decoded", "_key", "codec")
+    __slots__ = ("_decoded", "_key", "codec", "size")
+
+    size: int  # bytes; only of one that was just read
 
     def __init__(
         self,

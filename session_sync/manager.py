@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from logging import DEBUG
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast
 
@@ -16,6 +17,7 @@ from .errors import SessionKeyError, SessionMigrationError
 from .expiry import seconds_of
 from .keys import StorageKey, default_key_text, default_storage_key, message_types
 from .migrations import Migration, Migrations
+from .observers import ObservedScope, Observer, Observers, logger
 from .scope import Options, SessionScope
 from .scopes import SessionScopes
 from .session import BaseSession, Session, schema_of
@@ -30,6 +32,7 @@ if TYPE_CHECKING:  # a manager made without arguments is a SessionManager[Sessio
 else:
     S = TypeVar("S", bound=BaseSession)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+_is_logged: Final = logger.isEnabledFor
 
 
 class SessionManager(Generic[S]):
@@ -55,6 +58,10 @@ class SessionManager(Generic[S]):
             class has under this name. They run in order when a session is loaded, under its lock,
             and what comes out is stored with whatever is written next.
         migrate_eagerly: store a migrated session at once. By default as the class says: False.
+        on_open, on_close, on_wait: observers, called with a SessionEvent when a session was loaded,
+            when it was saved and is free again (or could not be saved), and when somebody has
+            waited for one. They are for figures, and must be quick: they run where the session is
+            used, on the event loop too. What they raise is logged, and goes no further.
 
     Raises TypeError and ValueError for options that cannot work, at once.
 
@@ -79,6 +86,9 @@ class SessionManager(Generic[S]):
         prefix: str = "",
         migrations: Mapping[int, Migration] | None = None,
         migrate_eagerly: bool | None = None,
+        on_open: Observer | None = None,
+        on_close: Observer | None = None,
+        on_wait: Observer | None = None,
     ) -> None:
         if not (isinstance(session_type, type) and issubclass(session_type, BaseSession)):
             raise TypeError(f"session_type must be Session or a subclass, not {session_type!r}")
@@ -89,7 +99,13 @@ class SessionManager(Generic[S]):
             )
         if on_error not in ("discard", "flush"):
             raise ValueError(f"on_error must be 'discard' or 'flush', not {on_error!r}")
-        for name, function in (("get_storage_key", get_storage_key), ("initial", initial)):
+        for name, function in (
+            ("get_storage_key", get_storage_key),
+            ("initial", initial),
+            ("on_open", on_open),
+            ("on_close", on_close),
+            ("on_wait", on_wait),
+        ):
             if inspect.iscoroutinefunction(function):
                 raise TypeError(f"{name} is an `async def`; it must be a plain function")
         self.storage: Final = storage if storage is not None else MemoryStorage()
@@ -116,6 +132,8 @@ class SessionManager(Generic[S]):
             save_on_error=on_error == "flush",
         )
         self._patient: Final = replace(self._options, queue_timeout=None)
+        self._observers: Final = Observers(on_open, on_close, on_wait)
+        self._is_observed: Final = any(self._observers)
 
     # -- the doors
 
@@ -134,7 +152,19 @@ class SessionManager(Generic[S]):
         ...     session.counter
         1
         """
-        return self._scope(self._options, update_or_key)
+        # No message is a key, which to find out takes longer than to look whether it is a message.
+        is_message = type(update_or_key) in message_types
+        if not is_message and isinstance(update_or_key, (str, StorageKey)):
+            key: Any = str(update_or_key)
+        else:
+            key = self._get_storage_key(update_or_key)
+            if key.__class__ is not str:
+                key = _text_of(key)
+                if key is None:
+                    raise SessionKeyError(no_key(update_or_key))
+        if self._is_observed or _is_logged(DEBUG):
+            return self._observed(self._options, key, update_or_key)
+        return SessionScope(self._options, key, self.prefix + key, update_or_key)
 
     def session_scopes(self, *updates_or_keys: Any) -> SessionScopes[S]:
         """The sessions of several updates or keys at once, for `with` or `async with`: a transfer
@@ -160,21 +190,11 @@ class SessionManager(Generic[S]):
         >>> sessions.storage.get("user:1"), sessions.storage.get("user:2")
         ({'coins': 7}, {'coins': 13})
         """
-        options = replace(self._options, lazy=False) if self._options.lazy else self._options
-        return SessionScopes([self._scope(options, each) for each in updates_or_keys])
-
-    def _scope(self, options: Options[S], update_or_key: Any) -> SessionScope[S]:
-        # No message is a key, which to find out takes longer than to look whether it is a message.
-        is_message = type(update_or_key) in message_types
-        if not is_message and isinstance(update_or_key, (str, StorageKey)):
-            key: Any = str(update_or_key)
-        else:
-            key = self._get_storage_key(update_or_key)
-            if key.__class__ is not str:
-                key = _text_of(key)
-                if key is None:
-                    raise SessionKeyError(no_key(update_or_key))
-        return SessionScope(options, key, self.prefix + key, update_or_key)
+        scopes = [self.session_scope(each) for each in updates_or_keys]
+        if self._options.lazy:
+            options = replace(self._options, lazy=False)
+            scopes = [self._observed(options, scope.key, scope.update) for scope in scopes]
+        return SessionScopes(scopes)
 
     def with_session(self, handler: Handler) -> Handler:
         """Run a handler, sync or async, function or method, inside the scope of its update.
@@ -224,7 +244,12 @@ class SessionManager(Generic[S]):
     def scope_of(self, key: str, update: Any) -> SessionScope[S]:
         """The scope of `key` on behalf of `update`, which `initial` will be given. It waits as
         long as it takes for others of this process, since a queue must not drop updates."""
+        if self._is_observed or _is_logged(DEBUG):
+            return self._observed(self._patient, key, update)
         return SessionScope(self._patient, key, self.prefix + key, update)
+
+    def _observed(self, options: Options[S], key: str, update: Any) -> SessionScope[S]:
+        return ObservedScope(options, key, self.prefix + key, update, self._observers)
 
     def scope_as_stored(self, key: str) -> SessionScope[S]:
         """The scope of a key for who does not look at the fields, of whatever version they are."""

@@ -630,7 +630,7 @@ class SavingTogether:
                 opened[scope.name] = scope._opened
         if door.save_all(records, opened):
             for scope, record in self._records.items():
-                scope._stored = bool(record)
+                scope._has_written(record)
             self._written.update(self._records)
             return
         for scope, record in self._records.items():

@@ -68,15 +68,21 @@ class RecordStorage(Protocol):
     def load(self, key: str, /) -> Record | None:
         """The stored record, its life time started anew, or None."""
 
-    def save(self, key: str, record: Record, /) -> None:
-        """Store `record` whole, or raise and leave what was stored before."""
+    def save(self, key: str, record: Record, /) -> int | None:
+        """Store `record` whole, or raise and leave what was stored before.
+
+        Returns how many bytes it takes, if that is known.
+        """
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
 
 
 class OpenRecord(Protocol):
-    """One record for as long as it is open: no other process can open it until it is closed."""
+    """One record for as long as it is open: no other process can open it until it is closed.
+
+    It may have a `size`: how many bytes took what was written last, for observers.
+    """
 
     @property
     def record(self) -> Record | None:

@@ -134,7 +134,7 @@ class DiskStorage:
 
         Raises `SessionEncodeError` if it holds something that the codec does not keep.
         """
-        self._cache.write(key, self._codec.encode(value, key), self._ttl)
+        self.save(key, value)
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
@@ -178,9 +178,11 @@ class DiskStorage:
             self.touch(key)
         return record
 
-    def save(self, key: str, record: Record, /) -> None:
-        """Store `record` whole, or raise and leave what was stored before."""
-        self.set(key, record)
+    def save(self, key: str, record: Record, /) -> int:
+        """Store `record` whole, or raise and leave what was stored before; returns its bytes."""
+        data = self._codec.encode(record, key)
+        self._cache.write(key, data, self._ttl)
+        return len(data)
 
     def open_record(self, key: str, timeout: float, /) -> LockedRecord[DiskStorage]:
         """Open `key` when no other process has it open; raises SessionLockTimeout."""
@@ -190,15 +192,17 @@ class DiskStorage:
         self, records: Mapping[str, Record], opened: Mapping[str, LockedRecord[DiskStorage]], /
     ) -> bool:
         """Store several records, in one transaction."""
-        values = {key: self._codec.encode(record, key) for key, record in records.items() if record}
+        data = {key: self._codec.encode(record, key) for key, record in records.items() if record}
         for each in opened.values():
             each.check()
         with self._cache.transact():
             for key in records:
-                if key in values:
-                    self._cache.write(key, values[key], self._ttl)
+                if key in data:
+                    self._cache.write(key, data[key], self._ttl)
                 else:
                     self._cache.delete(key)
+        for key, each in opened.items():
+            each.size = len(data[key]) if key in data else None
         return True
 
     def _find(self, key: str) -> tuple[bytes, float | None] | None:

@@ -168,7 +168,7 @@ class Grip:
 
 class _Store(Protocol):
     def load(self, key: str, /) -> Record | None: ...
-    def save(self, key: str, record: Record, /) -> None: ...
+    def save(self, key: str, record: Record, /) -> int | None: ...
     def delete(self, key: str, /) -> None: ...
 
 
@@ -179,7 +179,7 @@ class LockedRecord(Generic[Store]):
     """An OpenRecord (see base.py) of a storage that can load, save and delete; `grip` keeps other
     processes away meanwhile."""
 
-    __slots__ = ("_grip", "_key", "_storage", "record")
+    __slots__ = ("_grip", "_key", "_storage", "record", "size")
 
     def __init__(
         self,
@@ -191,6 +191,7 @@ class LockedRecord(Generic[Store]):
         self._storage: Final = storage
         self._key: Final = key
         self._grip: Final = grip
+        self.size: int | None = None  # bytes that were written last
         try:
             self.record: Final = storage.load(key) if load is None else load(key)
         except BaseException:
@@ -205,8 +206,9 @@ class LockedRecord(Generic[Store]):
         """Store `record`, or remove what is stored if it is empty."""
         self.check()
         if record:
-            self._storage.save(self._key, record)
+            self.size = self._storage.save(self._key, record)
         else:
+            self.size = None
             self._storage.delete(self._key)
 
     def close(self, record: Record | None, /) -> None:

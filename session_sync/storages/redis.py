@@ -505,13 +505,16 @@ class RedisStorage:
 
     # -- for an open record
 
-    def written(self, key: str, record: Record | None) -> _Written:
+    def written(self, opened: OpenRedisRecord, record: Record | None) -> _Written:
         """How to write `record`, and what."""
         if record is None:
             return b"keep", b""
         if not record:
+            opened.size = None
             return b"delete", b""
-        return b"set", self._codec.encode(record, key)
+        data = self._codec.encode(record, opened.key)
+        opened.size = len(data)
+        return b"set", data
 
     def save_open(self, opened: OpenRedisRecord, number: bytes, *written: bytes) -> bool:
         """Write under the lock; False if it was lost."""
@@ -636,6 +639,7 @@ class OpenRedisRecord(Lease):
         "packed",
         "record",
         "saves",
+        "size",
         "token",
     )
 
@@ -651,6 +655,7 @@ class OpenRedisRecord(Lease):
         self.packed: Final = _packed(*names, token)  # ... as it is sent with each script
         self.record: Record | None = None
         self.saves = 0
+        self.size: int | None = None  # bytes that were written last
         self._asked: Asked | None = None  # to close it
 
     def save(self, record: Record, /) -> None:
@@ -661,7 +666,7 @@ class OpenRedisRecord(Lease):
     def to_save(self, record: Record) -> tuple[bytes, ...]:
         """How to store `record` as the next one: its number, how and what."""
         self._refuse_in_child()
-        written = self._storage.written(self.key, record)
+        written = self._storage.written(self, record)
         self.saves += 1
         return b"%d" % self.saves, *written
 
@@ -672,9 +677,9 @@ class OpenRedisRecord(Lease):
         self._refuse_in_child()
         try:
             try:
-                written = self._storage.written(self.key, record)
+                written = self._storage.written(self, record)
             except BaseException:
-                self._storage.close_open(self, self._storage.written(self.key, None))
+                self._storage.close_open(self, self._storage.written(self, None))
                 raise
             if not self._storage.close_open(self, written, self._asked) and record is not None:
                 raise self.conflict()
@@ -687,7 +692,7 @@ class OpenRedisRecord(Lease):
         if self._owner != os.getpid():
             return False
         try:
-            asked = self._storage.send_close(self, self._storage.written(self.key, record))
+            asked = self._storage.send_close(self, self._storage.written(self, record))
             if asked is not None and not asked.has_come():
                 self._asked = asked
                 return False

@@ -121,13 +121,7 @@ class SQLiteStorage:
 
         Raises `SessionEncodeError` if it holds something that the codec does not keep.
         """
-        data = self._codec.encode(value, key)
-        now = time.time()
-        expires = None if self._ttl is None else now + self._ttl
-        self._run(_UPSERT, _stored(key), data, expires)
-        if self._is_sweeping_due(now):
-            self._swept = now
-            self._run(_SWEEP, now)
+        self.save(key, value)
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
@@ -172,9 +166,16 @@ class SQLiteStorage:
             self.touch(key)
         return record
 
-    def save(self, key: str, record: Record, /) -> None:
-        """Store `record` whole, or raise and leave what was stored before."""
-        self.set(key, record)
+    def save(self, key: str, record: Record, /) -> int:
+        """Store `record` whole, or raise and leave what was stored before; returns its bytes."""
+        data = self._codec.encode(record, key)
+        now = time.time()
+        expires = None if self._ttl is None else now + self._ttl
+        self._run(_UPSERT, _stored(key), data, expires)
+        if self._is_sweeping_due(now):
+            self._swept = now
+            self._run(_SWEEP, now)
+        return len(data)
 
     def open_record(self, key: str, timeout: float, /) -> _OpenRecord:
         """Open `key` when no other process has it open; raises SessionLockTimeout."""
@@ -182,21 +183,19 @@ class SQLiteStorage:
 
     def save_all(self, records: Mapping[str, Record], opened: Mapping[str, _OpenRecord], /) -> bool:
         """Store several records, in one transaction."""
+        data = {key: self._codec.encode(record, key) for key, record in records.items() if record}
         expires = None if self._ttl is None else time.time() + self._ttl
-        statements: list[tuple[str, tuple[object, ...]]] = [
-            (_UPSERT, (_stored(key), self._codec.encode(record, key), expires))
-            if record
-            else (_DELETE, (_stored(key),))
-            for key, record in records.items()
-        ]
         for each in opened.values():
             each.check()
         cursor = self._connections.take()
         try:
             cursor.execute("BEGIN IMMEDIATE")
             try:
-                for statement, values in statements:
-                    cursor.execute(statement, values)
+                for key in records:
+                    if key in data:
+                        cursor.execute(_UPSERT, (_stored(key), data[key], expires))
+                    else:
+                        cursor.execute(_DELETE, (_stored(key),))
                 cursor.execute("COMMIT")
             except BaseException:
                 if cursor.connection.in_transaction:  # else SQLite has done it
@@ -204,6 +203,8 @@ class SQLiteStorage:
                 raise
         finally:
             self._connections.give_back(cursor)
+        for key, each in opened.items():
+            each.size = len(data[key]) if key in data else None
         return True
 
     # -- without waiting
@@ -224,7 +225,7 @@ class SQLiteStorage:
             raise _WouldWaitError
         return self._codec.decode_record(_bytes(data, key), key)
 
-    def save_at_once(self, key: str, record: Record, /) -> None:
+    def save_at_once(self, key: str, record: Record, /) -> int | None:
         """As `save`, or `delete` for an empty record; raises _WouldWaitError."""
         now = time.time()
         if self._waits_for_disk or self._is_sweeping_due(now):
@@ -237,8 +238,9 @@ class SQLiteStorage:
         if record:
             expires = None if self._ttl is None else now + self._ttl
             self._run_at_once(_UPSERT, _stored(key), data, expires)
-        else:
-            self._run_at_once(_DELETE, _stored(key))
+            return len(data)
+        self._run_at_once(_DELETE, _stored(key))
+        return None
 
     def _run_at_once(self, statement: str, *values: object) -> list[Any]:
         try:
@@ -287,7 +289,7 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
         try:
             if record is not None:
                 self._grip.check()
-                self._storage.save_at_once(self._key, record)
+                self.size = self._storage.save_at_once(self._key, record)
         except _WouldWaitError:
             return False
         except BaseException:

@@ -1,0 +1,474 @@
+"""What observers are told, and what the log says: keys and figures, and no values."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Threads, message
+
+from session_sync import (
+    MemoryStorage,
+    SessionEncodeError,
+    SessionEvent,
+    SessionLockTimeout,
+    SessionManager,
+    SessionScope,
+    SQLiteStorage,
+)
+
+SOON = 20  # seconds until a test gives up waiting for what has to come
+A_WHILE = 0.01  # seconds for which somebody is made to wait
+
+
+class Observers:
+    """What was told, in order: (which observer, event)."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, SessionEvent]] = []
+
+    def on_open(self, event: SessionEvent) -> None:
+        self.events.append(("open", event))
+
+    def on_close(self, event: SessionEvent) -> None:
+        self.events.append(("close", event))
+
+    def on_wait(self, event: SessionEvent) -> None:
+        self.events.append(("wait", event))
+
+    def manager(self, storage: Any = None, **options: Any) -> SessionManager[Any]:
+        return SessionManager(
+            storage=storage,
+            on_open=self.on_open,
+            on_close=self.on_close,
+            on_wait=self.on_wait,
+            **options,
+        )
+
+    def take(self) -> list[tuple[str, SessionEvent]]:
+        events, self.events = self.events, []
+        return events
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind, _ in self.events]
+
+
+@pytest.fixture
+def seen() -> Observers:
+    return Observers()
+
+
+def add(sessions: SessionManager[Any], key: str = "user:1") -> None:
+    with sessions.session_scope(key) as session:
+        session.counter = session.get("counter", 0) + 1
+
+
+async def aadd(sessions: SessionManager[Any], key: str = "user:1") -> None:
+    async with sessions.session_scope(key) as session:
+        session.counter = session.get("counter", 0) + 1
+
+
+# -- what is told
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_an_opening_and_a_closing(storage: Any, seen: Observers, how: str) -> None:
+    sessions = seen.manager(storage, prefix="bot:")
+    for found in (False, True):
+        if how == "with":
+            add(sessions)
+        else:
+            asyncio.run(aadd(sessions))
+        (first, opened), (second, closed) = seen.take()
+        assert (first, second) == ("open", "close")
+        assert opened.key == closed.key == "user:1"
+        assert (opened.loaded, opened.written) == (found, False)
+        assert (closed.loaded, closed.written) == (found, True)
+        assert 0 <= opened.waited == closed.waited < SOON
+        assert 0 <= opened.seconds < SOON
+        assert 0 < closed.seconds < SOON
+        assert opened.error is closed.error is None
+
+
+def test_the_size_is_that_of_what_is_stored(tmp_path: Path, seen: Observers) -> None:
+    storage = SQLiteStorage(tmp_path / "sessions.db")
+    sessions = seen.manager(storage)
+
+    def stored() -> int:
+        with sqlite3.connect(tmp_path / "sessions.db") as connection:
+            ((size,),) = connection.execute("SELECT length(value) FROM sessions").fetchall()
+        connection.close()
+        return int(size)
+
+    with sessions.session_scope("user:1") as session:
+        session.name = "x" * 1000
+    (_, opened), (_, closed) = seen.take()
+    assert (opened.bytes, closed.bytes) == (None, stored())
+    with sessions.session_scope("user:1") as session:
+        session.name += "ü"
+        session.flush()
+    (_, opened), (_, closed) = seen.take()
+    assert opened.bytes == closed.bytes - 2 > 1000  # type: ignore[operator]
+    assert closed.bytes == stored()
+    with sessions.session_scope("user:1") as session:
+        session.clear()
+    (_, opened), (_, closed) = seen.take()
+    assert (closed.written, closed.bytes) == (True, None)
+    storage.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "disk", "redis"])
+@pytest.mark.parametrize("how", ["with", "async with", "several"])
+def test_every_way_of_writing_knows_its_size(
+    request: pytest.FixtureRequest, tmp_path: Path, seen: Observers, kind: str, how: str
+) -> None:
+    from session_sync import storage_from_url
+
+    if kind == "redis":
+        url = f"{request.getfixturevalue('redis_url')}?prefix={tmp_path.name}:"
+    else:
+        url = f"{kind}:///{tmp_path}/sessions"
+    if kind == "disk":
+        pytest.importorskip("diskcache", reason="needs the extra 'disk'")
+    with seen.manager(storage_from_url(url)) as sessions:
+        for _ in range(3):
+            if how == "with":
+                add(sessions)
+            elif how == "async with":
+                asyncio.run(aadd(sessions))
+            else:
+                with sessions.session_scopes("user:1", "user:2") as both:
+                    for session in both:
+                        session.counter = session.get("counter", 0) + 1
+        sizes = {event.bytes for name, event in seen.take() if name == "close"}
+    assert sizes == {len('{"counter":1}')}
+
+
+def test_one_that_only_reads_has_written_nothing(storage: Any, seen: Observers) -> None:
+    sessions = seen.manager(storage)
+    with sessions.session_scope("user:1") as session:
+        session.get("counter")
+    assert [event.written for _, event in seen.take()] == [False, False]
+
+
+def test_a_lazy_session_is_opened_when_it_is_touched(seen: Observers) -> None:
+    sessions = seen.manager(lazy=True)
+    with sessions.session_scope("user:1") as session:
+        pass
+    assert seen.events == []
+    with sessions.session_scope("user:1") as session:
+        time.sleep(A_WHILE)
+        assert seen.events == []
+        session.counter = 1
+        assert seen.kinds == ["open"]
+    assert seen.kinds == ["open", "close"]
+    assert all(event.waited < A_WHILE for _, event in seen.take())
+
+    async def main() -> None:
+        async with sessions.session_scope("user:1") as session:
+            (await session).counter = 2
+
+    asyncio.run(main())
+    assert seen.kinds == ["open", "close"]
+
+
+def test_who_joins_is_not_told_of(seen: Observers) -> None:
+    sessions = seen.manager()
+    with sessions.session_scope("user:1") as session:
+        add(sessions)
+        session.release()
+        assert seen.kinds == ["open", "close"]
+    assert seen.kinds == ["open", "close"]
+
+
+def test_several_at_once_are_told_of_one_by_one(storage: Any, seen: Observers) -> None:
+    sessions = seen.manager(storage)
+    with sessions.session_scopes("user:2", "user:1", "user:3") as (two, one, _three):
+        one.counter = two.counter = 1
+    told = [(kind, event.key, event.written) for kind, event in seen.events]
+    assert told[:3] == [("open", f"user:{n}", False) for n in (1, 2, 3)]
+    assert sorted(told[3:]) == [("close", f"user:{n}", n < 3) for n in (1, 2, 3)]
+
+
+def test_what_a_handler_raises_and_what_fails_in_saving(seen: Observers) -> None:
+    sessions = seen.manager(MemoryStorage(strict=True))
+    with pytest.raises(ZeroDivisionError), sessions.session_scope("user:1") as session:
+        session.counter = 1
+        raise ZeroDivisionError
+    (_, closed) = seen.take()[-1]
+    assert isinstance(closed.error, ZeroDivisionError)
+    assert not closed.written
+    with pytest.raises(SessionEncodeError), sessions.session_scope("user:1") as session:
+        session.counter = object()
+    (_, closed) = seen.take()[-1]
+    assert isinstance(closed.error, SessionEncodeError)
+    add(sessions)
+    (_, closed) = seen.take()[-1]
+    assert closed.error is None
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_what_fails_in_a_store(tmp_path: Path, seen: Observers, how: str) -> None:
+    storage = SQLiteStorage(tmp_path / "sessions.db")
+    sessions = seen.manager(storage)
+    with sqlite3.connect(tmp_path / "sessions.db") as connection:
+        connection.execute(
+            "CREATE TRIGGER broken BEFORE INSERT ON sessions "
+            "BEGIN SELECT RAISE(ABORT, 'broken'); END"
+        )
+    connection.close()
+    with pytest.raises(sqlite3.IntegrityError):
+        if how == "with":
+            add(sessions)
+        else:
+            asyncio.run(aadd(sessions))
+    (_, (_, closed)) = seen.take()
+    assert isinstance(closed.error, sqlite3.IntegrityError)
+    assert not closed.written
+    storage.close()
+
+
+def test_a_frameworks_control_flow_is_no_error(seen: Observers) -> None:
+    ext = pytest.importorskip("telegram.ext", reason="needs the extra 'ptb'")
+    sessions = seen.manager()
+    with pytest.raises(ext.ApplicationHandlerStop), sessions.session_scope("user:1") as session:
+        session.counter = 1
+        raise ext.ApplicationHandlerStop
+    (_, closed) = seen.take()[-1]
+    assert (closed.error, closed.written) == (None, True)
+
+
+def test_one_that_is_thrown_away_has_closed(seen: Observers) -> None:
+    sessions = seen.manager()
+    # In a context of its own, which would otherwise know it.
+    copy_context().run(sessions.session_scope("user:1").__enter__).counter = 1
+    gc.collect()
+    assert seen.kinds == ["open", "close"]
+    assert not seen.events[-1][1].written
+
+
+# -- waiting
+
+
+@pytest.fixture
+def holder(threads: Threads) -> Iterator[Any]:
+    """Lets somebody hold a session of a manager until somebody else has waited for a while."""
+
+    def hold(sessions: SessionManager[Any], key: str = "user:1") -> None:
+        held = threading.Event()
+
+        def run() -> None:
+            with sessions.session_scope(key):
+                held.set()
+                give_up = time.monotonic() + SOON
+                while not sessions._options.door.locks._lock(key)._queue:
+                    assert time.monotonic() < give_up, "nobody has waited"
+                    time.sleep(0)
+                time.sleep(A_WHILE)
+
+        threads.start(run)
+        assert held.wait(SOON)
+
+    return hold  # type: ignore[return-value] # pytest takes a fixture without a yield, too
+
+
+@pytest.mark.parametrize("how", ["with", "async with", "lazy"])
+def test_waiting_is_told_when_it_is_over(
+    storage: Any, seen: Observers, holder: Any, how: str
+) -> None:
+    sessions = seen.manager(storage, lazy=how == "lazy")
+    holder(SessionManager(storage=storage))
+    if how == "async with":
+        asyncio.run(aadd(sessions))
+    else:
+        add(sessions)
+    assert seen.kinds == ["wait", "open", "close"]
+    for _, event in seen.events:
+        assert A_WHILE <= event.waited < SOON
+    assert seen.events[1][1].seconds < SOON
+    assert seen.events[0][1].error is None
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_giving_up_is_told_too(storage: Any, seen: Observers, how: str) -> None:
+    sessions = seen.manager(storage, lock_timeout=A_WHILE)
+    other = SessionManager(storage=storage)
+
+    def wait() -> None:
+        if how == "with":
+            add(sessions)
+        else:
+            asyncio.run(aadd(sessions))
+
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            wait()
+        except SessionLockTimeout as error:
+            errors.append(error)
+
+    with other.session_scope("user:1"):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(SOON)
+    ((kind, event),) = seen.take()
+    assert kind == "wait"
+    assert [event.error] == errors
+    assert event.waited >= A_WHILE * 0.9
+
+
+@pytest.mark.parametrize("is_soon", [True, False])
+def test_so_is_waiting_for_another_process(
+    tmp_path: Path, seen: Observers, threads: Threads, is_soon: bool
+) -> None:
+    ours, theirs = (SQLiteStorage(tmp_path / "sessions.db") for _ in range(2))
+    sessions = seen.manager(ours, lock_timeout=SOON if is_soon else A_WHILE)
+    opened = theirs.open_record("user:1", 0)
+    if is_soon:
+        threading.Timer(10 * A_WHILE, opened.close, [None]).start()
+        add(sessions)
+        assert seen.kinds == ["wait", "open", "close"]
+        assert all(event.waited > A_WHILE for _, event in seen.events)
+    else:
+        with pytest.raises(SessionLockTimeout):
+            add(sessions)
+        opened.close(None)
+        assert seen.kinds == ["wait"]
+        assert isinstance(seen.events[0][1].error, SessionLockTimeout)
+    ours.close()
+    theirs.close()
+
+
+def test_a_telebots_queue_counts_as_waiting(seen: Observers) -> None:
+    telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
+    import session_sync.telebot
+
+    bot = telebot.TeleBot("1:token", num_threads=2)
+    session_sync.telebot.install(bot, seen.manager())
+    queued, done = threading.Event(), threading.Semaphore(0)
+
+    @bot.message_handler(func=lambda message: True)
+    def count(message: Any) -> None:
+        assert queued.wait(SOON)
+        time.sleep(A_WHILE)
+        done.release()
+
+    for _ in range(2):
+        bot.process_new_updates([telebot.types.Update.de_json(message())])
+    queued.set()
+    for _ in range(2):
+        assert done.acquire(timeout=SOON)
+    bot.stop_bot()
+    assert seen.kinds == ["open", "close", "wait", "open", "close"]
+    assert seen.events[-1][1].waited >= A_WHILE
+
+
+def test_a_ptb_application_is_told_of_each_update(seen: Observers) -> None:
+    ext = pytest.importorskip("telegram.ext", reason="needs the extra 'ptb'")
+    from telegram import Update
+
+    import session_sync.ptb
+
+    builder = ext.Application.builder().token("1:token")
+    application = session_sync.ptb.install(builder, seen.manager()).build()
+
+    async def main() -> None:
+        application._initialized = True  # there is no server to ask who the bot is
+        update = Update.de_json(message(), application.bot)
+        await application.process_update(update)
+
+    asyncio.run(main())
+    assert seen.kinds == ["open", "close"]
+
+
+# -- what it costs, and what it cannot do
+
+
+def test_without_observers_there_is_none_of_it() -> None:
+    assert type(SessionManager().session_scope("user:1")) is SessionScope
+    assert type(SessionManager().scope_of("user:1", None)) is SessionScope
+
+
+@pytest.mark.parametrize("which", ["on_open", "on_close", "on_wait"])
+def test_an_observer_that_fails_loses_nothing(
+    which: str, holder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(event: SessionEvent) -> None:
+        raise ZeroDivisionError
+
+    options: dict[str, Any] = {which: fail}
+    sessions = SessionManager(**options)
+    holder(SessionManager(storage=sessions.storage))
+    add(sessions)
+    assert sessions.storage.get("user:1") == {"counter": 1}
+    add(sessions)
+    assert sessions.storage.get("user:1") == {"counter": 2}
+    assert "an observer failed for the session 'user:1'" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_an_observer_is_no_coroutine_function() -> None:
+    async def observe(event: SessionEvent) -> None: ...
+
+    with pytest.raises(TypeError, match="on_close is an `async def`"):
+        SessionManager(on_close=observe)
+
+
+# -- the log
+
+
+def test_the_log_has_keys_and_figures_and_no_values(
+    storage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    sessions = SessionManager(storage=storage)
+    with caplog.at_level(logging.DEBUG, "session_sync"):
+        with sessions.session_scope("user:1") as session:
+            session.password = "hunter2"
+        with sessions.session_scope("user:1") as session:
+            pass
+        with pytest.raises(ValueError, match="hunter2"), sessions.session_scope("user:1"):
+            raise ValueError("hunter2")
+    opened, closed, _, unchanged, _, failed = (record.getMessage() for record in caplog.records)
+    assert opened.startswith("opened 'user:1': waited 0.0")
+    assert closed.startswith("closed 'user:1': waited 0.0")
+    assert closed.endswith(" s, written")
+    assert unchanged.endswith(" s, unchanged")
+    assert failed.endswith(" s, ValueError was raised")
+    assert "hunter2" not in caplog.text
+    assert {record.name for record in caplog.records} == {"session_sync"}
+
+
+def test_the_log_says_who_gave_up(caplog: pytest.LogCaptureFixture) -> None:
+    sessions = SessionManager(lock_timeout=A_WHILE)
+    opened = threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(SessionLockTimeout):
+            add(sessions)
+        opened.set()
+
+    with caplog.at_level(logging.DEBUG, "session_sync"), sessions.session_scope("user:1"):
+        threading.Thread(target=wait).start()
+        assert opened.wait(SOON)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [m for m in messages if m.startswith("gave up 'user:1': waited 0.")]
+
+
+def test_the_log_may_be_turned_on_while_the_bot_runs(caplog: pytest.LogCaptureFixture) -> None:
+    sessions = SessionManager()
+    add(sessions)
+    assert caplog.records == []
+    with caplog.at_level(logging.DEBUG, "session_sync"):
+        add(sessions)
+    assert len(caplog.records) == 2
