@@ -1,8 +1,16 @@
-"""The pages of the documentation, and the code in them: for the tests that run it."""
+"""The pages of the documentation, and the code in them: for the tests that run it.
+
+As a program, it follows pages in empty folders with the session_sync that is installed, and nothing
+of this tree: `python tests/pages.py docs/quickstart/telebot.md`. For that it needs Python alone.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,3 +82,53 @@ def steps(page: Path) -> Iterator[Snippet | Run]:
             yield one
         elif one.kind == "sh" and following is not None and following.kind == "text":
             yield Run(one.line, one.code.strip(), following.code)
+
+
+def run(folder: Path, command: str, typed: str, package: Path | None = None) -> str:
+    """What a command prints in `folder`, with this Python and the session_sync in `package`."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TOKEN", "PYTHONPATH")
+    }
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if package is not None:
+        environment["PYTHONPATH"] = str(package)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=folder,
+        env=environment,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+def typed_in(chat: str) -> str:
+    """What Alex says in a chat."""
+    return "".join(f"{line}\n" for line in re.findall(r"^Alex: (.*)$", chat, re.M))
+
+
+def follow(page: Path, folder: Path, package: Path | None = None) -> None:
+    """Do all that a page says, in an empty folder."""
+    for step in steps(page):
+        if isinstance(step, Run):
+            printed = run(folder, step.command, typed_in(step.printed), package)
+            assert printed == step.printed, f"{title(page)}:{step.line}: {printed}"
+        else:
+            assert step.file is not None
+            (folder / step.file).write_text(step.code, encoding="utf-8")
+
+
+def main() -> None:
+    """Follow the pages that the command line names."""
+    for argument in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            follow(Path(argument).resolve(), Path(folder))
+        print(f"{argument}: done, and all was printed as it stands there")
+
+
+if __name__ == "__main__":
+    main()

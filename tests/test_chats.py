@@ -15,7 +15,7 @@ telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 pytest.importorskip("aiohttp", reason="needs aiohttp")
 pytest.importorskip("telegram", reason="needs the extra 'ptb'")
 
-from conftest import Threads  # noqa: E402
+from conftest import Threads, stop_telebot  # noqa: E402
 from telebot import apihelper, asyncio_helper  # noqa: E402
 from telebot.async_telebot import AsyncTeleBot  # noqa: E402
 from telegram.ext import Application, MessageHandler, filters  # noqa: E402
@@ -96,7 +96,7 @@ def telebot_runs(
     try:
         yield bot
     finally:
-        client.stop_bot()
+        stop_telebot(client)
         threads.join()
         for worker in client.worker_pool.workers if threaded else ():
             worker.exception_info = None  # telebot keeps the last one, and with it its message
@@ -388,7 +388,7 @@ def test_sessions_follow_also_where_no_handler_takes_messages(
     bot.process_new_updates([update])
     while len(list(sessions.find(chat=NEW))) < 2 or any(sessions.find(chat=OLD)):
         assert threaded, "inline it is done by now"
-    bot.stop_bot()
+    stop_telebot(bot)
     assert set(stored(sessions)) == {f"user:1:chat:{NEW}", f"user:2:chat:{NEW}"}
 
 

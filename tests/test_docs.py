@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import stop_telebot
 from pages import DOCS, FENCE, PAGES, ROOT, Snippet, python_of, snippets, title
 
 import session_sync
@@ -38,7 +39,7 @@ def execute(page: Path, snippet: Snippet, namespace: dict[str, Any]) -> str:
     printed = io.StringIO()
     with contextlib.ExitStack() as stack:
         if polling := PTB_POLLING.search(code):  # likewise; it is told where Telegram is before
-            api = stack.enter_context(OfflineBotAPI(TOKEN, longest_poll=0.1))
+            api = stack.enter_context(OfflineBotAPI(TOKEN, longest_poll=0.05))
             code = code.replace(polling[0], "_chat(application)")
             code = code.replace("Application.builder()", "Application.builder().base_url(_url)")
             first = int(polling["number"] or 1)
@@ -54,7 +55,7 @@ def chat(bot: Any) -> None:
     """Say /start twice to a polling bot."""
     from telebot import apihelper
 
-    with OfflineBotAPI(TOKEN, longest_poll=0.1) as api:
+    with OfflineBotAPI(TOKEN, longest_poll=0.05) as api:
         apihelper.API_URL = api.telebot_url
         polling = threading.Thread(target=bot.infinity_polling)
         polling.start()
@@ -64,7 +65,7 @@ def chat(bot: Any) -> None:
                 alex.send("/start")
                 assert number in alex.wait_reply().text
         finally:
-            bot.stop_bot()
+            stop_telebot(bot)
             polling.join()
 
 

@@ -588,15 +588,26 @@ def test_waiters_that_give_up_at_random_leave_the_key_free(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals between threads")
-def test_an_interrupted_thread_leaves_the_queue(table: LockTable, threads: Threads) -> None:
+def test_an_interrupted_thread_leaves_the_queue(
+    table: LockTable, threads: Threads, request: pytest.FixtureRequest
+) -> None:
     hold = table.acquire("k", None)
     hold.parties.clear()  # as if another thread had it
-    main = threading.get_ident()
+    main, interrupted = threading.get_ident(), threading.Event()
+
+    def only_once(*_: object) -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
 
     def interrupt() -> None:
         until(lambda: queued(table) == 1)
-        signal.pthread_kill(main, signal.SIGINT)
+        while not interrupted.is_set():  # a signal does not wake who is only about to wait
+            signal.pthread_kill(main, signal.SIGINT)
+            interrupted.wait(0.01)
 
+    before = signal.signal(signal.SIGINT, only_once)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     threads.start(interrupt)
     with pytest.raises(KeyboardInterrupt):
         table.acquire("k", SOON)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
+import socket
+import struct
 import sys
 import threading
 import time
@@ -17,8 +20,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from conftest import stop_telebot
 
-from session_sync.testing import OfflineBotAPI, Upload
+from session_sync.testing import OfflineBotAPI, Upload, chats
 
 telebot = pytest.importorskip("telebot")
 telegram_ext = pytest.importorskip("telegram.ext")
@@ -154,13 +158,86 @@ def test_what_telegram_refuses_is_refused(
     assert answer["description"].startswith(descriptions.get(code, "Bad Request: "))
 
 
-def test_garbage_on_a_connection_disturbs_nobody(api: OfflineBotAPI) -> None:
-    connection = http.client.HTTPConnection(api.url.removeprefix("http://"))
-    connection.connect()
-    connection.sock.sendall(b"\x16\x03\x01 what is this\r\n\r\n")
-    assert connection.sock.recv(100).startswith(b"HTTP/1.1 400 ")
-    connection.close()
+def say(api: OfflineBotAPI, request: bytes) -> bytes:
+    """What the server answers to these bytes, after which there are no more."""
+    host, _, port = api.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as sock:
+        sock.sendall(request)
+        sock.shutdown(socket.SHUT_WR)
+        with sock.makefile("rb") as stream:
+            return stream.read()
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (b"\x16\x03\x01 what is this\r\n\r\n", b"not enough values|too many values"),
+        (b"PUT / HTTP/1.1\r\n\r\n", b"only GET and POST are understood"),
+        (b"POST / HTTP/1.1\r\nContent-Le", b"a header line without an end"),
+        (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"a body of -1 bytes"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{}", b"the body ended early"),
+        (
+            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFF\r\n",
+            b"the body is too long",
+        ),
+    ],
+)
+def test_garbage_on_a_connection_disturbs_nobody(
+    api: OfflineBotAPI, request_: bytes, reason: bytes
+) -> None:
+    answer = say(api, request_)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert re.search(rb"Bad Request: .*(" + reason + b")", answer)
     assert call(api, "GETME")["result"]["username"] == "offline_bot"
+
+
+def test_who_asks_whether_to_send_a_body_is_told_to(api: OfflineBotAPI) -> None:
+    line = f"POST /bot{api.token}/getMe HTTP/1.1\r\n".encode()
+    answer = say(api, line + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}")
+    assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+
+
+def test_who_hangs_up_before_the_answer_disturbs_nobody(patient: OfflineBotAPI) -> None:
+    connection = http.client.HTTPConnection(patient.url.removeprefix("http://"))
+    connection.request("POST", f"/bot{patient.token}/getUpdates", "timeout=50")
+    patient.wait_call("getUpdates")
+    linger = struct.pack("ii", 1, 0)  # close() resets the connection
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    connection.close()
+    patient.push(text_update("a"))
+    assert ids(call(patient, "getUpdates")) == [1]
+
+
+@pytest.mark.parametrize(
+    ("boundary", "body", "reason"),
+    [
+        ("", b"", "multipart without a boundary"),
+        ("; boundary=XX", b"--XX\r\n\r\n1\r\n--XX--\r\n", "a part without a name"),
+        ("; boundary=XX", b'--XX\r\nContent-Disposition: form-data; name="a"\r\n\r\n1', "an end"),
+    ],
+)
+def test_a_form_that_is_cut_off_is_refused(
+    api: OfflineBotAPI, boundary: str, body: bytes, reason: str
+) -> None:
+    path = f"/bot{api.token}/sendMessage"
+    answer = post(api, path, body or b"x", Content_Type=f"multipart/form-data{boundary}")
+    assert answer["error_code"] == 400
+    assert reason in answer["description"]
+
+
+def test_what_it_cannot_carry_out_is_an_error_of_the_server(
+    api: OfflineBotAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = call(api, "sendInvoice", chat_id=1, prices="[{}]")
+    assert answer["error_code"] == 500
+    assert "could not answer" in caplog.text
+    assert call(api, "getMe")["ok"]
+
+
+@pytest.mark.parametrize("token", ["", "123456", "123456:", "alex:SECRET"])
+def test_a_token_looks_like_telegrams(token: str) -> None:
+    with pytest.raises(ValueError, match="a number, a colon and a secret"):
+        OfflineBotAPI(token)
 
 
 # --- getUpdates ---
@@ -305,6 +382,11 @@ def test_messages_are_numbered_by_chat(api: OfflineBotAPI) -> None:
         ("deleteMessage", {"chat_id": 1, "message_id": 9}, "message to delete not found"),
         ("forwardMessage", {"chat_id": 1, "from_chat_id": 1, "message_id": 9}, "message to forw"),
         ("sendChatAction", {"action": "typing"}, "chat_id is empty"),
+        ("sendLocation", {"chat_id": 1, "latitude": 1}, "there is no location in the request"),
+        ("sendVenue", {"chat_id": 1, "latitude": 1, "longitude": "x"}, "there is no location"),
+        ("sendMediaGroup", {"chat_id": 1, "media": "[]"}, "there are no media in the request"),
+        ("sendMessage", {"chat_id": 1, "text": "x", "reply_markup": "{"}, "can't parse reply"),
+        ("editMessageMedia", {"chat_id": 1, "message_id": 1}, "there is no media in the request"),
         ("getMyStarBalance", {}, "OfflineBotAPI has no model of getMyStarBalance"),
     ],
 )
@@ -332,12 +414,62 @@ def test_a_message_can_be_edited_copied_forwarded_and_deleted_once(api: OfflineB
     assert call(api, "deleteMessage", **place)["error_code"] == 400
 
 
+def test_captions_media_and_keyboards_can_be_changed(api: OfflineBotAPI) -> None:
+    place = {"chat_id": 1, "message_id": 1}
+    keyboard = {"inline_keyboard": [[{"text": "Yes", "callback_data": "y"}]]}
+    call(api, "sendPhoto", chat_id=1, photo="file-1", caption="one")
+    edited = call(api, "editMessageCaption", **place, caption="two")["result"]
+    assert edited["caption"] == "two"
+    media = json.dumps({"type": "document", "media": "file-2", "caption": "three"})
+    markup = json.dumps(keyboard)
+    edited = call(api, "editMessageMedia", **place, media=media, reply_markup=markup)["result"]
+    assert edited["document"]["file_id"] == "file-2"
+    assert edited["caption"] == "three"
+    assert edited["reply_markup"] == keyboard
+    assert call(api, "editMessageText", inline_message_id="7", text="four")["result"] is True
+
+
+def test_several_messages_are_passed_on_at_once(api: OfflineBotAPI) -> None:
+    call(api, "sendMessage", chat_id="@news", text="one")
+    call(api, "sendPhoto", chat_id="@news", photo="file-1", caption="two")
+    source = {"chat_id": 1, "from_chat_id": "@news"}
+    passed = call(api, "forwardMessages", **source, message_ids="[1, 2]")["result"]
+    assert passed == [{"message_id": 1}, {"message_id": 2}]
+    assert call(api, "copyMessages", **source, message_ids="[2]")["result"] == [{"message_id": 3}]
+    copied = call(api, "copyMessage", **source, message_id=2, caption="three")["result"]
+    assert copied == {"message_id": 4}
+    alex = api.user(1)
+    got = [alex.wait_reply().raw for _ in range(4)]
+    assert [one.get("caption", one.get("text")) for one in got] == ["one", "two", "two", "three"]
+
+
+def test_what_was_written_in_a_channel_comes_from_the_channel(api: OfflineBotAPI) -> None:
+    call(api, "sendMessage", chat_id="@news", text="one")
+    source = {"from_chat_id": "@news", "message_id": 1}
+    origin = call(api, "forwardMessage", chat_id=1, **source)["result"]["forward_origin"]
+    assert origin["type"] == "channel"
+    assert origin["chat"]["username"] == "news"
+
+
+def test_only_so_many_messages_are_remembered(
+    api: OfflineBotAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chats, "KEPT_MESSAGES", 10)
+    for number in range(11):
+        call(api, "sendMessage", chat_id=1, text=str(number))
+    source = {"chat_id": 2, "from_chat_id": 1}
+    assert "not found" in call(api, "copyMessage", **source, message_id=1)["description"]
+    assert call(api, "copyMessage", **source, message_id=2)["ok"]
+
+
 def test_settings_are_remembered(api: OfflineBotAPI) -> None:
     commands = [{"command": "start", "description": "Start"}]
     scope = json.dumps({"type": "all_private_chats"})
     call(api, "setMyCommands", commands=json.dumps(commands), scope=scope)
     assert call(api, "getMyCommands", scope=scope)["result"] == commands
     assert call(api, "getMyCommands")["result"] == []
+    call(api, "deleteMyCommands", scope=scope)
+    assert call(api, "getMyCommands", scope=scope)["result"] == []
     call(api, "setMyName", name="Robot")
     assert call(api, "getMyName", language_code="de")["result"] == {"name": "Robot"}
 
@@ -549,6 +681,24 @@ def test_a_method_in_a_webhooks_answer_is_carried_out(hook: Hook, hooked: Offlin
     assert hooked.calls_of("deleteWebhook") == []
 
 
+def test_a_method_that_fails_in_a_webhooks_answer_disturbs_nobody(
+    hook: Hook, hooked: OfflineBotAPI, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook.answers = [
+        (200, "no object"),
+        (200, {"method": "sendMessage", "chat_id": 1}),
+        (200, {"method": "sendInvoice", "chat_id": 1, "prices": [{}]}),
+    ]
+    call(hooked, "setWebhook", url=hook.url, allowed_updates='["message"]')
+    for text in "abcd":
+        hooked.push(text_update(text))
+    hooked.wait_confirmed()
+    assert hook.texts() == ["a", "b", "c", "d"]
+    assert hooked.calls_of("sendMessage")[0].error == "Bad Request: message text is empty"
+    assert "could not carry out sendInvoice" in caplog.text
+    assert call(hooked, "getWebhookInfo")["result"]["allowed_updates"] == ["message"]
+
+
 def test_polling_and_a_webhook_exclude_each_other(hook: Hook, hooked: OfflineBotAPI) -> None:
     with ThreadPoolExecutor() as pool:
         poll = pool.submit(call, hooked, "getUpdates", timeout=50)
@@ -632,7 +782,7 @@ def bot(api: OfflineBotAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     thread.start()
     api.wait_call("getUpdates")
     yield bot
-    bot.stop_bot()
+    stop_telebot(bot)
     thread.join()
     telebot_util.per_thread("req_session", lambda: None, True)
 
@@ -680,6 +830,13 @@ def test_telebot_reads_every_kind_of_answer(api: OfflineBotAPI, caller: Any) -> 
     assert caller.send_chat_action(1, "typing") is True
     assert caller.get_chat(1).type == "private"
     assert caller.get_chat_member(-100, 1).status == "member"
+    assert caller.get_chat_member(-100, caller.get_me().id).user.is_bot
+    assert caller.get_chat_member_count(-100) == 2
+    assert caller.get_chat_administrators(-100) == []
+    prices = [telebot_types.LabeledPrice("Tea", 150), telebot_types.LabeledPrice("Milk", 50)]
+    invoice = caller.send_invoice(1, "Cart", "Tea", "payload", "", "EUR", prices).invoice
+    assert (invoice.title, invoice.currency, invoice.total_amount) == ("Cart", "EUR", 200)
+    assert caller.send_contact(1, "+1", "Alex").contact.first_name == "Alex"
     assert caller.copy_message(2, 1, 1).message_id == 1
     assert caller.delete_messages(1, [1, 2, 99]) is True
     assert caller.set_my_commands([telebot_types.BotCommand("start", "Start")]) is True
@@ -773,8 +930,6 @@ def test_ptb_serves_a_webhook(patient: OfflineBotAPI) -> None:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 

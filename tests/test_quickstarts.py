@@ -7,16 +7,25 @@ in, and what is printed has to be the chat of the page.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import pages
 import pytest
-from pages import DOCS, PAGES, ROOT, Run, programs_of, snippets, steps, title
+from pages import (
+    DOCS,
+    PAGES,
+    ROOT,
+    Run,
+    follow,
+    programs_of,
+    snippets,
+    steps,
+    title,
+    typed_in,
+)
 
 from session_sync import SessionManager, SQLiteStorage
 
@@ -25,39 +34,7 @@ QUICK_STARTS = sorted((DOCS / "quickstart").glob("*.md"))
 
 
 def run(folder: Path, command: str, typed: str) -> str:
-    """What a command prints in `folder`, with this Python and the session_sync of this tree."""
-    environment = {name: value for name, value in os.environ.items() if name != "TOKEN"}
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command],
-        cwd=folder,
-        env=environment,
-        input=typed,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    return done.stdout
-
-
-def typed_in(chat: str) -> str:
-    return "".join(f"{line}\n" for line in re.findall(r"^Alex: (.*)$", chat, re.M))
-
-
-def follow(page: Path, folder: Path) -> None:
-    """Do all that a page says, in an empty folder."""
-    for step in steps(page):
-        if isinstance(step, Run):
-            printed = run(folder, step.command, typed_in(step.printed))
-            assert printed == step.printed, f"{title(page)}:{step.line}"
-        else:
-            assert step.file is not None
-            (folder / step.file).write_text(step.code, encoding="utf-8")
+    return pages.run(folder, command, typed, ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +44,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Fu
         pytest.importorskip(library, reason="needs the extras 'telebot' and 'ptb'")
     folders = {page: tmp_path_factory.mktemp(page.stem) for page in WITH_PROGRAMS}
     with ThreadPoolExecutor(4) as pool:
-        yield {page: pool.submit(follow, page, folder) for page, folder in folders.items()}
+        yield {page: pool.submit(follow, page, folder, ROOT) for page, folder in folders.items()}
 
 
 @pytest.mark.parametrize("page", WITH_PROGRAMS, ids=title)

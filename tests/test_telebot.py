@@ -14,7 +14,7 @@ import pytest
 
 telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 
-from conftest import Threads, callback_query, message, poll  # noqa: E402
+from conftest import Threads, callback_query, message, poll, stop_telebot  # noqa: E402
 from telebot import apihelper, types  # noqa: E402
 from telebot.handler_backends import (  # noqa: E402
     BaseMiddleware,
@@ -73,7 +73,7 @@ class Bots:
 
     def stop(self) -> None:
         for bot in self._made:
-            bot.stop_bot()
+            stop_telebot(bot)
 
 
 @pytest.fixture
@@ -784,7 +784,7 @@ def test_a_polling_bot_keeps_every_update(
             user.send("/count")
     for user in users:
         assert [user.wait_reply().text for _ in range(20)] == [str(n) for n in range(1, 21)]
-    bot.stop_bot()
+    stop_telebot(bot)
     threads.join()
 
 

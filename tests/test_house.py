@@ -1,0 +1,135 @@
+"""The house is as CONTRIBUTING.md draws it: imports point down, and each framework has its room."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from pages import ROOT, snippets
+
+PACKAGE = ROOT / "session_sync"
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+
+# Who may import what is not Python's own. What only some have is for its one room.
+ROOMS = {
+    "cachetools": {"storages/memory.py"},
+    "diskcache": {"storages/disk.py"},
+    "msgspec": {"codec.py", "shapes/annotations.py", "shapes/objects.py", "shapes/scalars.py"},
+    "pydantic": {"shapes/objects.py"},
+    "redis": {"importers/telebot_redis.py", "storages/lines.py", "storages/redis.py"},
+    "telebot": {"telebot.py", "testing/__main__.py"},
+    "telegram": {"ptb.py", "testing/__main__.py"},
+}
+KNOWN = {*sys.stdlib_module_names, "annotationlib", "session_sync"}  # the second one: 3.14's
+
+
+class Import(NamedTuple):
+    """The dotted name that a line imports; `for_types` if it is never run."""
+
+    line: int
+    name: str
+    for_types: bool
+
+
+def imports(file: str) -> Iterator[Import]:
+    """All imports of a file of the package, with absolute names."""
+    tree = ast.parse(FILES[file].read_text(encoding="utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = ["session_sync", *Path(file).parent.parts]
+            above = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield Import(node.lineno, name, id(node) in for_types)
+
+
+def file_of(name: str) -> str | None:
+    """The file of the package that a dotted name leads to, if it leads into the package."""
+    first, *parts = name.split(".")
+    if first != "session_sync":
+        return None
+    while parts:  # the last ones may be names within a module
+        for file in ("/".join(parts) + ".py", "/".join((*parts, "__init__.py"))):
+            if file in FILES:
+                return file
+        parts.pop()
+    return "__init__.py"
+
+
+@cache
+def drawn() -> list[str]:
+    """What the map of the house names, from the roof down."""
+    (house,) = [
+        snippet.code
+        for snippet in snippets(ROOT / "CONTRIBUTING.md")
+        if snippet.code.startswith("session_sync/\n")
+    ]
+    left = [re.split(r" {3,}", line.strip())[0] for line in house.splitlines()[1:]]
+    return " ".join(left).split()
+
+
+def floor(file: str) -> int:
+    """How far down a file stands on the map: as itself, or in its folder."""
+    places = drawn()
+    folder, _, _ = file.partition("/")
+    return places.index(file if file in places else f"{folder}/")
+
+
+def test_the_map_has_every_file_and_no_other() -> None:
+    places = drawn()
+    assert len(places) == len(set(places))
+    folders = {f"{file.partition('/')[0]}/" for file in FILES if "/" in file}
+    assert {place for place in places if "/" not in place} == {f for f in FILES if "/" not in f}
+    assert {place for place in places if place not in FILES} == folders
+
+
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_imports_point_down(file: str) -> None:
+    for each in imports(file):
+        target = file_of(each.name)
+        if target and not each.for_types:
+            inside = "/" in file and file.partition("/")[0] == target.partition("/")[0]
+            up = floor(target) < floor(file) or (floor(target) == floor(file) and not inside)
+            assert not up, f"line {each.line} of {file} imports {each.name} from above"
+
+
+def test_no_import_leads_back() -> None:
+    """Within a folder, too."""
+    graph = {
+        file: {
+            target
+            for each in imports(file)
+            if (target := file_of(each.name)) and not each.for_types and target != file
+        }
+        for file in FILES
+    }
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_each_library_is_imported_in_its_room_alone() -> None:
+    found: dict[str, set[str]] = {}
+    for file in FILES:
+        for each in imports(file):
+            library = each.name.partition(".")[0]
+            if library not in KNOWN and not each.for_types:
+                found.setdefault(library, set()).add(file)
+    assert found == ROOMS
