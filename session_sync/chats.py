@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextvars import copy_context
 from typing import Any, Final, NamedTuple
 
-from .manager import SessionManager
+from .bags import Managers, raise_all
 from .steps import Call, waiters
 from .storages.base import ListableStorage
 
@@ -17,19 +17,29 @@ class Migration(NamedTuple):
     new: int
 
 
-def migrates_chats(sessions: SessionManager[Any], wanted: bool | None) -> bool:
-    """What `install` was told; told nothing, it does if the storage can list its keys.
+def migrating(managers: Managers, wanted: bool | None) -> Managers:
+    """Those of a bot's managers that move their sessions, as `install` was told; told nothing, they
+    are those whose storage can list its keys.
 
-    Raises TypeError if it was told to and the storage cannot.
+    Raises TypeError if it was told to and a storage cannot.
     """
-    possible = isinstance(sessions.storage, ListableStorage)
-    if wanted and not possible:
-        raise TypeError(
-            f"migrate_chats=True: {type(sessions.storage).__name__} cannot list its keys, so the "
-            f"sessions of a chat cannot be found. Give it a method keys() (see ListableStorage), "
-            f"or install with migrate_chats=False."
-        )
-    return possible if wanted is None else wanted
+    if wanted is False:
+        return ()
+    places: set[tuple[int, str]] = set()
+    moving = []
+    for sessions in managers:
+        place = id(sessions.storage), sessions.prefix  # what moves the sessions of one moves both's
+        if isinstance(sessions.storage, ListableStorage):
+            if place not in places:
+                moving.append(sessions)
+            places.add(place)
+        elif wanted:
+            raise TypeError(
+                f"migrate_chats=True: {type(sessions.storage).__name__} cannot list its keys, so "
+                f"the sessions of a chat cannot be found. Give it a method keys() (see "
+                f"ListableStorage), or install with migrate_chats=False."
+            )
+    return tuple(moving)
 
 
 def migration_in(message: Any) -> Migration | None:
@@ -45,7 +55,17 @@ def migration_in(message: Any) -> Migration | None:
 _NUMBERS: Final = ("migrate_to_chat_id", "migrate_from_chat_id")
 
 
-async def migrate_chat(sessions: SessionManager[Any], migration: Migration) -> None:
-    """Move the sessions in a thread, which knows the scopes that are open around this one."""
-    work = copy_context().run
-    await Call(waiters, work, sessions.migrate_chat, *migration).arun()
+def migrate_chat(managers: Managers, migration: Migration) -> None:
+    """Move the sessions of all managers; what fails in one does not keep the other from it."""
+    failures: list[BaseException] = []
+    for sessions in managers:
+        try:
+            sessions.migrate_chat(*migration)
+        except Exception as error:
+            failures.append(error)
+    raise_all(failures, "the sessions of two managers were not all moved")
+
+
+async def amigrate_chat(managers: Managers, migration: Migration) -> None:
+    """The same in a thread, which knows the scopes that are open around this one."""
+    await Call(waiters, copy_context().run, migrate_chat, managers, migration).arun()

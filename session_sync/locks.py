@@ -310,6 +310,14 @@ class Turn(_Waiter):
             self._call = None  # which may lead back to this turn: no cycle stays
         return hold
 
+    def put_back(self, hold: Hold, call: Callable[[Turn], None]) -> None:
+        """As if it had never been claimed: first among those that have not begun, and `call` is
+        called when the key is free again, perhaps at once."""
+        lock = hold.wanted()
+        assert lock is not None  # it has not been let go
+        self._call = call
+        lock.put_first(self)
+
     def withdraw(self) -> None:
         """Leave the queue; no error if the turn has been taken or left already."""
         hold = self._become_hold()
@@ -422,6 +430,17 @@ class KeyLock:
             if self.hold is None:
                 self._hand_on()
         return True
+
+    def put_first(self, turn: Turn) -> None:
+        """Give the lock back for a turn that waits again, ahead of those that have not begun."""
+        with self._mutex:
+            others = list(self._turns)
+            self._turns.clear()
+            turn.belong_to(self)
+            self._enter(turn, self._turns)
+            for other in others:
+                self._enter(other, self._turns)
+            self._hand_on()
 
     def give_back(self, hold: Hold) -> None:
         """Give the lock to whoever is next."""

@@ -52,6 +52,10 @@ class SessionManager(Generic[S]):
         on_error: "discard": a handler that raises leaves the stored session as it was at the last
             flush; "flush": save anyway.
         prefix: goes before every key, for several bots on one store.
+        dedupe: how many updates a session remembers, so that one that Telegram sends again (a
+            webhook was answered too late, say) is skipped. Under `install` only. They are stored
+            with the session, in one step; one whose handler failed is forgotten if its changes are
+            (see `on_error`). 0: none. A lazy session cannot be asked.
         migrations: how stored sessions of an older version become those of this program: for each
             version from 2 on a function that gets the fields of the version before, as they are
             stored, in a dict that it may change (or returns another one). By default those that the
@@ -84,6 +88,7 @@ class SessionManager(Generic[S]):
         lock_timeout: float | timedelta | None = 30.0,
         on_error: Literal["discard", "flush"] = "discard",
         prefix: str = "",
+        dedupe: int = 0,
         migrations: Mapping[int, Migration] | None = None,
         migrate_eagerly: bool | None = None,
         on_open: Observer | None = None,
@@ -99,6 +104,7 @@ class SessionManager(Generic[S]):
             )
         if on_error not in ("discard", "flush"):
             raise ValueError(f"on_error must be 'discard' or 'flush', not {on_error!r}")
+        _check_dedupe(dedupe, lazy)
         for name, function in (
             ("get_storage_key", get_storage_key),
             ("initial", initial),
@@ -110,6 +116,7 @@ class SessionManager(Generic[S]):
                 raise TypeError(f"{name} is an `async def`; it must be a plain function")
         self.storage: Final = storage if storage is not None else MemoryStorage()
         self.prefix: Final = prefix
+        self.dedupe: Final = dedupe
         # The same without a StorageKey in between, which is as much work as all the rest.
         is_default = get_storage_key is default_storage_key
         self._get_storage_key: Final = default_key_text if is_default else get_storage_key
@@ -130,6 +137,7 @@ class SessionManager(Generic[S]):
             lock_timeout=timeout,
             queue_timeout=timeout,
             save_on_error=on_error == "flush",
+            dedupe=dedupe,
         )
         self._patient: Final = replace(self._options, queue_timeout=None)
         self._observers: Final = Observers(on_open, on_close, on_wait)
@@ -401,6 +409,22 @@ class SessionManager(Generic[S]):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_dedupe(dedupe: object, lazy: bool) -> None:
+    if type(dedupe) is not int:
+        raise TypeError(
+            f"dedupe must be an int, how many updates a session remembers, not "
+            f"{type(dedupe).__name__}"
+        )
+    if dedupe < 0:
+        raise ValueError(f"dedupe must be 0 or more updates, not {dedupe}")
+    if dedupe and lazy:
+        raise ValueError(
+            "dedupe and lazy exclude each other: whether an update was handled before is asked of "
+            "its session before its handler runs, and a lazy one is not loaded then; leave "
+            "lazy=True away"
+        )
 
 
 def _text_of(key: Any) -> str | None:

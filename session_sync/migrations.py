@@ -18,6 +18,7 @@ from .errors import (
     SessionVersionError,
 )
 from .expiry import TIMERS, Timers
+from .repeats import without_fields
 from .schema import Schema, checked_name, is_field
 from .shapes.base import MismatchError
 from .storages.base import Record, record_of
@@ -80,13 +81,13 @@ class Migrations:
             if is_field(name) and name not in expired
         }
         if not fields:  # as good as not stored, which a step need not expect
-            return record_of({})
+            return self._without_fields(record)
         for number, migrate in self._steps:
             if number > version:
                 fields = _migrated(key, number, migrate, dict(fields))
         _check_types(key, fields, schema, self.version)
         if not fields:
-            return record_of({})
+            return self._without_fields(record)
         hidden = {name: value for name, value in record.items() if not is_field(name)}
         timers.keep(fields)
         if timers:
@@ -94,6 +95,10 @@ class Migrations:
         else:
             hidden.pop(TIMERS, None)
         return record_of({**fields, **hidden, VERSION: self.version})
+
+    def _without_fields(self, record: Record) -> Record:
+        left = without_fields(record)
+        return record_of({**left, VERSION: self.version}) if left else left
 
 
 def _check_step(number: object, migrate: object, where: str) -> None:

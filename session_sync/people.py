@@ -14,6 +14,7 @@ from .containers import freeze
 from .errors import SessionDeadlockError, SessionMigrationError
 from .expiry import TIMERS, Timers, Ttl
 from .keys import StorageKey
+from .repeats import UPDATES, updates_in
 from .schema import NO_SCHEMA, is_field
 from .scope import Options, SessionScope
 from .scopes import SessionScopes
@@ -169,7 +170,10 @@ def _merged(
     hidden.pop(TIMERS, None)
     if timers:
         hidden[TIMERS] = timers
-    return record_of({**lasting, **hidden} if lasting else {})
+    updates = updates_in(older, source.key) + updates_in(newer, goal.key)
+    if updates:
+        hidden[UPDATES] = updates
+    return record_of({**lasting, **hidden} if lasting or updates else {})
 
 
 def _current(options: Options[Any], key: str, record: Record) -> Record:

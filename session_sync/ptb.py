@@ -1,18 +1,20 @@
-"""python-telegram-bot's room: `install` gives every handler its session, as `context.session`.
+"""python-telegram-bot's room: `install` gives every handler its session, as `context.session`, and
+if it is told to, its chat's as well, as `context.chat_session`.
 
 All that PTB does with an update goes through `Application.process_update`, whoever calls it, so
-that is where a session's scope is put around it; the tasks that PTB makes for an update keep the
-scope open until the last of them has ended. Nothing else in session_sync knows PTB.
+that is where the scopes of its sessions are put around it; the tasks that PTB makes for an update
+keep them open until the last of them has ended. Nothing else in session_sync knows PTB.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import ContextVar, copy_context
-from typing import Any, Final, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast, overload
 
 try:
     import telegram.ext
@@ -31,30 +33,48 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
         "session_sync.ptb needs python-telegram-bot 20 or newer: pip install 'session-sync[ptb]'"
     ) from error
 
-from .chats import Migration, migrate_chat, migrates_chats, migration_in
+from .bags import (
+    NAMES,
+    NOT_CLOSED,
+    Bags,
+    Delivery,
+    Managers,
+    aclose_all,
+    close_all,
+    dedupes,
+    managers_of,
+    raise_all,
+)
+from .chats import Migration, amigrate_chat, migrating, migration_in
 from .errors import SessionAwaitError, SessionKeyError
-from .locks import here
+from .locks import Party, here
 from .manager import SessionManager, no_key
-from .scope import Scope, SessionScope, entries, step_outside
-from .session import BaseSession, replace_fields
-from .steps import arun, run
+from .scope import Scope, entries, step_outside
+from .session import BaseSession, Session, replace_fields
 
 S = TypeVar("S", bound=BaseSession)
+if TYPE_CHECKING:  # SessionContext[Bag] is a SessionContext[Bag, Session]
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    C = TypeVarWithDefault("C", bound=BaseSession, default=Session)
+else:
+    C = TypeVar("C", bound=BaseSession)
 BT = TypeVar("BT", bound=telegram.Bot)
 UD = TypeVar("UD")
 CD = TypeVar("CD")
 BD = TypeVar("BD")
 JQ = TypeVar("JQ", bound="JobQueue[Any] | None")
-OwnContext = TypeVar("OwnContext", bound="SessionContext[Any]")
+OwnContext = TypeVar("OwnContext", bound="SessionContext[Any, Any]")
 _Data = dict[Any, Any]
 
 
-class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic[S]):
-    """The context of a bot with sessions: PTB's own, and `session`.
+class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic[S, C]):
+    """The context of a bot with sessions: PTB's own, and `session` and `chat_session`.
 
-    For annotations, `context: SessionContext[Bag]`, and as the base of a context class of one's
-    own. Under `install`, a context class that is not based on it gets it as one more base; it must
-    have no `session` of its own then.
+    For annotations, `context: SessionContext[Bag]` or `SessionContext[Bag, ChatBag]`, and as the
+    base of a context class of one's own. Under `install`, a context class that is not based on it
+    gets it as one more base; it must have no `session` of its own then, and no `chat_session` if
+    that is installed.
 
     >>> from session_sync import Session
     >>> from telegram import Update
@@ -63,6 +83,13 @@ class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic
     """
 
     _unit: _Unit | None = None
+
+    if not TYPE_CHECKING:  # the default of C, which Python knows from 3.13 on
+
+        def __class_getitem__(cls, types: Any) -> Any:
+            given = types if isinstance(types, tuple) else (types,)
+            missing = len(getattr(cls, "__parameters__", ())) - len(given)
+            return super().__class_getitem__(given + (Session,) * missing)
 
     @property
     def session(self) -> S:
@@ -73,17 +100,50 @@ class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic
         Raises SessionKeyError where there is none: for an update without a key, in a job, and in
         what a conversation's time-out calls, since that gets the context of an update long gone.
         """
-        if self._unit is None:
-            raise SessionKeyError(_no_unit(self))
-        return cast(S, self._unit.session)
+        return cast(S, self._session_at(0))
 
     @session.setter
     def session(self, fields: Mapping[str, Any] | None) -> None:
+        self._replace(0, fields)
+
+    @property
+    def chat_session(self) -> C:
+        """The session that the manager given to `install` as `chat_session` has for the update:
+        as a rule its chat's. All else is as with `session`.
+
+        Raises AttributeError if none was given.
+        """
+        return cast(C, self._session_at(1))
+
+    @chat_session.setter
+    def chat_session(self, fields: Mapping[str, Any] | None) -> None:
+        self._replace(1, fields)
+
+    def _session_at(self, place: int) -> BaseSession:
+        if self._unit is None:
+            raise SessionKeyError(_no_unit(self))
+        return self._unit.session_at(place)
+
+    def _replace(self, place: int, fields: Mapping[str, Any] | None) -> None:
         if self._unit is None and fields is not None and not isinstance(fields, Mapping):
+            name = NAMES[place]
             raise AttributeError(
-                "context.session is the session of the user; give your own attribute another name"
+                f"context.{name} is a session of session_sync's; give your own attribute another "
+                f"name"
             )
-        replace_fields(self.session, fields)
+        replace_fields(self._session_at(place), fields)
+
+
+class _NoChatSession:
+    """`context.chat_session` of a bot that has none; an attribute of its own of that name wins."""
+
+    def __get__(self, context: Any, owner: type) -> Any:
+        if context is None:
+            return self
+        raise AttributeError(
+            "this bot has a session and no chat_session: session_sync.ptb.install(builder, "
+            "sessions, chat_session=...) gives it one"
+        )
 
 
 class _Hooks(CallbackContext[Any, Any, Any, Any]):
@@ -109,15 +169,14 @@ class _Hooks(CallbackContext[Any, Any, Any, Any]):
 
 
 class _Unit:
-    """One update with its session's scope (None: the update has no key)."""
+    """One update with the scopes of its sessions, which have been entered."""
 
     #: The one that this task belongs to.
     current: Final[ContextVar[_Unit | None]] = ContextVar("session_sync_ptb_unit", default=None)
 
-    def __init__(self, update: object, entry: SessionScope[Any] | None) -> None:
-        self.update = update
-        self.entry: Final = entry
-        self._session: Final[BaseSession | None] = None if entry is None else entry.scope.session
+    def __init__(self, update: object, bags: Bags) -> None:
+        self.update: Final = update
+        self.bags: Final = bags
 
     @classmethod
     def of(cls, update: object) -> _Unit | None:
@@ -125,23 +184,18 @@ class _Unit:
         unit = cls.current.get()
         return unit if unit is not None and unit.update is update else None
 
-    @property
-    def session(self) -> BaseSession:
+    def session_at(self, place: int) -> BaseSession:
         """The session, also after it was released."""
-        if self.entry is None:
+        scope, session = self.bags.scopes[place], self.bags.sessions[place]
+        if scope is None:
             raise SessionKeyError(no_key(self.update))
-        if self._session is None or not self.entry.scope.members:
+        if session is None or not scope.scope.members:
             raise SessionKeyError(
                 "the update of this context has been handled and its session is closed (what a "
                 "conversation's time-out calls is given the old context); open it again with "
                 "`async with sessions.session_scope(update) as session:`"
             )
-        return self._session
-
-    def discard(self, error: BaseException) -> None:
-        """A handler failed with `error`."""
-        if self.entry is not None:
-            self.entry.scope.discard(error)
+        return session
 
 
 def _step_outside() -> None:
@@ -173,6 +227,7 @@ def install(
     builder: ApplicationBuilder[BT, OwnContext, UD, CD, BD, JQ],
     sessions: SessionManager[Any],
     *,
+    chat_session: SessionManager[Any] | None = None,
     migrate_chats: bool | None = None,
 ) -> ApplicationBuilder[BT, OwnContext, UD, CD, BD, JQ]: ...
 @overload
@@ -180,10 +235,23 @@ def install(
     builder: ApplicationBuilder[BT, Any, UD, CD, BD, Any],
     sessions: SessionManager[S],
     *,
+    chat_session: None = None,
     migrate_chats: bool | None = None,
 ) -> ApplicationBuilder[BT, SessionContext[S], UD, CD, BD, JobQueue[SessionContext[S]]]: ...
+@overload
 def install(
-    builder: Any, sessions: SessionManager[Any], *, migrate_chats: bool | None = None
+    builder: ApplicationBuilder[BT, Any, UD, CD, BD, Any],
+    sessions: SessionManager[S],
+    *,
+    chat_session: SessionManager[C],
+    migrate_chats: bool | None = None,
+) -> ApplicationBuilder[BT, SessionContext[S, C], UD, CD, BD, JobQueue[SessionContext[S, C]]]: ...
+def install(
+    builder: Any,
+    sessions: SessionManager[Any],
+    *,
+    chat_session: SessionManager[Any] | None = None,
+    migrate_chats: bool | None = None,
 ) -> Any:
     """Give every update of the application that `builder` builds its session: `context.session`.
 
@@ -195,18 +263,23 @@ def install(
     `on_error`), and then PTB's error handlers run; ApplicationHandlerStop is no error. An update
     without a key is handled too; asking for its session raises SessionKeyError.
 
+    With `chat_session`, a unit has a second session, `context.chat_session`, under the same rules
+    and of a manager of its own; what is saved of one does not depend on whether the other can be.
+
     Arguments:
         builder: a builder of PTB 20 or newer, before or after its other choices: a bot's own
             context class and application class are kept, and get the session as well.
         sessions: where the sessions come from.
+        chat_session: where those of `context.chat_session` come from; most often a manager with
+            `get_storage_key=by_chat`, on the same storage or another one.
         migrate_chats: when a group becomes a supergroup, move its sessions to its new number
             (`sessions.migrate_chat`), before the service message is handled that says so. What
             fails in that goes to the error handlers, and the message is handled all the same. It
             reads all keys of the store; by default it is done if the storage can list them.
 
-    Returns the builder. Raises TypeError if `builder` is no ApplicationBuilder, or if the storage
-    cannot list its keys and `migrate_chats` is True; RuntimeError if it has sessions already, or if
-    this version of PTB lacks what is needed here.
+    Returns the builder. Raises TypeError if `builder` is no ApplicationBuilder, or if a storage
+    cannot list its keys and `migrate_chats` is True; ValueError if `chat_session` is `sessions`;
+    RuntimeError if it has sessions already, or if this version of PTB lacks what is needed here.
 
     >>> import session_sync.ptb
     >>> from session_sync import SessionManager
@@ -229,7 +302,8 @@ def install(
             "this version of python-telegram-bot starts its tasks in a way that is not known here: "
             "pip install --upgrade 'session-sync[ptb]'"
         )
-    room = {"sessions": sessions, "migrates_chats": migrates_chats(sessions, migrate_chats)}
+    managers = managers_of(sessions, chat_session)
+    room = {"managers": managers, "moving": migrating(managers, migrate_chats)}
     # Not by application_class() and context_types(), which may be called once more afterwards.
     kind = type(builder)
     builder.__class__ = type(kind.__name__, (_SessionBuilder, kind), {"__slots__": (), **room})
@@ -247,8 +321,8 @@ class _SessionBuilder:
 
     __slots__ = ()
 
-    sessions: SessionManager[Any]
-    migrates_chats: bool
+    managers: Managers
+    moving: Managers
     _application_class: Any
     _context_types: Any
 
@@ -257,7 +331,7 @@ class _SessionBuilder:
         types = _chosen(self._context_types)
         self._application_class = _application_class(_chosen(self._application_class))
         self._context_types = ContextTypes(
-            context=_context_class(types.context),
+            context=_context_class(types.context, NAMES[: len(self.managers)]),
             bot_data=types.bot_data,
             chat_data=types.chat_data,
             user_data=types.user_data,
@@ -273,7 +347,7 @@ class _SessionBuilder:
                 f"{type(self).__name__}.build() has chosen an application class or context types "
                 f"by itself, without sessions; choose them before"
             )
-        application._session_sync = _Room(self.sessions, self.migrates_chats)
+        application._session_sync = _Room(self.managers, self.moving)
         return application
 
 
@@ -291,27 +365,33 @@ def _application_class(chosen: type[Any]) -> type[Any]:
     return type(chosen.__name__, bases, {"__module__": chosen.__module__})
 
 
-def _context_class(chosen: type[Any]) -> type[Any]:
-    """`chosen` with a session."""
+def _context_class(chosen: type[Any], names: tuple[str, ...]) -> type[Any]:
+    """`chosen` with sessions of these names."""
     bases: tuple[type[Any], ...] = (_Hooks, chosen)
+    inside: dict[str, Any] = {"__module__": chosen.__module__}
     if not issubclass(chosen, SessionContext):
-        if hasattr(chosen, "session"):
-            raise TypeError(
-                f"{chosen.__name__} has a `session` of its own, which context.session would hide; "
-                f"give it another name"
-            )
+        for name in names:
+            if hasattr(chosen, name):
+                raise TypeError(
+                    f"{chosen.__name__} has a `{name}` of its own, which context.{name} would "
+                    f"hide; give it another name"
+                )
         bases = (_Hooks, SessionContext, chosen)
     if issubclass(SessionContext, chosen):
         bases = (_Hooks, SessionContext)
-    return type(chosen.__name__, bases, {"__module__": chosen.__module__})
+    for name in NAMES[len(names) :]:
+        own = inspect.getattr_static(chosen, name, vars(SessionContext)[name])
+        inside[name] = _NoChatSession() if own is vars(SessionContext)[name] else own
+    return type(chosen.__name__, bases, inside)
 
 
 class _Room:
     """What an application with sessions has besides."""
 
-    def __init__(self, sessions: SessionManager[Any], migrates_chats: bool) -> None:
-        self.sessions: Final = sessions
-        self.migrates_chats: Final = migrates_chats
+    def __init__(self, managers: Managers, moving: Managers) -> None:
+        self.managers: Final = managers
+        self.dedupes: Final = dedupes(managers)
+        self.moving: Final = moving  # which of them move the sessions of a chat
         #: What stop() has to wait for, and PTB does not know of.
         self.closing: Final[set[asyncio.Task[Any]]] = set()
 
@@ -326,41 +406,43 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
     _session_sync: _Room
 
     async def process_update(self, update: object) -> None:
-        """Handle one update inside its session's scope."""
+        """Handle one update inside the scopes of its sessions."""
         self._check_initialized()
-        sessions, entry = self._session_sync.sessions, None
-        if self._session_sync.migrates_chats:
+        if self._session_sync.moving:
             migration = migration_in(getattr(update, "message", None))
             if migration is not None:
                 await self._migrate_chat(migration, update)
         try:
-            key = sessions.key_of(update)
-            if key is not None:
-                entry = sessions.scope_of(key, update)
-                await entry.__aenter__()
+            bags = Bags(self._session_sync.managers, update, self._delivery_of(update))
+            await bags.__aenter__()
         except Exception as error:
             await self.process_error(update=update, error=error)
             return
         around = _Unit.current.get()
-        _Unit.current.set(_Unit(update, entry))
+        _Unit.current.set(_Unit(update, bags))
         try:
-            await super().process_update(update)
+            if bags.is_new:
+                await super().process_update(update)
         except BaseException as error:
             _Unit.current.set(around)
-            if entry is not None:
-                leaving = entry.__aexit__(type(error), error, error.__traceback__)
-                thrown_away = isinstance(error, GeneratorExit)  # then error handlers cannot run
-                await (leaving if thrown_away else self._saves_session(update, leaving))
+            if isinstance(error, GeneratorExit):  # thrown away: error handlers cannot run
+                await bags.__aexit__(type(error), error, error.__traceback__)
+            else:
+                await self._report(update, await bags.leave(error))
             raise
         _Unit.current.set(around)
-        if entry is not None:
-            await self._saves_session(update, entry.__aexit__(None, None, None))
+        await self._report(update, await bags.leave(None))
+
+    def _delivery_of(self, update: object) -> Delivery | None:
+        if self._session_sync.dedupes and isinstance(update, Update):
+            return Delivery(update.update_id)
+        return None
 
     async def _migrate_chat(self, migration: Migration, update: object) -> None:
-        """Move the sessions of a chat, before the scope of the update is opened that says so: that
-        is one of them."""
+        """Move the sessions of a chat, before the scopes of the update are opened that says so:
+        they are among them."""
         try:
-            await migrate_chat(self._session_sync.sessions, migration)
+            await amigrate_chat(self._session_sync.moving, migration)
         except Exception as error:
             await self.process_error(update=update, error=error)
 
@@ -368,15 +450,17 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         """Let the error handlers see what was before the handler that has failed."""
         unit = _Unit.of(update)
         if unit is not None:
-            unit.discard(error)
+            unit.bags.discard(error)
         return await super().process_error(update, error, *args, **kw)
 
-    async def _saves_session(self, update: object, saving: Coroutine[Any, Any, None]) -> None:
+    async def _report(self, update: object, failures: Sequence[BaseException]) -> None:
         """What fails when a session is saved goes where goes what fails in a handler."""
-        try:
-            await saving
-        except Exception as error:
-            await self.process_error(update=update, error=error)
+        for error in failures:
+            if isinstance(error, Exception):
+                await self.process_error(update=update, error=error)
+        for error in failures:
+            if not isinstance(error, Exception):
+                raise error
 
     def add_error_handler(self, callback: Any, *args: Any, **kw: Any) -> None:
         """PTB swallows what an error handler raises, so that its unit would not see it."""
@@ -409,8 +493,8 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         member = None
         if unit is None:
             context.run(_step_outside)
-        elif unit.entry is not None and unit.entry.scope.join():
-            member = _Member(self, update, unit.entry.scope)
+        elif joined := [entry.scope for entry in unit.bags.in_order if entry.scope.join()]:
+            member = _Member(self, update, joined)
         context.run(_Member.current.set, member)
         create_task = getattr(super(), _CREATE_TASK)
         task: asyncio.Task[Any] = context.run(create_task, coroutine, update, *args, **kw)
@@ -429,44 +513,51 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
 
 
 class _Member:
-    """A task that PTB has made for a unit: the scope stays open until it has ended."""
+    """A task that PTB has made for a unit: its scopes stay open until it has ended."""
 
     #: The one that the task is which is just being made.
     current: Final[ContextVar[_Member | None]] = ContextVar("session_sync_ptb", default=None)
 
-    def __init__(self, application: _SessionApplication, update: object, scope: Scope[Any]) -> None:
+    def __init__(
+        self, application: _SessionApplication, update: object, scopes: list[Scope[Any]]
+    ) -> None:
         self._application: Final = application
         self._update: Final = update
-        self._scope: Final = scope
+        self._scopes: Final = scopes
         self._begun = False
 
     async def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Do what the task is for, which includes its error handlers, and leave."""
         self._begun = True
         party = here()
-        self._scope.arrive(party)
+        for scope in self._scopes:
+            scope.arrive(party)
         try:
             return await work
         except Exception:
             raise  # process_error has seen it
         except BaseException as error:
-            self._scope.discard(error)
+            for scope in self._scopes:
+                scope.discard(error)
             raise
         finally:
-            if self._scope.leave(party):
-                if isinstance(sys.exc_info()[1], GeneratorExit):  # thrown away: may not await
-                    run(self._scope.closing())
-                else:
-                    await self._close()
+            last = self._leave(party)
+            if isinstance(sys.exc_info()[1], GeneratorExit):  # thrown away: may not await
+                raise_all(close_all(last), NOT_CLOSED)
+            else:
+                await self._close(last)
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         """A task that was cancelled before its first step has done nothing of `run`."""
-        if not self._begun and self._scope.leave():
-            self._application._session_sync.wait_for(asyncio.create_task(self._close()))
+        if not self._begun and (last := self._leave()):
+            self._application._session_sync.wait_for(asyncio.create_task(self._close(last)))
 
-    async def _close(self) -> None:
-        saving = arun(self._scope.closing())
-        await self._application._saves_session(self._update, saving)
+    def _leave(self, party: Party | None = None) -> list[Scope[Any]]:
+        """The scopes that have to be closed now."""
+        return [scope for scope in reversed(self._scopes) if scope.leave(party)]
+
+    async def _close(self, scopes: list[Scope[Any]]) -> None:
+        await self._application._report(self._update, await aclose_all(scopes))
 
 
 class _ErrorHandler:
@@ -482,7 +573,7 @@ class _ErrorHandler:
         except Exception as error:
             unit = _Unit.of(update)
             if unit is not None:
-                unit.discard(error)
+                unit.bags.discard(error)
             raise
 
     def __eq__(self, other: object) -> bool:
@@ -525,9 +616,10 @@ class _SessionFilter(UpdateFilter):
                 "session_filter was asked where no session is open: without "
                 "session_sync.ptb.install(), or in the TIMEOUT state of a conversation"
             )
-        if unit.entry is not None and unit.entry.options.lazy:
+        scope = unit.bags.scopes[0]
+        if scope is not None and scope.options.lazy:
             raise SessionAwaitError(
                 "session_filter was given a lazy session, which a filter cannot await; make the "
                 "manager without lazy=True"
             )
-        return bool(self._check(unit.session))
+        return bool(self._check(unit.session_at(0)))

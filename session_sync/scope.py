@@ -29,6 +29,7 @@ from .errors import (
 from .expiry import Ttl
 from .locks import Hold, KeyLock, Party, here
 from .migrations import Migrations
+from .repeats import has_only_updates
 from .schema import Schema
 from .session import BaseSession, Fields
 from .steps import Call, Steps, Take, TakeTurn, arun, call_store, closers, openers, run, waiters
@@ -53,6 +54,7 @@ class Options(Generic[S]):
     lock_timeout: float | None
     queue_timeout: float | None  # the part of it that is spent behind others of this process
     save_on_error: bool
+    dedupe: int  # how many updates a session remembers
     #: Whether a session opens at once, unless somebody else has it.
     at_once: bool = field(init=False)
 
@@ -216,29 +218,34 @@ class Scope(Generic[S]):
         migrations = options.migrations
         self._stored = record is not None
         if record is None:
-            self.fields = self._missing()
+            self.fields = self._missing(_NO_FIELDS)
         elif migrations is None or migrations.are_done(record):
             self.fields = Fields(self.key, record, options.schema)
         else:
             newest = migrations.newest(self.key, record, options.schema)
             self.fields = Fields(self.key, newest, options.schema)
             self.fields.save_as_it_is()
+        if options.initial is not None and has_only_updates(self.fields.record):
+            self.fields = self._missing(self.fields.record)
         if self.session is None:
             self.parties = hold.parties
             self.session = options.session_type(self)
         else:  # a lazy one; from here on, whoever waits for the key waits for all who are in it
             hold.parties = self.parties
 
-    def _missing(self) -> Fields:
-        """The fields of a session that is not stored yet, and will not be until they change."""
+    def _missing(self, record: Record) -> Fields:
+        """The fields of a session that is not stored yet, and will not be until they change. All
+        that `record` has is what the session remembers."""
         initial, schema = self.options.initial, self.options.schema
         given = initial(self.update) if initial is not None else None
-        fields = Fields(self.key, _NO_FIELDS, schema)
+        fields = Fields(self.key, record, schema)
         if not given:
             return fields
         for name, value in given.items():
             fields.set(name, _copy(value))
-        return Fields(self.key, fields.take_changes(), schema)
+        fields = Fields(self.key, fields.take_changes(), schema)
+        fields.begun = fields.record
+        return fields
 
     def closes_at_once(self) -> bool:
         """Write and unlock, if nothing in that may take long; else False, and nothing was done."""
@@ -822,7 +829,7 @@ class SessionScope(Scope[S]):
     def _joining(self, around: SessionScope[Any]) -> Steps:
         """Join the scope of the same key that is open around here, if there is one."""
         entry: SessionScope[Any] | None = around
-        while entry is not None and not entry._is_for(self):
+        while entry is not None and (entry.scope.closed or not entry.is_same(self)):
             entry = entry.outer
         if entry is None:
             return
@@ -859,11 +866,9 @@ class SessionScope(Scope[S]):
             scope.discard(error)  # else it goes on to the entry around this one
         return scope.leave(self._party)
 
-    def _is_for(self, other: SessionScope[Any]) -> bool:
-        scope = self.scope
-        return (
-            not scope.closed and self.name == other.name and self.options.door is other.options.door
-        )
+    def is_same(self, other: Scope[Any]) -> bool:
+        """Whether both are for one session."""
+        return self.name == other.name and self.options.door is other.options.door
 
     def _check_version(self, around: Options[Any]) -> None:
         """Refuse to join a session of another version: what is written here would be taken for

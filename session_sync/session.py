@@ -15,6 +15,7 @@ from .containers import MISSING, Owner
 from .errors import SessionTypeError
 from .expiry import TIMERS, Timers, Ttl
 from .migrations import VERSION, Migration, Migrations
+from .repeats import UPDATES, updates_in, without_fields
 from .schema import (
     NO_SCHEMA,
     Declared,
@@ -56,6 +57,10 @@ class Fields:
     always saved, but for those that a failed handler has `spoilt`. So a session of a thousand
     fields costs what its handler touches, not a thousand.
 
+    `updates` are the numbers of updates that are to be stored at the end, if any, with whatever the
+    handler has changed. `begun` is the record of a session that has only what `initial` gave it: as
+    long as the fields are still those, nothing of it is stored.
+
     What the class declares stands in `schema`. `seen` is what a field would be stored as if it had
     not been touched since it was thawed, where that may be something else than `record` has: a
     default, or an object whose class has got an attribute more. `made` are the defaults that a
@@ -64,6 +69,7 @@ class Fields:
 
     __slots__ = (
         "_owner",
+        "begun",
         "gone",
         "kept",
         "key",
@@ -76,6 +82,7 @@ class Fields:
         "seen",
         "spoilt",
         "timers",
+        "updates",
         "written",
     )
 
@@ -90,6 +97,8 @@ class Fields:
         self.record = self.kept = record
         self.live: dict[str, Any] = {}
         self.seen: dict[str, Any] | None = None
+        self.updates: list[int] | None = None
+        self.begun: Record | None = None
         self.written: dict[str, bool] = {}
         self.timers = Timers(record[TIMERS], key) if TIMERS in record else None
 
@@ -299,6 +308,16 @@ class Fields:
 
     # -- the scope's side
 
+    def has_had(self, number: int) -> bool:
+        """Whether the update of this number was handled before."""
+        return number in updates_in(self.record, self.key)
+
+    def remember(self, number: int, limit: int) -> None:
+        """Store the number of an update at the end, unless its handler fails, and with it those
+        that came before, at most `limit` in all."""
+        had = updates_in(self.record, self.key) if self.updates is None else self.updates
+        self.updates = [*(each for each in had if each != number), number][-limit:]
+
     def take_changes(self) -> Record:
         """The record that is to go into the store, which is taken to succeed: changes count from
         here. It is `kept` if there is nothing to store.
@@ -318,8 +337,17 @@ class Fields:
             self.written = {}
             if self.seen:
                 self.seen = {n: frozen for n, frozen in self.seen.items() if n not in changes}
+        if self.updates is not None and not self.open:  # not by a flush: the handler may yet fail
+            record = self._with_updates(record, self.updates)
         self.kept = record
         return record
+
+    def _with_updates(self, record: Record, updates: list[int]) -> Record:
+        """What is to be stored at the end; the fields that the handler has had stay as they are."""
+        hidden: dict[str, Any] = {UPDATES: updates}
+        if self.schema.version > 1:
+            hidden[VERSION] = self.schema.version
+        return patched(record_of({}) if record is self.begun else record, hidden)
 
     def _changes(self) -> dict[str, Any]:
         """What fields would be stored as, of which the store has something else."""
@@ -371,8 +399,8 @@ class Fields:
     def _rearranged(self, changes: dict[str, Any]) -> Record:
         """The record with `changes`, where something has gone."""
         fields = dict.fromkeys((*self._stored_names(), *filter(is_field, changes)))
-        if not fields:
-            return record_of({})  # which is not stored at all, whatever else it has
+        if not fields:  # then it is not stored at all, whatever else it has
+            return without_fields(self.record)
         hidden = [name for name in (*self.record, *changes) if not is_field(name)]
         if not self.timers:
             hidden = [name for name in hidden if name != TIMERS]
@@ -409,8 +437,10 @@ class Fields:
         """Back to what the store has; containers handed out so far cannot be changed any more."""
         self.close()
         spoilt = self.spoilt | self.loose  # objects that the failed handler may have changed
+        begun = self.begun is self.kept
         Fields.__init__(self, self.key, reread(self.kept), self.schema)
         self.spoilt = spoilt
+        self.begun = self.kept if begun else None
 
 
 class BaseSession(MutableMapping[str, Any]):

@@ -1,4 +1,5 @@
-"""pyTelegramBotAPI's room: `install` gives every handler its session, as `message.session`.
+"""pyTelegramBotAPI's room: `install` gives every handler its session, as `message.session`, and if
+it is told to, its chat's as well, as `message.chat_session`.
 
 All that a TeleBot does with an update (handlers, next-step and reply callbacks, in its pool or not)
 goes through its `_exec_task`, and all that an AsyncTeleBot does with one goes through its
@@ -14,8 +15,8 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 try:
@@ -26,12 +27,14 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
         "session_sync.telebot needs pyTelegramBotAPI: pip install 'session-sync[telebot]'"
     ) from error
 
-from .chats import Migration, migrate_chat, migrates_chats, migration_in
+from .bags import NAMES, Bags, Delivery, Managers, dedupes, managers_of, scope_of
+from .chats import Migration, amigrate_chat, migrate_chat, migrating, migration_in
 from .errors import SessionKeyError
 from .locks import Hold, Turn
 from .manager import SessionManager, no_key
-from .scope import SessionScope, entries, in_handler
+from .scope import Scope, SessionScope, entries, in_handler
 from .session import BaseSession, replace_fields
+from .turns import Turns
 
 if TYPE_CHECKING:  # it needs aiohttp, which who has no AsyncTeleBot may not have
     from telebot.async_telebot import AsyncTeleBot
@@ -39,7 +42,13 @@ if TYPE_CHECKING:  # it needs aiohttp, which who has no AsyncTeleBot may not hav
 Bot = TypeVar("Bot", bound="telebot.TeleBot | AsyncTeleBot")
 
 
-def install(bot: Bot, sessions: SessionManager[Any], *, migrate_chats: bool | None = None) -> Bot:
+def install(
+    bot: Bot,
+    sessions: SessionManager[Any],
+    *,
+    chat_session: SessionManager[Any] | None = None,
+    migrate_chats: bool | None = None,
+) -> Bot:
     """Give every update of `bot` its session: `message.session`, `call.session`, ...
 
     It is there in handlers of every kind, in their filters, in class middlewares, and in next-step
@@ -55,18 +64,25 @@ def install(bot: Bot, sessions: SessionManager[Any], *, migrate_chats: bool | No
     class middleware, `get_storage_key`, the storage) goes to the bot's exception handler too, and
     leaves `process_new_updates` if that one does not answer True.
 
+    With `chat_session`, an update has a second session, `message.chat_session`, under the same
+    rules and of a manager of its own. It is handled when both are free for it; what is saved of
+    one does not depend on whether the other can be.
+
     Arguments:
         bot: a TeleBot or an AsyncTeleBot.
         sessions: where the sessions come from.
+        chat_session: where those of `message.chat_session` come from; most often a manager with
+            `get_storage_key=by_chat`, on the same storage or another one.
         migrate_chats: when a group becomes a supergroup, move its sessions to its new number
             (`sessions.migrate_chat`), before the service message is handled that says so. What
             fails in that goes where goes what a handler raises, and the message is handled all the
             same. It reads all keys of the store; by default it is done if the storage can list
             them.
 
-    Returns the bot. Raises TypeError if `bot` is neither a TeleBot nor an AsyncTeleBot, or if the
-    storage cannot list its keys and `migrate_chats` is True; RuntimeError if the bot has sessions
-    already, or if this version of telebot lacks what is needed here.
+    Returns the bot. Raises TypeError if `bot` is neither a TeleBot nor an AsyncTeleBot, or if a
+    storage cannot list its keys and `migrate_chats` is True; ValueError if `chat_session` is
+    `sessions`; RuntimeError if the bot has sessions already, or if this version of telebot lacks
+    what is needed here.
 
     >>> import telebot
     >>> from session_sync import SessionManager
@@ -95,9 +111,11 @@ def install(bot: Bot, sessions: SessionManager[Any], *, migrate_chats: bool | No
             "filters, handlers) that a session could be open for: "
             "pip install --upgrade 'session-sync[telebot]'"
         )
-    moves = migrates_chats(sessions, migrate_chats)
-    setattr(JsonDeserializable, "session", _SessionAttribute())  # noqa: B010 (for type checkers)
-    room(bot, sessions, moves)
+    managers = managers_of(sessions, chat_session)
+    moving = migrating(managers, migrate_chats)
+    for place, name in enumerate(NAMES):
+        setattr(JsonDeserializable, name, _SessionAttribute(place))
+    room(bot, managers, moving)
     return bot
 
 
@@ -113,12 +131,6 @@ def _room_for(bot: Any) -> type[_Room | _AsyncRoom]:
     raise TypeError(f"install() takes a TeleBot or an AsyncTeleBot, not {type(bot).__name__}")
 
 
-def _scope_of(sessions: SessionManager[Any], update: Any) -> SessionScope[Any] | None:
-    """The scope that goes around an update, or None if it has no key; raises as `key_of` does."""
-    key = sessions.key_of(update)
-    return None if key is None else sessions.scope_of(key, update)
-
-
 # -- TeleBot
 
 
@@ -127,16 +139,19 @@ class _Room:
 
     task: ClassVar = "_run_middlewares_and_handler"
 
-    def __init__(self, bot: Any, sessions: SessionManager[Any], migrates_chats: bool) -> None:
+    def __init__(self, bot: Any, managers: Managers, moving: Managers) -> None:
         self._bot: Final = bot
-        self._sessions: Final = sessions
-        self._waiting: Final[set[_Job]] = set()
+        self._sessions: Final = managers[0]
+        self._managers: Final = managers
+        self._dedupes: Final = dedupes(managers)
+        self._is_plain: Final = len(managers) == 1 and not self._dedupes
+        self._moving: Final = moving  # which of them move the sessions of a chat
+        self._waiting: Final[set[_Job | _BagsJob]] = set()
         self._stopped = False
         self._exec_task: Final = bot._exec_task
-        self._migrates_chats: Final = migrates_chats
         self._process_new_updates: Final = bot.process_new_updates
         self._test_message_handler: Final = bot._test_message_handler
-        bot._exec_task = self.exec_task_after_migration if migrates_chats else self.exec_task
+        bot._exec_task = self.exec_task_after_migration if moving else self.exec_task
         bot._test_message_handler = self.test_message_handler
         bot.process_new_updates = self.process_new_updates
         if bot.threaded:
@@ -152,17 +167,26 @@ class _Room:
             if self._bot.threaded
             else ([update] for update in updates)
         )
+        process = self._deliver if self._dedupes else self._process_new_updates
         for batch in batches:
-            self._process_new_updates(batch)
-            if self._migrates_chats and not self._bot.message_handlers:
+            process(batch)
+            if self._moving and not self._bot.message_handlers:
                 self._migrate_unhandled(batch)
+
+    def _deliver(self, updates: Iterable[Any]) -> None:
+        """As telebot's, in a context that knows of the delivery."""
+        token = _delivered.set(_deliveries(updates))
+        try:
+            self._process_new_updates(updates)
+        finally:
+            _delivered.reset(token)
 
     def _migrate_unhandled(self, updates: Iterable[Any]) -> None:
         """Telebot makes no task of a message if there is no handler of messages at all."""
         for update in updates:
             migration = migration_in(update.message)
             if migration is not None:
-                self._exec_task(_as_handler, self._sessions.migrate_chat, *migration)
+                self._exec_task(_as_handler, migrate_chat, self._moving, migration)
 
     def exec_task_after_migration(self, task: Callable[..., Any], *args: Any, **kw: Any) -> None:
         """As `exec_task`; if the update says that a chat has migrated, move its sessions first.
@@ -171,13 +195,14 @@ class _Room:
         if migration is None:
             self.exec_task(task, *args, **kw)
         else:
-            handle = functools.partial(self.exec_task, task, *args, **kw)
+            # It has to know of the delivery, which another thread does not.
+            handle = functools.partial(copy_context().run, self.exec_task, task, *args, **kw)
             self._exec_task(_as_handler, self._migrate_chat, migration, handle)
 
     def _migrate_chat(self, migration: Migration, handle: Callable[[], None]) -> None:
         """In a worker, or in the polling thread where there is none."""
         try:
-            self._sessions.migrate_chat(*migration)
+            migrate_chat(self._moving, migration)
         finally:
             handle()
 
@@ -187,35 +212,36 @@ class _Room:
         if not isinstance(update, JsonDeserializable):  # an update listener gets a list
             self._exec_task(_as_handler, functools.partial(task, *args, **kwargs))
             return
+        job: _Job | _BagsJob
         try:
-            scope = _scope_of(self._sessions, update)
+            if self._is_plain:
+                job = _Job(scope_of(self._sessions, update), task, args, kwargs)
+            else:
+                bags = Bags(self._managers, update, _delivery_of(update))
+                job = _BagsJob(bags, task, args, kwargs)
         except Exception as error:  # not here, in the polling thread: the batch would be lost
             self._exec_task(_raise, error)
             return
-        if scope is not None and self._bot.use_class_middlewares and kwargs.get("handlers"):
+        if job.has_session and self._bot.use_class_middlewares and kwargs.get("handlers"):
             kwargs["handlers"] = _rolling_back(kwargs["handlers"], _RollsBack)
-        job = _Job(scope, task, args, kwargs)
-        if scope is None or scope.options.lazy or self._stopped or not self._bot.threaded:
+        if not job.waits or self._stopped or not self._bot.threaded:
             self._exec_task(job.run)
         else:
-            self._queue(job, scope)
+            self._queue(job)
 
-    def _queue(self, job: _Job, scope: SessionScope[Any]) -> None:
-        """Let `job` wait for its key without a worker. When the key is free it goes to the end of
+    def _queue(self, job: _Job | _BagsJob) -> None:
+        """Let `job` wait for its keys without a worker. When they are free it goes to the end of
         the pool's queue, so that keys take turns there, however many updates one of them has."""
         self._waiting.add(job)
-        locks = scope.options.door.locks
-        job.turn = locks.queue_turn(
-            scope.name, functools.partial(self._exec_task, self._run_turn, job)
-        )
+        job.queue(functools.partial(self._exec_task, self._run_turn, job))
         if self._stopped:
             self._withdraw(job)
 
-    def _run_turn(self, job: _Job, turn: Turn) -> None:
-        hold = turn.claim()
-        if hold is not None:  # else somebody passed, and this will be called again
+    def _run_turn(self, job: Any, turn: Turn | Turns) -> None:
+        taken = turn.claim()
+        if taken is not None:  # else somebody passed, and this will be called again
             self._waiting.discard(job)
-            job.run(hold)
+            job.run(taken)
 
     def test_message_handler(self, handler: Any, update: Any) -> bool:
         """A filter that raises has failed as a handler does; class middlewares swallow it too."""
@@ -232,7 +258,7 @@ class _Room:
         for job in list(self._waiting):
             self._withdraw(job)
 
-    def _withdraw(self, job: _Job) -> None:
+    def _withdraw(self, job: _Job | _BagsJob) -> None:
         self._waiting.discard(job)
         if job.turn is not None:
             job.turn.withdraw()
@@ -249,7 +275,7 @@ def _kind_of(update: Any) -> str | None:
 class _Job:
     """One task of telebot with the scope that goes around it (None: the update has no key)."""
 
-    __slots__ = ("_args", "_kwargs", "_scope", "_task", "turn")
+    __slots__ = ("_args", "_kwargs", "_scope", "_task", "has_session", "turn", "waits")
 
     def __init__(
         self,
@@ -262,7 +288,16 @@ class _Job:
         self._task: Final = task
         self._args: Final = args
         self._kwargs: Final = kwargs
+        self.has_session: Final = scope is not None
+        #: Whether it has to have its key before it begins.
+        self.waits: Final = scope is not None and not scope.options.lazy
         self.turn: Turn | None = None
+
+    def queue(self, call: Callable[[Turn], None]) -> None:
+        """Wait for the key; `call` is called when it is free."""
+        scope = self._scope
+        assert scope is not None
+        self.turn = scope.options.door.locks.queue_turn(scope.name, call)
 
     def run(self, hold: Hold | None = None) -> None:
         """Do it, in a worker or in the polling thread; `hold` if the key was taken before."""
@@ -270,13 +305,49 @@ class _Job:
         token = in_handler.set(True)
         try:
             if scope is None:
-                _bind(self._args[0], None)
+                _bind(self._args[0], _NO_SCOPE, _NO_SESSION)
                 self._task(*self._args, **self._kwargs)
                 return
             scope.hold = hold
             with scope as session:
-                _bind(self._args[0], session)
+                _bind(self._args[0], (scope.scope,), (session,))
                 self._task(*self._args, **self._kwargs)
+        finally:
+            in_handler.reset(token)
+
+
+class _BagsJob:
+    """The same with all that a bot may have: a `chat_session`, and updates that come again."""
+
+    __slots__ = ("_args", "_bags", "_eager", "_kwargs", "_task", "has_session", "turn", "waits")
+
+    def __init__(
+        self, bags: Bags, task: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._bags: Final = bags
+        self._task: Final = task
+        self._args: Final = args
+        self._kwargs: Final = kwargs
+        self._eager: Final = bags.eager()
+        self.has_session: Final = bool(bags.in_order)
+        self.waits: Final = bool(self._eager)
+        self.turn: Turns | None = None
+
+    def queue(self, call: Callable[[Turns], None]) -> None:
+        """Wait for the keys; `call` is called when all are free."""
+        places = [(scope.options.door.locks, scope.name) for scope in self._eager]
+        self.turn = Turns(places, call)
+
+    def run(self, holds: Iterable[Hold] = ()) -> None:
+        """Do it, in a worker or in the polling thread; `holds` if the keys were taken before."""
+        token = in_handler.set(True)
+        try:
+            for scope, hold in zip(self._eager, holds, strict=False):
+                scope.hold = hold
+            with self._bags as sessions:
+                if self._bags.is_new:
+                    _bind(self._args[0], self._bags.opened(), sessions)
+                    self._task(*self._args, **self._kwargs)
         finally:
             in_handler.reset(token)
 
@@ -301,15 +372,17 @@ class _AsyncRoom:
 
     task: ClassVar = "_run_middlewares_and_handlers"
 
-    def __init__(self, bot: Any, sessions: SessionManager[Any], migrates_chats: bool) -> None:
+    def __init__(self, bot: Any, managers: Managers, moving: Managers) -> None:
         self._bot: Final = bot
-        self._sessions: Final = sessions
+        self._managers: Final = managers
+        self._dedupes: Final = dedupes(managers)
+        self._moving: Final = moving  # which of them move the sessions of a chat
         self._process_new_updates: Final = bot.process_new_updates
         self._run_middlewares_and_handlers: Final = bot._run_middlewares_and_handlers
         self._test_message_handler: Final = bot._test_message_handler
         bot.process_new_updates = self.process_new_updates
         bot._run_middlewares_and_handlers = (
-            self.run_after_migration if migrates_chats else self.run_middlewares_and_handlers
+            self.run_after_migration if moving else self.run_middlewares_and_handlers
         )
         bot._test_message_handler = self.test_message_handler
 
@@ -318,14 +391,20 @@ class _AsyncRoom:
         button press. Tasks begin in the order in which they were made, so the updates of one user
         queue for their key as they came. A single update has its task as well: without it, it would
         overtake a batch that came before it."""
+        process = self._deliver if self._dedupes else self._process_new_updates
         results = await asyncio.gather(
-            *(self._process_new_updates([update]) for update in updates), return_exceptions=True
+            *(process([update]) for update in updates), return_exceptions=True
         )
         errors = [result for result in results if isinstance(result, BaseException)]
         if len(errors) > 1:
             raise BaseExceptionGroup(f"{len(errors)} updates were not handled", errors)
         if errors:
             raise errors[0]
+
+    async def _deliver(self, updates: Sequence[Any]) -> None:
+        """As telebot's, in a context that knows of the delivery: each task has its own."""
+        _delivered.set(_deliveries(updates))
+        await self._process_new_updates(updates)
 
     def run_after_migration(self, update: Any, *args: Any) -> Coroutine[Any, Any, None]:
         """As `run_middlewares_and_handlers`; if the update says that a chat has migrated, move its
@@ -337,7 +416,7 @@ class _AsyncRoom:
 
     async def _migrate_chat(self, migration: Migration, update: Any, *args: Any) -> None:
         try:
-            await migrate_chat(self._sessions, migration)
+            await amigrate_chat(self._moving, migration)
         except Exception as error:
             handled = await self._handle_exception(error)
             await self.run_middlewares_and_handlers(update, *args)
@@ -349,10 +428,13 @@ class _AsyncRoom:
     async def run_middlewares_and_handlers(
         self, update: Any, handlers: Iterable[Mapping[str, Any]], *args: Any
     ) -> None:
-        """Run all of it inside the scope of the update; called in a task that is its own."""
+        """Run all of it inside the scopes of the update; called in a task that is its own."""
         try:
-            async with _scope_of(self._sessions, update) or nullcontext() as session:
-                _bind(update, session)
+            bags = Bags(self._managers, update, _delivery_of(update))
+            async with bags as sessions:
+                if not bags.is_new:
+                    return
+                _bind(update, bags.opened(), sessions)
                 in_handler.set(True)
                 await self._run_middlewares_and_handlers(
                     update, _rolling_back(handlers, _AsyncRollsBack), *args
@@ -373,6 +455,25 @@ class _AsyncRoom:
         handler = self._bot.exception_handler
         handled = handler is not None and handler.handle(error)
         return bool(await handled if inspect.isawaitable(handled) else handled)
+
+
+# -- updates that come again: their numbers stand on what telebot makes no task of
+
+# The deliveries of the updates that are just being processed, by the id of what is in them.
+_delivered: ContextVar[Mapping[int, Delivery]] = ContextVar("session_sync_delivered")
+
+
+def _deliveries(updates: Iterable[Any]) -> dict[int, Delivery]:
+    inside = ((update, getattr(update, _kind_of(update) or "", None)) for update in updates)
+    return {id(payload): Delivery(update.update_id) for update, payload in inside}
+
+
+def _delivery_of(update: Any) -> Delivery | None:
+    """The delivery of what is in an Update, if somebody has to know of it."""
+    return _delivered.get(_NO_DELIVERIES).get(id(update))
+
+
+_NO_DELIVERIES: Final[Mapping[int, Delivery]] = {}
 
 
 # -- telebot swallows what a handler raises (a TeleBot with class middlewares, an AsyncTeleBot
@@ -416,25 +517,33 @@ class _AsyncRollsBack(_RollsBack):
             raise
 
 
-# -- message.session
+# -- message.session, message.chat_session
 
-# The session of each update object that is alive, or None where it has no key. Not an attribute of
+# The sessions of each update object that is alive, or None where it has no key. Not attributes of
 # the object, because telebot prints those in str(), and pickle and copy take them along.
 _bound: dict[int, _Binding] = {}
 
+_NO_SCOPE: Final = (None,)
+_NO_SESSION: Final = (None,)
+
 
 class _Binding(weakref.ref[Any]):
-    """An update object and its session, as long as the object is alive."""
+    """An update object, and the scopes and sessions that it has, as long as the object is alive."""
 
-    __slots__ = ("at", "session")
+    __slots__ = ("at", "scopes", "sessions")
 
     at: int
-    session: BaseSession | None
+    scopes: Sequence[Scope[Any] | None]
+    sessions: Sequence[BaseSession | None]
 
 
-def _bind(update: Any, session: BaseSession | None) -> None:
+def _bind(
+    update: Any,
+    scopes: Sequence[Scope[Any] | None],
+    sessions: Sequence[BaseSession | None],
+) -> None:
     binding = _Binding(update, _unbind)
-    binding.at, binding.session = id(update), session
+    binding.at, binding.scopes, binding.sessions = id(update), scopes, sessions
     _bound[binding.at] = binding
 
 
@@ -442,10 +551,9 @@ def _unbind(binding: _Binding) -> None:
     _bound.pop(binding.at, None)
 
 
-def _session_of(update: Any) -> Any:
-    for entry in entries():
-        if entry.update is update and (session := entry.scope.session) is not None:
-            return session
+def _session_of(update: Any, place: int) -> BaseSession:
+    """The session that was opened for `update`; after its end, the one that was opened anew for it
+    around this code, or else the closed one."""
     binding = _bound.get(id(update))
     if binding is None or binding() is not update:
         raise AttributeError(
@@ -453,16 +561,30 @@ def _session_of(update: Any) -> Any:
             f"is open for it; the update itself has one (call.session, not call.message.session), "
             f"and sessions.session_scope(...) opens one anywhere"
         )
-    if binding.session is None:
+    if place >= len(binding.sessions):
+        raise AttributeError(
+            f"this {type(update).__name__} has a session and no chat_session: "
+            f"session_sync.telebot.install(bot, sessions, chat_session=...) gives it one"
+        )
+    scope, session = binding.scopes[place], binding.sessions[place]
+    if scope is None or session is None:
         raise SessionKeyError(no_key(update))
-    return binding.session
+    if scope.closed:
+        for entry in entries():
+            if entry.update is update and entry.is_same(scope) and entry.scope.session is not None:
+                session = entry.scope.session
+                break
+    return session
 
 
 class _SessionAttribute:
-    """`session`, on everything that telebot makes of JSON."""
+    """`session` or `chat_session`, on everything that telebot makes of JSON."""
+
+    def __init__(self, place: int) -> None:
+        self._place: Final = place
 
     def __get__(self, update: Any, owner: type) -> Any:
-        return self if update is None else _session_of(update)
+        return self if update is None else _session_of(update, self._place)
 
     def __set__(self, update: Any, fields: Mapping[str, Any] | None) -> None:
-        replace_fields(_session_of(update), fields)
+        replace_fields(_session_of(update, self._place), fields)

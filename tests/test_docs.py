@@ -7,9 +7,11 @@ import contextlib
 import importlib
 import inspect
 import io
+import logging
 import re
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,14 +87,16 @@ async def ptb_chat(application: Any, api: OfflineBotAPI, first: int) -> None:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder, and telebot's settings put back afterwards."""
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty folder; telebot's settings and the log are put back afterwards."""
     apihelper = pytest.importorskip("telebot.apihelper")
     pytest.importorskip("telegram.ext")
     pytest.importorskip("diskcache")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKEN", TOKEN)
     monkeypatch.setattr(apihelper, "API_URL", None)
+    yield
+    logging.getLogger("session_sync").setLevel(logging.NOTSET)  # as a page may have set it
 
 
 @pytest.mark.usefixtures("elsewhere")

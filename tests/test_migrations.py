@@ -487,7 +487,7 @@ def test_an_eager_save_that_fails_leaves_a_lazy_session_unloaded(
     with people.session_scope("user:1") as session:
         with monkeypatch.context() as broken:
             broken.setattr(door, "save", _full)
-            broken.setattr(storage, "set", _full)
+            broken.setattr(storage, "save", _full)
             with pytest.raises(OSError, match="disk full"):
                 session.first  # noqa: B018
         assert len(door.locks) == 0
@@ -497,7 +497,7 @@ def test_an_eager_save_that_fails_leaves_a_lazy_session_unloaded(
     storage.set("user:1", OLD)
     with monkeypatch.context() as broken:
         broken.setattr(door, "save", _full)
-        broken.setattr(storage, "set", _full)
+        broken.setattr(storage, "save", _full)
         with pytest.raises(OSError, match="disk full"), people.session_scope("user:1") as session:
             session.first  # noqa: B018
     for late in (lambda: session.first, lambda: setattr(session, "first", "x")):

@@ -202,6 +202,16 @@ class OfflineBotAPI:
             self._chats.learn(learned)
             return self._updates.enqueue(next(iter(learned), ""), body)
 
+    def redeliver(self, update_id: int | None = None) -> int:
+        """Send an update once more to the bot's webhook, as Telegram does when it was answered too
+        late; the last one by default. Returns its `update_id`.
+
+        Raises LookupError if no such update was sent, and RuntimeError if the bot has no webhook:
+        who polls gets nothing twice.
+        """
+        with self._changed:
+            return self._updates.enqueue_again(update_id)
+
     def _push_message(self, kind: str, chat_id: int, message: JSON) -> JSON:
         """Queue a new message in a chat, numbered; `OfflineUser.send` is the door to it."""
         with self._changed:

@@ -49,6 +49,7 @@ class Updates:
         self._longest_poll: Final = longest_poll
         self._on_answer: Final = on_answer
         self._waiting: deque[_Update] = deque()
+        self._queued: dict[int, _Update] = {}  # all that ever were in it
         self._next_update = 1
         self._allowed: frozenset[str] | None = None  # None: all but UNASKED
         self._asked = False  # the bot has come for its updates, so that _allowed is its word
@@ -72,8 +73,24 @@ class Updates:
         self._next_update += 1
         if not self._asked or self._wants(kind):
             whole = f'{{"update_id": {number}, {body[1:]}' if kind else f'{{"update_id": {number}}}'
-            self._waiting.append(_Update(number, kind, whole.encode()))
+            update = self._queued[number] = _Update(number, kind, whole.encode())
+            self._waiting.append(update)
             self._changed.notify_all()
+        return number
+
+    def enqueue_again(self, number: int | None) -> int:
+        """Queue an update once more, None: the last one; returns its number."""
+        if number is None:
+            number = max(self._queued, default=0)
+        if number not in self._queued:
+            raise LookupError(f"no update {number} was sent to the bot; {len(self._queued)} were")
+        if self._webhook is None:
+            raise RuntimeError(
+                "no update comes again to a bot that polls: it has confirmed it by asking for the "
+                "next one; set a webhook first"
+            )
+        self._waiting.append(self._queued[number])
+        self._changed.notify_all()
         return number
 
     def _wants(self, kind: str) -> bool:

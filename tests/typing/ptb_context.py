@@ -17,6 +17,10 @@ class OwnContext(SessionContext[Bag]):
     greeting: str
 
 
+class ChatBag(Session):
+    pass
+
+
 async def start(update: Update, context: SessionContext[Bag]) -> None:
     assert_type(context.session, Bag)
     context.session = {"counter": 1}
@@ -33,9 +37,37 @@ async def lazily(update: Update, context: SessionContext[Bag]) -> None:
     assert_type(await context.session, Bag)
 
 
+async def untyped(update: Update, context: SessionContext[Bag]) -> None:
+    assert_type(context.chat_session, Session)
+
+
+async def both(update: Update, context: SessionContext[Bag, ChatBag]) -> None:
+    assert_type(context.session, Bag)
+    assert_type(context.chat_session, ChatBag)
+    assert_type(await context.chat_session, ChatBag)
+    context.chat_session = {"total": 1}
+    context.chat_session = None
+    context.chat_session = 5  # type: ignore[assignment] # pyright: ignore[reportAttributeAccessIssue]
+
+
+class OwnOfBoth(SessionContext[Bag, ChatBag]):
+    pass
+
+
+async def own_of_both(update: Update, context: OwnOfBoth) -> None:
+    assert_type(context.chat_session, ChatBag)
+
+
 application = install(Application.builder().token("1:token"), SessionManager(Bag)).build()
 application.add_handler(CommandHandler("start", start))
 application.add_handler(CommandHandler("start", greet))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+chats = SessionManager(ChatBag)
+two = install(
+    Application.builder().token("1:token"), SessionManager(Bag), chat_session=chats
+).build()
+two.add_handler(CommandHandler("start", both))
+two.add_handler(CommandHandler("start", untyped))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
 
 types = ContextTypes(context=OwnContext)
 own = install(Application.builder().token("1:token").context_types(types), SessionManager(Bag))

@@ -1,0 +1,248 @@
+"""The sessions that one update has at once, `session` and `chat_session`: what both rooms do about
+them. They are opened in one order, and closed all, whatever fails in one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Final, TypeAlias
+
+from .manager import SessionManager
+from .scope import Scope, SessionScope
+from .session import BaseSession, Fields
+from .steps import arun, run
+
+#: What `install` got: whose sessions the updates of a bot have, `session` first.
+Managers: TypeAlias = "tuple[SessionManager[Any], ...]"
+
+#: The attributes of the sessions, in the order of the managers.
+NAMES: Final = ("session", "chat_session")
+
+
+def managers_of(
+    sessions: SessionManager[Any], chat_session: SessionManager[Any] | None
+) -> Managers:
+    """Raises ValueError if both are the same."""
+    if chat_session is sessions:
+        raise ValueError(
+            "chat_session is the manager that session has as well, so both would be one session; "
+            "give it one of its own, SessionManager(..., get_storage_key=by_chat), which may share "
+            "the storage"
+        )
+    return (sessions,) if chat_session is None else (sessions, chat_session)
+
+
+class Bags:
+    """The scopes of one update as one `with` or `async with`.
+
+    Why two updates never wait for each other in a circle. Of one store, they take their keys in the
+    order of their full names, as everybody does who takes several; of two stores, the `session`
+    first. So whoever waits for the last of its keys waits for somebody who has all of his.
+
+    What fails when one of them is closed is neither an error of the other's, which is saved, nor
+    lost: it is raised when both are closed, two errors as an ExceptionGroup.
+    """
+
+    __slots__ = ("_delivery", "_entered", "in_order", "is_new", "scopes", "sessions")
+
+    def __init__(self, managers: Managers, update: Any, delivery: Delivery | None = None) -> None:
+        #: In the order of `managers`; None for one that the update has no key for.
+        self.scopes: Final = [scope_of(sessions, update) for sessions in managers]
+        self.in_order: Final = [scope for scope in self.scopes if scope is not None]
+        if len(self.in_order) > 1:
+            _put_in_order(self.in_order)
+        #: As `scopes`, from entering on; also after they have closed.
+        self.sessions: Sequence[BaseSession | None] = ()
+        self._entered: list[SessionScope[Any]] = []
+        self._delivery: Final = delivery  # None: nobody remembers updates
+        #: Whether the update is to be handled, from entering on: not if it comes again.
+        self.is_new = True
+
+    def eager(self) -> list[SessionScope[Any]]:
+        """Those whose keys have to be free before the update is handled, each key once."""
+        eager = [scope for scope in self.in_order if not scope.options.lazy]
+        if len(eager) > 1 and eager[0].is_same(eager[1]):
+            eager.pop()
+        return eager
+
+    def __enter__(self) -> Sequence[BaseSession | None]:
+        try:
+            for scope in self.in_order:
+                scope.__enter__()
+                self._entered.append(scope)
+            return self._hand_out()
+        except BaseException as error:
+            _free_what_is_held(self.in_order)
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        failures: list[BaseException] = []
+        while self._entered:
+            try:
+                self._entered.pop().__exit__(kind, error, trace)
+            except BaseException as failure:
+                failures.append(failure)
+        raise_all(failures, NOT_CLOSED)
+
+    async def __aenter__(self) -> Sequence[BaseSession | None]:
+        try:
+            for scope in self.in_order:
+                await scope.__aenter__()
+                self._entered.append(scope)
+            return self._hand_out()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        raise_all(await self.leave(error), NOT_CLOSED)
+
+    async def leave(self, error: BaseException | None) -> list[BaseException]:
+        """As `__aexit__`; what fails is not raised but returned."""
+        failures: list[BaseException] = []
+        kind, trace = (None, None) if error is None else (type(error), error.__traceback__)
+        while self._entered:
+            try:
+                await self._entered.pop().__aexit__(kind, error, trace)
+            except BaseException as failure:
+                failures.append(failure)
+        return failures
+
+    def _hand_out(self) -> Sequence[BaseSession | None]:
+        self.is_new = self._delivery is None or self._delivery.lets_in(self.in_order)
+        self.sessions = [None if scope is None else scope.session for scope in self.scopes]
+        return self.sessions
+
+    def opened(self) -> Sequence[Scope[Any] | None]:
+        """The scopes that were joined or opened; unlike `scopes`, they forget the update when they
+        close."""
+        return [None if scope is None else scope.scope for scope in self.scopes]
+
+    def discard(self, error: BaseException) -> None:
+        """A handler failed with `error`."""
+        for scope in self.in_order:
+            scope.scope.discard(error)
+
+
+class Delivery:
+    """One coming of an update, which may have come before; all that is done about it is one unit,
+    though a room may do it in several tasks.
+
+    It is a repeat if one of its sessions has had it. Where only one of two was saved (the process
+    died in between), the other one goes without what was lost: better than to give the first one
+    the same change twice.
+    """
+
+    __slots__ = ("_is_new", "_number")
+
+    def __init__(self, number: int) -> None:
+        self._number: Final = number
+        self._is_new = False  # a task of this delivery was let in
+
+    def lets_in(self, scopes: Sequence[SessionScope[Any]]) -> bool:
+        """Whether the update is to be handled, now that its scopes are open. If so, its sessions
+        remember it from their end on."""
+        remembering = [scope for scope in scopes if scope.options.dedupe]
+        if not self._is_new:
+            for scope in remembering:
+                if _fields_of(scope).has_had(self._number):
+                    _log.info("update %d has come again: %r has had it", self._number, scope.key)
+                    return False
+        self._is_new = True
+        for scope in remembering:
+            _fields_of(scope).remember(self._number, scope.options.dedupe)
+        return True
+
+
+_log: Final = logging.getLogger("session_sync")
+
+
+def _fields_of(scope: SessionScope[Any]) -> Fields:
+    fields = scope.scope.fields
+    assert fields is not None  # it is not lazy
+    return fields
+
+
+def dedupes(managers: Managers) -> bool:
+    """Whether any of them remembers updates."""
+    return any(sessions.dedupe for sessions in managers)
+
+
+def scope_of(sessions: SessionManager[Any], update: Any) -> SessionScope[Any] | None:
+    """The scope that goes around an update, or None if it has no key; raises as `key_of` does."""
+    key = sessions.key_of(update)
+    return None if key is None else sessions.scope_of(key, update)
+
+
+def close_all(scopes: Sequence[Scope[Any]]) -> list[BaseException]:
+    """Close them; what fails is not raised but returned."""
+    failures: list[BaseException] = []
+    for scope in scopes:
+        try:
+            run(scope.closing())
+        except BaseException as failure:
+            failures.append(failure)
+    return failures
+
+
+async def aclose_all(scopes: Sequence[Scope[Any]]) -> list[BaseException]:
+    """The same in a coroutine."""
+    failures: list[BaseException] = []
+    for scope in scopes:
+        try:
+            await arun(scope.closing())
+        except BaseException as failure:
+            failures.append(failure)
+    return failures
+
+
+def _put_in_order(scopes: list[SessionScope[Any]]) -> None:
+    first, second = scopes
+    if first.is_same(second):
+        here, there = first.options.session_type, second.options.session_type
+        if here is not there:
+            raise TypeError(
+                f"session and chat_session are one for this update, both managers having the key "
+                f"{first.name!r} in one store, and it cannot be a {here.__name__} and a "
+                f"{there.__name__}: give one of them a prefix or another get_storage_key"
+            )
+    elif first.options.door is second.options.door:
+        scopes.sort(key=_name)
+
+
+def _name(scope: SessionScope[Any]) -> str:
+    return scope.name
+
+
+def _free_what_is_held(scopes: list[SessionScope[Any]]) -> None:
+    """Let go of the keys that were taken for scopes before they were entered, and never will be."""
+    for scope in scopes:
+        if scope.hold is not None and not scope.members:
+            hold, scope.hold = scope.hold, None
+            hold.release()
+
+
+#: Where both fail.
+NOT_CLOSED: Final = "neither session nor chat_session could be closed"
+
+
+def raise_all(failures: list[BaseException], what: str) -> None:
+    """Raise what failed, if anything did; who interrupts the program is not put into a group."""
+    for failure in failures:
+        if len(failures) == 1 or not isinstance(failure, Exception):
+            raise failure
+    if failures:
+        raise BaseExceptionGroup(what, failures)
