@@ -4,12 +4,12 @@ them. They are opened in one order, and closed all, whatever fails in one of the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
 from .manager import SessionManager
+from .observers import logger
 from .scope import Scope, SessionScope
 from .session import BaseSession, Fields
 from .steps import arun, run
@@ -159,15 +159,12 @@ class Delivery:
         if not self._is_new:
             for scope in remembering:
                 if _fields_of(scope).has_had(self._number):
-                    _log.info("update %d has come again: %r has had it", self._number, scope.key)
+                    logger.info("update %d has come again: %r has had it", self._number, scope.key)
                     return False
         self._is_new = True
         for scope in remembering:
             _fields_of(scope).remember(self._number, scope.options.dedupe)
         return True
-
-
-_log: Final = logging.getLogger("session_sync")
 
 
 def _fields_of(scope: SessionScope[Any]) -> Fields:

@@ -81,13 +81,13 @@ class Migrations:
             if is_field(name) and name not in expired
         }
         if not fields:  # as good as not stored, which a step need not expect
-            return self._without_fields(record)
+            return without_fields(record)
         for number, migrate in self._steps:
             if number > version:
                 fields = _migrated(key, number, migrate, dict(fields))
         _check_types(key, fields, schema, self.version)
         if not fields:
-            return self._without_fields(record)
+            return without_fields(record)
         hidden = {name: value for name, value in record.items() if not is_field(name)}
         timers.keep(fields)
         if timers:
@@ -95,10 +95,6 @@ class Migrations:
         else:
             hidden.pop(TIMERS, None)
         return record_of({**fields, **hidden, VERSION: self.version})
-
-    def _without_fields(self, record: Record) -> Record:
-        left = without_fields(record)
-        return record_of({**left, VERSION: self.version}) if left else left
 
 
 def _check_step(number: object, migrate: object, where: str) -> None:

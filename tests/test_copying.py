@@ -1,9 +1,7 @@
-"""From one store to another, by function and by command."""
+"""From one store to another, by function; by command: see test_cli.py."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,6 @@ from session_sync import (
 
 def urls(tmp_path: Path) -> list[str]:
     return [f"sqlite:///{tmp_path}/a.db", f"disk:///{tmp_path}/folder"]
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", "session_sync", *arguments]
-    return subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_everything_goes_over_and_comes_back(tmp_path: Path) -> None:
@@ -104,20 +97,3 @@ def test_a_store_that_cannot_list_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Plain cannot list its keys"):
         copy_storage(Plain(), MemoryStorage())
-
-
-def test_the_commands(tmp_path: Path) -> None:
-    source, target = urls(tmp_path)
-    storage = storage_from_url(source)
-    storage.set("user:1", {"name": "Alex", "seen": {7}})
-    storage.close()  # type: ignore[attr-defined]
-    copied = command("copy", source, target)
-    assert (copied.returncode, copied.stdout) == (0, "copied 1 sessions\n")
-    shown = command("show", target, "user:1")
-    assert (shown.returncode, shown.stdout) == (0, "{'name': 'Alex', 'seen': {7}}\n")
-    missing = command("show", target, "user:2")
-    assert (missing.returncode, missing.stdout) == (1, "")
-    assert "no session is stored under 'user:2'" in missing.stderr
-    wrong = command("copy", "mysql://x", target)
-    assert wrong.returncode == 1
-    assert wrong.stderr.startswith("ValueError: no storage is called 'mysql'; there are disk, ")

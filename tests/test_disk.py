@@ -21,7 +21,7 @@ import diskcache
 import pytest
 
 from session_sync.codec import Codec
-from session_sync.errors import SessionDecodeError, SessionEncodeError
+from session_sync.errors import SessionDecodeError, SessionEncodeError, SessionLockTimeout
 from session_sync.storages import disk
 from session_sync.storages.base import ListableStorage, RecordStorage, TtlStorage, record_of
 from session_sync.storages.disk import DiskStorage
@@ -677,6 +677,44 @@ class TestProcesses:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
     def test_killed_at_any_moment_have_lost_nothing(self, folder: Path) -> None:
         assert int(run("disk_killed_writer.py", folder, 60, 1)) > 60
+
+
+class TestEntries:
+    def test_tell_size_age_and_life(self, folder: Path, clock: Clock) -> None:
+        with closing(DiskStorage(folder, ttl=1000)) as storage:
+            for number in range(1500):
+                storage.set(f"user:{number}", {"a": "Å"})
+            clock.now += 300
+            storage.set("user:\udc80", {"a": 1})
+            storage.load("user:1")
+            entries = {entry.key: entry for entry in storage.entries()}
+            assert len(entries) == 1501
+            assert entries["user:0"] == ("user:0", len('{"a":"Å"}'.encode()), 300, 700)
+            # It was read, which starts its life anew; what it says is when it was written.
+            assert entries["user:1"][2:] == (300, 1000)
+            assert entries["user:\udc80"][1:] == (7, 0, 1000)
+            clock.now += 701
+            assert {entry.key for entry in storage.entries()} == {"user:1", "user:\udc80"}
+
+    def test_refuse_a_key_that_is_none(self, storage: DiskStorage, folder: Path) -> None:
+        with closing(diskcache.Cache(str(folder))) as cache:
+            cache[("a", 1)] = 1
+        with pytest.raises(SessionDecodeError, match=r"a key in .* is a pickle"):
+            list(storage.entries())
+
+
+def test_what_cannot_be_read_can_be_opened_to_be_removed(
+    storage: DiskStorage, folder: Path
+) -> None:
+    with closing(diskcache.Cache(str(folder))) as cache:
+        cache["user:1"] = ["a", "pickle"]
+    with pytest.raises(SessionDecodeError):
+        storage.open_record("user:1", 0)
+    opened = storage.open_unread("user:1", 0)
+    with closing(DiskStorage(folder)) as other, pytest.raises(SessionLockTimeout):
+        other.open_unread("user:1", 0)
+    opened.close(record_of({}))
+    assert not storage.has("user:1")
 
 
 def test_without_diskcache_the_error_says_what_to_install() -> None:

@@ -20,10 +20,19 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 # Who may import what is not Python's own. What only some have is for its one room.
 ROOMS = {
     "cachetools": {"storages/memory.py"},
+    "click": {f"cli/{path.name}" for path in (PACKAGE / "cli").glob("*.py")}
+    - {"cli/__init__.py", "cli/lines.py"},
     "diskcache": {"storages/disk.py"},
-    "msgspec": {"codec.py", "shapes/annotations.py", "shapes/objects.py", "shapes/scalars.py"},
+    "msgspec": {
+        "cli/lines.py",
+        "codec.py",
+        "shapes/annotations.py",
+        "shapes/objects.py",
+        "shapes/scalars.py",
+    },
     "pydantic": {"shapes/objects.py"},
     "redis": {"importers/telebot_redis.py", "storages/lines.py", "storages/redis.py"},
+    "rich": {"cli/__init__.py", "cli/output.py"},
     "telebot": {"telebot.py", "testing/__main__.py"},
     "telegram": {"ptb.py", "testing/__main__.py"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import platform
 import re
 import shutil
 import signal
@@ -1142,6 +1143,90 @@ class TestSessions:
         storage.open_record("key", 0).close(None)
 
 
+# -- what an operator asks
+
+
+def test_entries_tell_what_the_server_knows_and_touch_nothing(make: Make, client: Any) -> None:
+    storage = make(ttl=1000, prefix="bot:")
+    for number in range(1200):
+        storage.set(f"user:{number}", {"a": 1})
+    storage.set("large", {"a": "x" * 5000})
+    client.set("other", "x" * 9000)
+    client.restore("bot:{old}", 400_000, client.dump("bot:{large}"), idletime=500)
+    for _ in range(2):
+        entries = {entry.key: entry for entry in storage.entries()}
+        assert len(entries) == 1202
+        assert 5000 < entries["large"].size < 9000
+        assert entries["user:7"].size < 500
+        assert 500 <= entries["old"].age <= 560
+        assert 340 < entries["old"].left <= 400
+        assert 940 < entries["large"].left <= 1000
+    storage.get("old")
+    assert {entry.age for entry in storage.entries() if entry.key == "old"} == {0}
+    client.config_set("maxmemory-policy", "allkeys-lfu")
+    try:
+        assert {entry.age for entry in storage.entries()} == {None}
+    finally:
+        client.config_set("maxmemory-policy", "noeviction")
+    assert [entry.left for entry in make(prefix="none:").entries()] == []
+
+
+def test_locks_tell_who_has_a_session_open(make: Make, client: Any) -> None:
+    storage = make(lease=20)
+    opened = storage.open_record("user:1{%}", SOON)
+    client.set("{user:2}:lock", "mine")
+    client.set("{user:3}:lock", "mine", px=60_000)
+    found = {lock.key: lock for lock in storage.locks()}
+    assert found.keys() == {"user:1{%}", "user:2", "user:3"}
+    ours = found["user:1{%}"]
+    assert (ours.host, ours.pid) == (platform.node(), os.getpid())
+    assert 0 <= ours.seconds < 60
+    assert 0 < ours.left <= 20
+    assert not ours.is_left_over()
+    assert found["user:2"][1:] == (None, None, None, None)
+    assert 0 < found["user:3"].left <= 60
+    opened.close(None)
+    assert {lock.key for lock in storage.locks()} == {"user:2", "user:3"}
+
+
+def test_a_lock_of_a_process_that_is_gone_is_left_over(make: Make) -> None:
+    storage = make()
+    opened = storage.open_record("user:1", SOON)
+    (lock,) = storage.locks()
+    opened.close(None)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        of_another = lock._replace(pid=process.pid)
+        assert not of_another.is_left_over()
+        process.kill()
+    assert of_another.is_left_over()
+    assert not of_another._replace(host="elsewhere").is_left_over()
+    assert not of_another._replace(pid=None).is_left_over()
+
+
+def test_what_cannot_be_read_can_be_opened_to_be_removed(make: Make, client: Any) -> None:
+    storage, other = make(), make()
+    client.set("{user:1}", b"nonsense")
+    with pytest.raises(SessionDecodeError):
+        storage.open_record("user:1", SOON)
+    opened = storage.open_unread("user:1", SOON)
+    with pytest.raises(SessionLockTimeout):
+        other.open_unread("user:1", 0)
+    opened.close(record_of({}))
+    assert not storage.has("user:1")
+    other.open_unread("user:1", SOON).close(None)
+    client.lpush("{user:2}", b"x")
+    with pytest.raises(SessionDecodeError):
+        storage.open_unread("user:2", SOON)
+
+
+def test_info_is_that_of_the_server(make: Make) -> None:
+    (info,) = make().info()
+    assert info["maxmemory_policy"] == "noeviction"
+    assert "redis_version" in info
+    (memory,) = make().info("memory")
+    assert "redis_version" not in memory
+
+
 # -- servers that are full, gone, clustered, guarded
 
 
@@ -1462,6 +1547,12 @@ class TestCluster:
             opened.save(record_of({"key": key, "n": 1}))
             opened.close(record_of({"key": key, "n": 2}))
         assert sorted(storage.keys()) == sorted(keys)
+        assert sorted(entry.key for entry in storage.entries()) == sorted(keys)
+        assert all(entry.size and entry.left for entry in storage.entries())
+        opened = storage.open_record(keys[0], 0)
+        assert [lock.key for lock in storage.locks()] == [keys[0]]
+        opened.close(None)
+        assert len(storage.info()) == 3
         for key in keys:
             storage.touch(key)
             assert storage.has(key)

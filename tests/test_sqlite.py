@@ -18,8 +18,10 @@ import pytest
 from conftest import Threads
 
 from session_sync import (
+    Codec,
     SessionDecodeError,
     SessionEncodeError,
+    SessionLockTimeout,
     SessionManager,
     SQLiteStorage,
     StorageKey,
@@ -201,6 +203,49 @@ def test_keys_are_listed_page_by_page_while_others_write(storage: SQLiteStorage)
     assert list(storage.keys()) == []
 
 
+def test_entries_tell_size_and_life_of_every_record(storage: SQLiteStorage, path: Path) -> None:
+    names = {f"user:{number}" for number in range(2500)} | {"key:\udc80", "chat:-1"}
+    for name in names:
+        storage.set(name, {"a": "Å"})
+    sql(path, "UPDATE sessions SET value = 'text' WHERE key = 'chat:-1'")
+    sizes = {entry.key: entry.size for entry in storage.entries()}
+    assert sizes.keys() == names
+    assert sizes["user:1"] == len('{"a":"Å"}'.encode())
+    assert sizes["chat:-1"] == 4
+    assert {(entry.age, entry.left) for entry in storage.entries()} == {(None, None)}
+
+
+def test_with_a_ttl_an_entry_is_as_old_as_it_was_left_alone(path: Path) -> None:
+    with closing(SQLiteStorage(path, ttl=1000)) as storage:
+        storage.set("old", {"a": 1})
+        storage.set("gone", {"a": 1})
+        sql(path, "UPDATE sessions SET expires = expires - 400 WHERE key = 'old'")
+        sql(path, "UPDATE sessions SET expires = 1 WHERE key = 'gone'")
+        for _ in range(2):  # it is not touched by this
+            (entry,) = storage.entries()
+            assert entry.key == "old"
+            assert entry.age == pytest.approx(400, abs=60)
+            assert entry.left == pytest.approx(600, abs=60)
+    with closing(SQLiteStorage(path)) as storage:  # how long it was to live is not stored
+        (entry,) = storage.entries()
+        assert entry.age is None
+        assert entry.left == pytest.approx(600, abs=60)
+
+
+def test_what_cannot_be_read_can_be_opened_to_be_removed(
+    storage: SQLiteStorage, path: Path
+) -> None:
+    storage.set("user:1", {"a": 1})
+    sql(path, "UPDATE sessions SET value = 'nonsense'")
+    with pytest.raises(SessionDecodeError):
+        storage.open_record("user:1", 0)
+    opened = storage.open_unread("user:1", 0)
+    with closing(SQLiteStorage(path)) as other, pytest.raises(SessionLockTimeout):
+        other.open_unread("user:1", 0)
+    opened.close({})
+    assert not storage.has("user:1")
+
+
 def test_a_closed_storage_opens_again(storage: SQLiteStorage) -> None:
     storage.set("user:1", {"a": 1})
     storage.close()
@@ -295,6 +340,20 @@ def test_a_url_names_a_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert memory.get(key) is None
     for made in (relative, absolute, disk):
         made.close()  # type: ignore[attr-defined]
+
+
+def test_a_url_takes_a_codec(tmp_path: Path) -> None:
+    def encode(value: Any) -> Any:
+        return (
+            ("complex", [value.real, value.imag]) if isinstance(value, complex) else NotImplemented
+        )
+
+    codec = Codec(encode, lambda _name, value: complex(*value))
+    for url in (f"sqlite:///{tmp_path}/c.db", f"disk:///{tmp_path}/c", "memory://"):
+        storage: Any = storage_from_url(url, codec=codec)
+        storage.set("user:1", {"number": 1 + 2j})
+        assert storage.get("user:1") == {"number": 1 + 2j}
+        storage.close()
 
 
 @pytest.mark.parametrize(

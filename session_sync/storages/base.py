@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isqrt
-from typing import Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 V = TypeVar("V")
 
@@ -50,6 +50,20 @@ class ListableStorage(KVStorage[V], Protocol[V]):
     def keys(self) -> Iterable[str]:
         """Every stored key, in any order."""
         ...
+
+
+class StoredEntry(NamedTuple):
+    """What a storage knows of a record without reading it.
+
+    `size` is in bytes. `age` is how many seconds ago it was last used, or written, as far as the
+    storage notes that; `left` how many seconds it has to live if it is left alone. None: nobody has
+    noted it, and: it stays for ever.
+    """
+
+    key: str
+    size: int
+    age: float | None
+    left: float | None
 
 
 @runtime_checkable

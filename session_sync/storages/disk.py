@@ -20,7 +20,7 @@ from typing import Any, Final
 from session_sync.codec import Codec
 from session_sync.errors import SessionDecodeError
 from session_sync.expiry import life_time
-from session_sync.storages.base import Record
+from session_sync.storages.base import OpenRecord, Record, StoredEntry
 from session_sync.storages.filelocks import FileLocks, LockedRecord
 from session_sync.storages.sqlite import Connection
 
@@ -70,6 +70,10 @@ _UPSERT: Final = f"""
 """
 _SWEEP: Final = """
     DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time < ? LIMIT 100)
+"""
+_ENTRIES: Final = """
+    SELECT rowid, key, raw, length(CAST(value AS BLOB)), store_time, expire_time FROM Cache
+    WHERE rowid > ? AND (expire_time IS NULL OR expire_time > ?) ORDER BY rowid LIMIT 1000
 """
 _PAUSE: Final = 1.0  # seconds between two sweeps
 _KNOWN_SETTINGS: Final = _SETTINGS.keys() | diskcache.core.METADATA.keys()
@@ -161,6 +165,17 @@ class DiskStorage:
         except (_ForeignError, sqlite3.OperationalError) as error:
             raise self._refusal(error, f"a key in {self._cache.directory!r}") from None
 
+    def entries(self) -> Iterator[StoredEntry]:
+        """Every stored key with what is known of its record; none is read or touched.
+
+        The size is that of the fields as JSON, and the age is since they were last written. Raises
+        as `keys` does.
+        """
+        try:
+            yield from self._cache.entries()
+        except (_ForeignError, sqlite3.OperationalError) as error:
+            raise self._refusal(error, f"a key in {self._cache.directory!r}") from None
+
     def close(self) -> None:
         """Close every thread's connection. The storage opens new ones when it is used again."""
         self._cache.close()
@@ -187,6 +202,10 @@ class DiskStorage:
     def open_record(self, key: str, timeout: float, /) -> LockedRecord[DiskStorage]:
         """Open `key` when no other process has it open; raises SessionLockTimeout."""
         return LockedRecord(self, key, self._locks.acquire(key, timeout))
+
+    def open_unread(self, key: str, timeout: float, /) -> OpenRecord:
+        """As `open_record`, whatever lies there: it can be removed, also if it cannot be read."""
+        return LockedRecord(self, key, self._locks.acquire(key, timeout), lambda _key: None)
 
     def save_all(
         self, records: Mapping[str, Record], opened: Mapping[str, LockedRecord[DiskStorage]], /
@@ -317,6 +336,16 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
             return None
         ((mode, filename, value, expires),) = rows
         return self._disk.fetch(mode, filename, value, False), expires
+
+    def entries(self) -> Iterator[StoredEntry]:
+        """What is known of each row."""
+        after = 0
+        while rows := self._con.execute(_ENTRIES, (after, now := time.time())).fetchall():
+            for _, stored, raw, size, written, expires in rows:
+                left = None if expires is None else expires - now
+                age = max(0.0, now - written)
+                yield StoredEntry(self._disk.get(stored, raw), size or 0, age, left)
+            after = rows[-1][0]
 
     def write(self, key: str, value: bytes, ttl: float | None) -> None:
         """Store `value`, for `ttl` seconds, and now and then remove what has expired."""

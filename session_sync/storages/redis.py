@@ -11,18 +11,19 @@ import os
 import platform
 import re
 import secrets
+import sys
 import threading
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from session_sync.codec import Codec
 from session_sync.errors import SessionConflictError, SessionDecodeError, SessionLockTimeout
 from session_sync.expiry import life_time
-from session_sync.storages.base import OpenRecord, Record
+from session_sync.storages.base import OpenRecord, Record, StoredEntry
 from session_sync.storages.leases import Lease, renewer
 
 try:
@@ -46,6 +47,8 @@ _OFFER: Final = 500  # milliseconds in which a waiter has to take the key that i
 _GRACE: Final = 0.5  # seconds between two calls in which a waiter keeps his place
 _LONGEST_BLOCK: Final = 1.0  # seconds; then whoever waits shows that he is still there
 _REMEMBERED: Final = 10.0  # seconds, or a lease if it is longer: how a close has ended
+_PAGE: Final = 1000  # keys that are asked for at once
+_GONE: Final = -2  # what PTTL answers then
 _POLL: Final = 0.05  # seconds, where the server cannot wake us
 _WAITS: Final = 64  # connections on which one process waits
 _PLACES: Final = 1000  # that are remembered, before the old ones are looked for
@@ -378,14 +381,61 @@ class RedisStorage:
 
     def keys(self) -> Iterator[str]:
         """Every stored key, in any order; those that come and go meanwhile may be among them."""
-        pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._prefix) + b"{*}"
-        seen = set()  # the server may name one twice while it grows
-        where = {"target_nodes": "primaries"} if isinstance(self._client, RedisCluster) else {}
-        for name in self._client.scan_iter(match=pattern, count=1000, **where):
+        for name in self._scan(b"{*}"):
             key = self._key(name)
-            if key is not None and key not in seen:
-                seen.add(key)
+            if key is not None:
                 yield key
+
+    def entries(self) -> Iterator[StoredEntry]:
+        """Every stored key, in any order, with what is known of its record; none is read or
+        touched.
+
+        The size is what the server's memory has of it, and the age is since it was last read or
+        written by anybody; None, if the server evicts by frequency (LFU).
+        """
+        keys = self.keys()
+        while page := list(itertools.islice(keys, _PAGE)):
+            with self._client.pipeline(transaction=False) as pipe:
+                for key in page:
+                    name = self._name(key)
+                    pipe.object("IDLETIME", name)
+                    pipe.pttl(name)
+                    pipe.memory_usage(name, samples=0)
+                answers: list[Any] = pipe.execute(raise_on_error=False)
+            for at, key in enumerate(page):
+                age, left, size = answers[3 * at : 3 * at + 3]
+                if isinstance(size, Exception):
+                    raise size
+                if size is not None:  # else it was deleted meanwhile
+                    yield StoredEntry(
+                        key,
+                        size,
+                        float(age) if isinstance(age, int) else None,
+                        left / 1000 if left >= 0 else None,
+                    )
+
+    def locks(self) -> Iterator[StoredLock]:
+        """The sessions that are open, or were when their process died, and who has them."""
+        for name in self._scan(b"{*}:lock"):
+            key = self._key(name.removesuffix(b":lock"))
+            if key is None:
+                continue
+            node = self._node_of(key)
+            held: Any = node.get(name)
+            left: Any = node.pttl(name)
+            if held is not None and left != _GONE:
+                seconds, microseconds = node.time()
+                yield StoredLock.read(key, held, left, seconds * 1000 + microseconds // 1000)
+
+    def info(self, *sections: str) -> list[dict[str, Any]]:
+        """What the server says of itself (redis-py's `info`), or each node of a cluster; nothing,
+        if that is forbidden."""
+        try:
+            info: Any = self._client.info(*sections, **self._everywhere())
+        except ResponseError:
+            return []
+        nodes = list(info.values())
+        return nodes if all(isinstance(node, dict) for node in nodes) else [info]
 
     def close(self) -> None:
         """Close the connections, but not those of a client that was given. The storage opens new
@@ -402,27 +452,22 @@ class RedisStorage:
         Raises SessionLockTimeout, saying who has it, after `timeout` seconds; then the place in the
         queue is kept for half a second. Raises SessionDecodeError if what lies there is not ours.
         """
-        if not self._warned:
-            self._warn_of_eviction()
-        here = self._in_process()
-        opened, asked = here.begun.pop(key, (None, None))
-        if opened is None:
-            opened = self._record(here, key)
-        try:
-            data = self._take(opened, timeout, here, asked)
-        except BaseException:
-            # Whether it was opened may be unknown: then whoever is next to ask here has it.
-            here.places.keep(key, opened.token)
-            raise
+        opened, data = self._opened(key, timeout)
         if data is not None:
             try:
                 opened.record = self._codec.decode_record(data, key)
             except BaseException:
                 opened.close(None)
                 raise
-        opened.renewed()  # the waiting does not count
-        renewer().keep(opened)
-        return opened
+        return self._kept(opened)
+
+    def open_unread(self, key: str, timeout: float, /) -> OpenRecord:
+        """As `open_record`, whatever text lies there: it can be removed, also if it cannot be read.
+
+        What is no string raises SessionDecodeError all the same: nobody can have that open.
+        """
+        opened, _data = self._opened(key, timeout)
+        return self._kept(opened)
 
     def open_at_once(self, key: str, /) -> OpenRedisRecord | None:
         """As `open_record`, if the server answers at once and nobody else has `key` open; else
@@ -467,6 +512,26 @@ class RedisStorage:
         return True
 
     # -- opening
+
+    def _opened(self, key: str, timeout: float) -> tuple[OpenRedisRecord, bytes | None]:
+        """The key, locked, and what lies there."""
+        if not self._warned:
+            self._warn_of_eviction()
+        here = self._in_process()
+        opened, asked = here.begun.pop(key, (None, None))
+        if opened is None:
+            opened = self._record(here, key)
+        try:
+            return opened, self._take(opened, timeout, here, asked)
+        except BaseException:
+            # Whether it was opened may be unknown: then whoever is next to ask here has it.
+            here.places.keep(key, opened.token)
+            raise
+
+    def _kept(self, opened: OpenRedisRecord) -> OpenRedisRecord:
+        opened.renewed()  # the waiting does not count
+        renewer().keep(opened)
+        return opened
 
     def _record(self, here: _InProcess, key: str) -> OpenRedisRecord:
         token = here.places.pop(key)
@@ -567,6 +632,19 @@ class RedisStorage:
 
     # -- names
 
+    def _scan(self, what: bytes) -> Iterator[bytes]:
+        """The names, each once, that have `what` behind the prefix: a pattern."""
+        pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._prefix) + what
+        seen = set()  # the server may name one twice while it grows
+        for name in self._client.scan_iter(match=pattern, count=_PAGE, **self._everywhere()):
+            if name not in seen:
+                seen.add(name)
+                yield name
+
+    def _everywhere(self) -> dict[str, Any]:
+        """What redis-py is told for something that every node of a cluster has to answer."""
+        return {"target_nodes": "primaries"} if isinstance(self._client, RedisCluster) else {}
+
     def _name(self, key: str) -> bytes:
         text = key.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
         # Empty braces are none for a cluster; a lone percent sign comes from no key.
@@ -606,13 +684,9 @@ class RedisStorage:
 
     def _warn_of_eviction(self) -> None:
         """Once, at the first use."""
-        try:
-            info: Any = self._client.info("memory")
-        except ResponseError:  # forbidden
-            info = {}
+        policies = {node["maxmemory_policy"] for node in self.info("memory")}
         self._warned = True
-        nodes = [info] if "maxmemory_policy" in info else info.values()
-        for policy in sorted({node["maxmemory_policy"] for node in nodes} - {"noeviction"}):
+        for policy in sorted(policies - {"noeviction"}):
             warnings.warn(
                 f"the Redis server's maxmemory-policy is {policy}: when its memory is full, it "
                 f"drops sessions. Set it to noeviction (`CONFIG SET maxmemory-policy noeviction`, "
@@ -811,14 +885,45 @@ class _Places:
 _HOST: Final = re.sub(r"[^\w.-]", "-", platform.node(), flags=re.ASCII)
 
 
+class StoredLock(NamedTuple):
+    """A session that a process has open: which process (None: what holds the lock was not written
+    here), for how many seconds, and how many are left of its lease (None: it never ends)."""
+
+    key: str
+    host: str | None
+    pid: int | None
+    seconds: float | None
+    left: float | None
+
+    @classmethod
+    def read(cls, key: str, held: bytes, left: int, now: int) -> StoredLock:
+        """What lies under the name of a lock; times in milliseconds."""
+        rest = left / 1000 if left >= 0 else None
+        found = re.fullmatch(rb"\w+@(.*):(\d+) \d+ (\d+)", held)
+        if found is None:
+            return cls(key, None, None, None, rest)
+        host, pid, since = found.groups()
+        return cls(key, host.decode(), int(pid), (now - int(since)) / 1000, rest)
+
+    def is_left_over(self) -> bool:
+        """Whether its process is certainly gone: it ran on this machine, and does no more."""
+        if self.host != _HOST or self.pid is None or sys.platform == "win32":
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass
+        return False
+
+
 def _whose(held: bytes, now: bytes) -> str:
     """Whose lock it is, in words."""
-    found = re.fullmatch(rb"\w+@(.*):(\d+) \d+ (\d+)", held)
-    if found is None:
+    lock = StoredLock.read("", held, 0, int(now))
+    if lock.pid is None:
         return "something else holds its lock"
-    host, pid, since = found.groups()
-    seconds = (int(now) - int(since)) / 1000
-    return f"process {int(pid)} on {host.decode()!r} has it, for {seconds:.1f} s now"
+    return f"process {lock.pid} on {lock.host!r} has it, for {lock.seconds:.1f} s now"
 
 
 def _place(seconds: float) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 from ..codec import Codec
 from ..errors import SessionDecodeError, SessionLockTimeout
 from ..expiry import life_time
-from .base import Record
+from .base import OpenRecord, Record, StoredEntry
 from .filelocks import FileLocks, LockedRecord
 
 _OURS: Final = 0x73657373  # "sess", in the file's header; 0 there: a file of nobody
@@ -40,6 +40,10 @@ _UPSERT: Final = """
 """
 _SWEEP: Final = """
     DELETE FROM sessions WHERE key IN (SELECT key FROM sessions WHERE expires <= ? LIMIT 100)
+"""
+_ENTRIES: Final = """
+    SELECT key, length(CAST(value AS BLOB)), expires FROM sessions
+    WHERE key > ? AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT 1000
 """
 _DELETE: Final = "DELETE FROM sessions WHERE key = ?"
 _TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
@@ -149,6 +153,21 @@ class SQLiteStorage:
                 yield key.decode("utf-8", "surrogatepass")
             after = _as_bound(rows[-1][0])
 
+    def entries(self) -> Iterator[StoredEntry]:
+        """Every stored key, in their order, with what is known of its record; none is read or
+        touched.
+
+        The size is that of the fields as JSON. Only with a `ttl`, the one with which they were
+        stored, is it known how old they are: since when they were left alone.
+        """
+        after: str | bytes = ""
+        while rows := self._run(_ENTRIES, after, now := time.time()):
+            for key, size, expires in rows:
+                left = None if expires is None else expires - now
+                age = None if left is None or self._ttl is None else max(0.0, self._ttl - left)
+                yield StoredEntry(key.decode("utf-8", "surrogatepass"), size, age, left)
+            after = _as_bound(rows[-1][0])
+
     def close(self) -> None:
         """Close all connections. The storage opens new ones when it is used again."""
         self._connections.close()
@@ -180,6 +199,10 @@ class SQLiteStorage:
     def open_record(self, key: str, timeout: float, /) -> _OpenRecord:
         """Open `key` when no other process has it open; raises SessionLockTimeout."""
         return _OpenRecord(self, key, self._locks.acquire(key, timeout))
+
+    def open_unread(self, key: str, timeout: float, /) -> OpenRecord:
+        """As `open_record`, whatever lies there: it can be removed, also if it cannot be read."""
+        return _OpenRecord(self, key, self._locks.acquire(key, timeout), lambda _key: None)
 
     def save_all(self, records: Mapping[str, Record], opened: Mapping[str, _OpenRecord], /) -> bool:
         """Store several records, in one transaction."""

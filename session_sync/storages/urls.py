@@ -6,17 +6,18 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
+from ..codec import Codec
 from .base import KVStorage
 
 
-def storage_from_url(url: str) -> KVStorage[Any]:
+def storage_from_url(url: str, *, codec: Codec | None = None) -> KVStorage[Any]:
     """The storage that `url` names.
 
     `memory://`, `sqlite:///sessions.db`, `disk:///sessions`, `redis://host:6379/0`, `rediss://...`
     with TLS, `redis+cluster://host:7000`, `rediss+cluster://...`. A path after three slashes is
     relative, after four absolute. Options of the storage follow after a question mark, as numbers
     or words: `sqlite:///sessions.db?ttl=86400&synchronous=full`. What a Redis storage does not know
-    is redis-py's (`redis://host?socket_timeout=5`).
+    is redis-py's (`redis://host?socket_timeout=5`). `codec` brings in types of your own.
 
     Raises ValueError for any other URL, naming what is wrong but never a password; and what the
     storage raises.
@@ -33,34 +34,35 @@ def storage_from_url(url: str) -> KVStorage[Any]:
         raise ValueError(
             f"no storage is called {parts.scheme!r}; there are {', '.join(sorted(_MAKERS))}"
         )
-    return make(parts, dict(parse_qsl(parts.query, keep_blank_values=True)))
+    return make(parts, dict(parse_qsl(parts.query, keep_blank_values=True)), codec)
 
 
-def _memory(url: SplitResult, options: dict[str, str]) -> KVStorage[Any]:
+def _memory(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
     from .memory import MemoryStorage
 
-    return MemoryStorage(**_known(url, options, ttl=float))
+    return MemoryStorage(codec=codec, **_known(url, options, ttl=float))
 
 
-def _sqlite(url: SplitResult, options: dict[str, str]) -> KVStorage[Any]:
+def _sqlite(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
     from .sqlite import SQLiteStorage
 
-    return SQLiteStorage(_path(url), **_known(url, options, ttl=float, synchronous=str))
+    known = _known(url, options, ttl=float, synchronous=str)
+    return SQLiteStorage(_path(url), codec=codec, **known)
 
 
-def _disk(url: SplitResult, options: dict[str, str]) -> KVStorage[Any]:
+def _disk(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
     from .disk import DiskStorage
 
-    return DiskStorage(_path(url), **_known(url, options, ttl=float))
+    return DiskStorage(_path(url), codec=codec, **_known(url, options, ttl=float))
 
 
-def _redis(url: SplitResult, options: dict[str, str]) -> KVStorage[Any]:
+def _redis(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
     from .redis import RedisStorage
 
     kinds: dict[str, Callable[[str], Any]] = {"ttl": float, "lease": float, "prefix": str}
     ours = {name: options.pop(name) for name in kinds if name in options}
     rest = url._replace(query=urlencode(options)).geturl()
-    return RedisStorage(rest, **_known(url, ours, **kinds))
+    return RedisStorage(rest, codec=codec, **_known(url, ours, **kinds))
 
 
 _MAKERS: Final = {

@@ -1,0 +1,88 @@
+"""The commands together, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from typing import Any, Final
+
+import click
+
+from .. import __version__
+from .doctor import doctor
+from .exits import Code, failure_of, say
+from .moving import copy, export, import_
+from .overview import stats
+from .people import forget
+from .sessions import ls, rm, set_, show
+from .store import without_secrets
+from .watching import watch
+
+_EPILOG: Final = (
+    "Exit codes: 0 fine, 1 not found or not all done, 2 wrong usage, 3 somebody keeps a session "
+    "locked, 4 the store cannot be reached."
+)
+
+
+class _App(click.Group):
+    """A group whose commands end with one sentence and an exit code, and never with a traceback
+    for what whoever has called can put right."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a closed pipe is noticed
+        except BrokenPipeError:
+            # What is left in the buffer has to go somewhere when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(Code.BROKEN_PIPE)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo(err=True)
+            ctx.exit(Code.INTERRUPTED)
+        except click.UsageError as error:
+            text = without_secrets(ctx, error.format_message())
+            raise click.UsageError(text, error.ctx) from None
+        except Exception as error:
+            failure = failure_of(error)
+            if failure is None:  # also click's own ways to end
+                raise
+            say(without_secrets(ctx, str(failure)))
+            ctx.exit(failure.code)
+        return result
+
+
+@click.group(cls=_App, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="session-sync")
+def app() -> None:
+    """Look into a store of sessions, and change it, while bots run on it.
+
+    The store is a URL, such as sqlite:///sessions.db, disk:///sessions or redis://localhost: the
+    same one that the bot has, with --storage or in SESSION_SYNC_STORAGE.
+    """
+    warnings.simplefilter("always", RuntimeWarning)
+    setattr(warnings, "showwarning", _warn)  # noqa: B010 (for type checkers: it is given more)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # in a locale that is not UTF-8
+
+
+def _warn(message: Warning | str, *_where: object) -> None:
+    say(f"warning: {message}")
+
+
+_COMMANDS: Final[tuple[click.Command, ...]] = (
+    ls,
+    show,
+    set_,
+    rm,
+    export,
+    import_,
+    copy,
+    stats,
+    forget,
+    watch,
+    doctor,
+)
+for _command in _COMMANDS:
+    app.add_command(_command)

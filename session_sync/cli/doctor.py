@@ -1,0 +1,236 @@
+"""`doctor`: what is wrong with a store, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sqlite3
+import stat
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import click
+
+from .. import __version__
+from ..errors import SessionDecodeError
+from ..migrations import VERSION
+from .exits import Code
+from .lines import check
+from .output import json_option, plain, print_rows, progress, size, text
+from .store import OperatorsStorage, Place, Store, at_place, path_of
+
+State: TypeAlias = Literal["ok", "note", "wrong"]
+
+_LITTLE: Final = 100 * 2**20  # bytes of free disk space
+_COLOURS: Final = {"ok": "green", "note": "", "wrong": "bold red"}
+_NAMED: Final = 10  # sessions that are named one by one
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    state: State
+    about: str
+    text: str
+
+
+@click.command()
+@json_option
+@at_place
+def doctor(place: Place, as_json: bool) -> None:
+    """Look for what is wrong: who may read the files, sessions that cannot be decoded, locks that
+    were left behind, space, versions. Exits with 1 if something is.
+
+    Every session is read; nothing is locked, changed or repaired, but for the mode of a disk
+    storage's folder and files, which opening it sets right.
+    """
+    findings: list[Finding] = []
+    try:
+        # First, since a disk storage closes its folder to others when it is opened.
+        findings += _files(place.url)
+        with place.open() as store:
+            findings += _versions(store.storage)
+            findings += _server(store.storage)
+            findings += _locks(store.storage)
+            findings += _sessions(store)
+    finally:  # also if the store cannot be opened: then this may say why
+        findings.sort(key=lambda finding: finding.state != "wrong")
+        rows = (finding._asdict() for finding in findings)
+        columns = dict.fromkeys(Finding._fields, text)
+        print_rows(rows, columns, as_json, colour=lambda row: _COLOURS[row["state"]])
+    if any(finding.state == "wrong" for finding in findings):
+        click.get_current_context().exit(Code.FAILED)
+
+
+# -- files
+
+
+def _files(url: str) -> Iterator[Finding]:
+    path = path_of(url)
+    if path is None or not os.path.exists(path):
+        return
+    if os.name == "posix":
+        yield from _permissions(path)
+    if os.path.isfile(path):
+        yield from _integrity(path)
+    free = shutil.disk_usage(path).free
+    state: State = "wrong" if free < _LITTLE else "ok"
+    yield Finding(state, "space", f"{size(free)} are free on the disk")
+
+
+def _permissions(path: str) -> Iterator[Finding]:
+    open_to_others = False
+    for each in _files_of(path):
+        found = os.stat(each)
+        mode = stat.S_IMODE(found.st_mode)
+        right = 0o700 if stat.S_ISDIR(found.st_mode) else 0o600
+        if mode & 0o077:
+            open_to_others = True
+            yield Finding(
+                "wrong", "permissions", f"others may use {each}: mode {mode:04o}; chmod {right:o}"
+            )
+        if found.st_uid != os.geteuid():
+            yield Finding("note", "permissions", f"{each} belongs to the user {found.st_uid}")
+    if not open_to_others:
+        yield Finding("ok", "permissions", "only the owner may read the files")
+
+
+def _files_of(path: str) -> list[str]:
+    """A folder and what is in it; or a file of SQLite's, and what lies beside it."""
+    if os.path.isdir(path):
+        return [path, *(entry.path for entry in sorted(os.scandir(path), key=lambda e: e.name))]
+    beside = (path, f"{path}-wal", f"{path}-shm", f"{path}-journal", f"{path}-locks")
+    return [each for each in beside if os.path.exists(each)]
+
+
+def _integrity(path: str) -> Iterator[Finding]:
+    try:
+        with closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True)) as connection:
+            answers = [row[0] for row in connection.execute("PRAGMA quick_check(10)")]
+    except sqlite3.DatabaseError as error:
+        answers = [str(error)]
+    if answers == ["ok"]:
+        yield Finding("ok", "file", "SQLite finds the file whole")
+        return
+    for answer in answers:
+        yield Finding("wrong", "file", f"SQLite finds {path} damaged: {answer}")
+
+
+# -- versions and servers
+
+
+def _versions(storage: OperatorsStorage) -> Iterator[Finding]:
+    from importlib.metadata import version  # which takes as long as all other imports here
+
+    yield Finding("note", "versions", f"session_sync {__version__}, {_python()}")
+    module = type(storage).__module__.rpartition(".")[2]
+    if module == "sqlite":
+        yield Finding("note", "versions", f"SQLite {sqlite3.sqlite_version}")
+        return
+    library = {"disk": "diskcache"}.get(module, module)
+    yield Finding("note", "versions", f"{library} {version(library)}")
+
+
+def _python() -> str:
+    return f"{platform.python_implementation()} {platform.python_version()} on {sys.platform}"
+
+
+def _server(storage: Any) -> Iterator[Finding]:
+    if not hasattr(storage, "info"):
+        return
+    nodes = storage.info()
+    if not nodes:
+        yield Finding("note", "server", "INFO is forbidden, so nothing is known of the server")
+    for node in nodes:
+        yield Finding("note", "versions", f"Redis server {node['redis_version']}")
+        policy = node["maxmemory_policy"]
+        if policy == "noeviction":
+            yield Finding("ok", "eviction", "the server evicts nothing")
+        else:
+            yield Finding(
+                "wrong",
+                "eviction",
+                f"maxmemory-policy is {policy}: when its memory is full, the server drops "
+                f"sessions; CONFIG SET maxmemory-policy noeviction",
+            )
+        used, most = node["used_memory"], node["maxmemory"]
+        full = bool(most) and used > 0.9 * most
+        room = f"{size(used)} of {size(most) if most else 'what the machine has'} are in use"
+        yield Finding("wrong" if full else "ok", "space", room)
+        if not node.get("aof_enabled"):
+            yield Finding(
+                "note", "persistence", "appendonly is off: a crash of the server takes writes"
+            )
+
+
+def _locks(storage: Any) -> Iterator[Finding]:
+    if not hasattr(storage, "locks"):
+        yield Finding("ok", "locks", "none is left behind: a lock falls with its process")
+        return
+    held = 0
+    wrong = False
+    for lock in storage.locks():
+        held += 1
+        if lock.left is None or lock.pid is None or lock.is_left_over():
+            wrong = True
+            yield Finding("wrong", "locks", _trouble(lock))
+    if not wrong:
+        yield Finding("ok", "locks", f"{held} sessions are open, none of a process that is gone")
+
+
+def _trouble(lock: Any) -> str:
+    key = plain(lock.key)
+    if lock.left is None:
+        return f"the lock of {key} never ends, so another program has set it; delete it"
+    if lock.pid is None:
+        return f"what lies in the lock of {key} was not written here; free in {lock.left:.0f} s"
+    return f"process {lock.pid}, which had {key} open, is gone; free in {lock.left:.0f} s"
+
+
+# -- sessions
+
+
+def _sessions(store: Store) -> Iterator[Finding]:
+    versions: Counter[int] = Counter()
+    broken: list[str] = []
+    with progress("read") as advance:
+        for error, version in _read(store):
+            if error:
+                broken.append(error)
+            else:
+                versions[version] += 1
+            advance()
+    for error in broken[:_NAMED]:
+        yield Finding("wrong", "sessions", error)
+    if len(broken) > _NAMED:
+        yield Finding("wrong", "sessions", f"{len(broken)} cannot be read in all")
+    if broken:
+        yield Finding("note", "sessions", "what cannot be read is deleted by: session-sync rm KEY")
+    else:
+        yield Finding("ok", "sessions", f"{versions.total()} can be read")
+    if versions.keys() - {1}:
+        yield Finding("note", "sessions", f"by version: {_counts(versions)}")
+
+
+def _read(store: Store) -> Iterator[tuple[str, int]]:
+    """For each session what is wrong with it, and its version."""
+    try:
+        for key in store.sessions.find():
+            try:
+                fields = store.get(key)
+                if fields is not None:
+                    check(key, fields)
+                    yield "", fields.get(VERSION, 1)
+            except SessionDecodeError as error:
+                yield str(error), 0
+    except SessionDecodeError as error:  # a key that is none, behind which no other is seen
+        yield str(error), 0
+
+
+def _counts(versions: Iterable[int] | Counter[int]) -> str:
+    return ", ".join(f"{number} of {version}" for version, number in Counter(versions).items())

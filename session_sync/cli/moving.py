@@ -1,0 +1,193 @@
+"""Many sessions at once, out of a store and into one: `export`, `import`, `copy`."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import IO, Any, TypeAlias
+
+import click
+
+from ..copying import copy_storage
+from ..errors import SessionDecodeError, SessionError
+from ..importers import IMPORTERS
+from .exits import Failure, code_of, say
+from .lines import check, from_line, to_line
+from .output import progress
+from .sessions import somebody
+from .store import Place, Store, at_place, opened, path_of, remember_secrets, shown, with_store
+
+#: Where it comes from, for messages; and the key with its fields, or why there are none.
+Incoming: TypeAlias = tuple[str, str, dict[str, Any] | SessionError]
+
+
+@click.command()
+@click.argument("file", default="-")
+@somebody
+@with_store
+def export(store: Store, file: str, user: int | None, chat: int | None) -> None:
+    """Write all sessions, or somebody's, to FILE (or the standard output): one JSON object in each
+    line, with all types.
+
+    FILE is readable by you alone, and complete or not there at all. A session is written as it was
+    last saved; nothing is locked.
+    """
+    failed = written = 0
+    find = partial(store.sessions.find, user=user, chat=chat)
+    with _output(file) as out, progress("exported", lambda: _count(find())) as advance:
+        for key in find():
+            try:
+                fields = store.get(key)
+                line = None if fields is None else to_line(key, fields)
+            except SessionError as error:
+                failed += 1
+                say(str(error))
+                continue
+            if line is not None:
+                out.write(line)
+                written += 1
+            advance()
+    say(f"{written} sessions exported")
+    if failed:
+        raise Failure(f"{failed} sessions were not exported")
+
+
+def _count(keys: Iterable[str]) -> int:
+    return sum(1 for _ in keys)
+
+
+@contextmanager
+def _output(file: str) -> Iterator[IO[bytes]]:
+    """A new file of mode 0600, which takes the place of `file` when all is in it."""
+    if file == "-":
+        yield sys.stdout.buffer
+        return
+    if os.path.exists(file) and not stat.S_ISREG(os.stat(file).st_mode):  # a pipe, say
+        with open(file, "wb") as out:
+            yield out
+        return
+    path = os.path.realpath(file)
+    number, unfinished = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".session-sync-")
+    try:
+        with os.fdopen(number, "wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(unfinished)
+        raise
+
+
+@click.command("import")
+@click.argument("source", default="-")
+@click.option(
+    "--from",
+    "kind",
+    type=click.Choice(("jsonl", *IMPORTERS)),
+    default="jsonl",
+    show_default=True,
+    help="What SOURCE is: an export, or the data of a bot without session_sync.",
+)
+@click.option("--skip-existing", is_flag=True, help="Leave sessions alone that are there already.")
+@click.option("--dry-run", is_flag=True, help="Read everything, and store nothing.")
+@at_place
+def import_(place: Place, source: str, kind: str, skip_existing: bool, dry_run: bool) -> None:
+    """Store the sessions of SOURCE: a file, the standard input, or what --from says; for
+    telebot-redis it is the URL of a server. Makes the store if there is none.
+
+    Each session is stored under its lock, over what is there under its key. What cannot be read is
+    named, and the rest is stored.
+    """
+    done = skipped = 0
+    errors: list[SessionError] = []
+    with ExitStack() as stack:
+        store = None if dry_run else stack.enter_context(place.open(create=True))
+        if store is not None:
+            store.warn_of_life_times()
+        advance = stack.enter_context(progress("imported"))
+        for origin, key, fields in _incoming(source, kind):
+            try:
+                if isinstance(fields, SessionError):
+                    raise fields
+                check(key, fields)
+                if store is None:
+                    to_line(key, fields)  # which refuses what no store would take
+                    done += 1
+                elif _put(store, key, fields, skip_existing):
+                    done += 1
+                else:
+                    skipped += 1
+            except SessionError as error:
+                errors.append(error)
+                say(f"{origin}: {error}")
+            advance()
+    click.echo(_summary(done, skipped, len(errors), dry_run))
+    if errors:
+        click.get_current_context().exit(code_of(errors))
+
+
+def _summary(done: int, skipped: int, failed: int, dry_run: bool) -> str:
+    counts = [f"{done} sessions " + ("can be imported" if dry_run else "imported")]
+    if skipped:
+        counts.append(f"{skipped} were there already")
+    if failed:
+        counts.append(f"{failed} failed")
+    return ", ".join(counts)
+
+
+def _put(store: Store, key: str, fields: dict[str, Any], skip_existing: bool) -> bool:
+    with store.sessions.scope_as_stored(key):
+        if skip_existing and store.has(key):
+            return False
+        store.put(key, fields)
+    return True
+
+
+def _incoming(source: str, kind: str) -> Iterator[Incoming]:
+    """What is to be stored, one after the other."""
+    if kind != "jsonl":
+        yield from _foreign(source, kind)
+        return
+    with click.open_file(source, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield f"line {number}", *from_line(line)
+            except SessionDecodeError as error:
+                yield f"line {number}", "", error
+
+
+def _foreign(source: str, kind: str) -> Iterator[Incoming]:
+    remember_secrets(source)
+    try:
+        for key, fields in IMPORTERS[kind](source):
+            yield f"session {key!r}", key, fields
+    except (SessionDecodeError, ValueError) as error:
+        raise Failure(f"{shown(source)} cannot be read: {error}") from None
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target")
+def copy(source: str, target: str) -> None:
+    """Copy all sessions of the store SOURCE into TARGET, both URLs.
+
+    Each is locked in both stores meanwhile. TARGET is made if there is none; what it has under the
+    same key is replaced. Stop the bot all the same, or it goes on writing to the old store.
+    """
+    paths = path_of(source), path_of(target)
+    if source == target or (paths[0] is not None and paths[0] == paths[1]):
+        raise click.UsageError("SOURCE and TARGET are the same store")
+    with opened(source) as here, opened(target, create=True) as there:
+        storages: tuple[Any, Any] = here, there
+        with progress("copied", lambda: _count(here.keys())) as advance:
+            number = copy_storage(*storages, progress=lambda _key: advance())
+    click.echo(f"copied {number} sessions")
