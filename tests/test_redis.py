@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import platform
 import re
@@ -616,7 +615,6 @@ class TestLease:
     def test_of_a_forgotten_record_runs_out(self, make: Make) -> None:
         opened = make(lease=0.3).open_record("key", 0)
         del opened
-        gc.collect()
         make().open_record("key", SOON).close(None)
 
     def test_of_a_killed_process_runs_out(
@@ -1165,7 +1163,9 @@ def test_entries_tell_what_the_server_knows_and_touch_nothing(make: Make, client
         assert 340 < entries["old"].left <= 400
         assert 940 < entries["large"].left <= 1000
     storage.get("old")
-    assert {entry.age for entry in storage.entries() if entry.key == "old"} == {0}
+    (age,) = (entry.age for entry in storage.entries() if entry.key == "old")
+    assert age is not None
+    assert age < 60
     client.config_set("maxmemory-policy", "allkeys-lfu")
     try:
         assert {entry.age for entry in storage.entries()} == {None}

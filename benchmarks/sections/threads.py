@@ -94,7 +94,7 @@ def _lost(setting: Setting) -> Iterator[Table]:
         "threads_short",
         title,
         f"Medians of {rounds} rounds. telebot is fast here because its handlers do not wait for "
-        f"each other; that is how the others get lost.",
+        f"each other; that is how changes get lost.",
         head,
         (
             (name, round(Spread.of(kept[name]).median), round(Spread.of(speed[name]).median))

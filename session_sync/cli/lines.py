@@ -16,6 +16,7 @@ from ..codec import Codec
 from ..errors import SessionDecodeError
 from ..expiry import TIMERS, Timers
 from ..migrations import VERSION
+from ..repeats import UPDATES, updates_in
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def check(key: str, fields: dict[str, Any]) -> None:
     version = fields.get(VERSION, 1)
     if type(version) is not int or version < 1:
         raise SessionDecodeError(f"session {key!r} has under {VERSION!r} what is no version")
+    updates_in(fields, key)
     for name in fields:
-        if name.startswith("$") and name not in (TIMERS, VERSION):
+        if name.startswith("$") and name not in (TIMERS, VERSION, UPDATES):
             raise SessionDecodeError(f"session {key!r} has {name!r}, which is no name of a field")
 
 
