@@ -451,6 +451,12 @@ def test_what_was_written_in_a_channel_comes_from_the_channel(api: OfflineBotAPI
     assert origin["chat"]["username"] == "news"
 
 
+def test_a_message_of_a_kind_without_a_model_has_what_it_was_given(api: OfflineBotAPI) -> None:
+    checklist = {"title": "Shopping", "tasks": []}
+    sent = call(api, "sendChecklist", chat_id=1, checklist=json.dumps(checklist))["result"]
+    assert sent["checklist"] == checklist
+
+
 def test_only_so_many_messages_are_remembered(
     api: OfflineBotAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -525,6 +531,26 @@ def test_a_missing_reply_says_what_the_bot_did_instead(api: OfflineBotAPI) -> No
         "sendMessage(chat_id=1) -> Bad Request: message text is empty; "
         "updates that it has not confirmed: 1"
     )
+
+
+def test_a_coroutine_waits_for_a_call(api: OfflineBotAPI) -> None:
+    async def main() -> str:
+        waiting = asyncio.create_task(api.await_call("sendMessage", chat_id=1))
+        for chat_id in (2, 1):
+            await asyncio.to_thread(call, api, "sendMessage", chat_id=chat_id, text=str(chat_id))
+        return str((await waiting).params["text"])
+
+    assert asyncio.run(main()) == "1"
+
+
+def test_a_user_writes_through_a_business_connection(api: OfflineBotAPI) -> None:
+    alex = api.user(7, first_name="Alex")
+    assert repr(alex) == "<OfflineUser 7 'Alex'>"
+    alex.send("hi", business="b1")
+    update = call(api, "getUpdates")["result"][0]
+    assert update["business_message"]["business_connection_id"] == "b1"
+    call(api, "sendMessage", chat_id=7, text="hello", business_connection_id="b1")
+    assert alex.wait_reply(business="b1").text == "hello"
 
 
 def test_a_wait_that_blocks_its_event_loop_says_so(api: OfflineBotAPI) -> None:

@@ -73,26 +73,81 @@ class TestSQLite(StorageConformance):
         return self.make_storage()
 
 
+class Plain:
+    """The least that is a storage."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def get(self, key: str) -> Any:
+        return copy.deepcopy(self.values.get(key))
+
+    def set(self, key: str, value: Any) -> None:
+        assert type(value) is dict
+        self.values[key] = copy.deepcopy(value)
+
+    def delete(self, key: str) -> None:
+        self.values.pop(key, None)
+
+    def has(self, key: str) -> bool:
+        return key in self.values
+
+
 class TestFourMethodsAreEnough(StorageConformance):
     def make_storage(self) -> KVStorage[Any]:
-        class Plain:
-            def __init__(self) -> None:
-                self.values: dict[str, Any] = {}
-
-            def get(self, key: str) -> Any:
-                return copy.deepcopy(self.values.get(key))
-
-            def set(self, key: str, value: Any) -> None:
-                assert type(value) is dict
-                self.values[key] = copy.deepcopy(value)
-
-            def delete(self, key: str) -> None:
-                self.values.pop(key, None)
-
-            def has(self, key: str) -> bool:
-                return key in self.values
-
         return Plain()
+
+
+def test_a_storage_that_can_be_touched_is_at_every_load() -> None:
+    class Touched(Plain):
+        touches = 0
+
+        def touch(self, key: str) -> None:
+            self.touches += 1
+
+    storage = Touched()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    with sessions.session_scope("user:1") as session:  # there is nothing to touch
+        session.counter = 1
+    for touches in (1, 2):
+        with sessions.session_scope("user:1") as session:
+            assert session.counter == 1
+        assert storage.touches == touches
+
+
+def test_a_session_of_many_fields_changes_in_many_steps() -> None:
+    expected = {f"field {number}": number for number in range(200)}
+    sessions: SessionManager[Any] = SessionManager(storage=Plain())
+    sessions.storage.set("user:1", dict(expected))
+    with sessions.session_scope("user:1") as session:
+        for number in range(0, 200, 5):
+            session[f"field {number}"] = expected[f"field {number}"] = -number
+            session.flush()
+            assert sessions.storage.get("user:1") == expected
+        for number in range(1, 200, 5):
+            del session[f"field {number}"], expected[f"field {number}"]
+        session.flush()
+        assert sessions.storage.get("user:1") == expected
+        session["more"] = expected["more"] = True
+    assert sessions.storage.get("user:1") == expected
+    assert list(sessions.storage.get("user:1")) == list(expected)
+
+
+def test_what_fails_in_a_thread_of_the_conformance_suite_fails_the_test() -> None:
+    class Forgetful(StorageConformance):
+        def make_storage(self) -> KVStorage[Any]:
+            return ForgetfulStorage()
+
+    class ForgetfulStorage(Plain):
+        def get(self, key: str) -> Any:
+            raise OSError("the disk is gone")
+
+    names = [name for name in dir(Forgetful) if "thread" in name]
+    assert names
+    for name in names:
+        suite = Forgetful()
+        with pytest.raises(OSError, match="the disk is gone"):
+            getattr(suite, name)()
 
 
 def test_ours_can_be_listed_and_touched() -> None:
