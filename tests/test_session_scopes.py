@@ -354,6 +354,36 @@ def test_a_store_that_fails_half_way_takes_nothing(kind: str, event: str, tmp_pa
     storage.close()
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "disk"])
+@pytest.mark.parametrize("statement", ["BEGIN", "first", "second"])
+def test_an_interrupt_half_way_leaves_no_transaction_behind(
+    kind: str, statement: str, tmp_path: Path
+) -> None:
+    storage: Any = storage_from_url(f"{kind}:///{tmp_path}/sessions")
+    sessions = SessionManager(storage=storage)
+    left = ["BEGIN", "first", "second"].index(statement)
+
+    def interrupt(_frame: Any, event: str, function: Any) -> None:
+        nonlocal left
+        if event == "c_return" and function.__name__ == "execute":
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with sessions.session_scopes("user:1", "user:2") as (one, two):
+            one.coins = two.coins = 1
+            sys.setprofile(interrupt)
+    assert storage.get("user:1") is storage.get("user:2") is None
+    with sessions.session_scope("user:3") as three:
+        three.coins = 1
+    other: Any = storage_from_url(f"{kind}:///{tmp_path}/sessions")
+    assert other.get("user:3") == {"coins": 1}
+    other.close()
+    storage.close()
+
+
 def test_a_chat_moves_all_at_once_or_not_at_all(tmp_path: Path) -> None:
     storage: Any = storage_from_url(f"sqlite:///{tmp_path}/sessions")
     sessions = SessionManager(storage=storage)
