@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
@@ -92,8 +93,10 @@ def _tell(observer: Observer | None, event: SessionEvent) -> None:
     if observer is not None:
         try:
             observer(event)
-        except Exception:
-            logger.exception("an observer failed for the session %r", event.key)
+        except Exception as error:
+            # Without the errors around it: a handler's may have anything in it.
+            trace = "".join(traceback.format_exception(error, chain=False))
+            logger.error("an observer failed for the session %r\n%s", event.key, trace)
 
 
 _NOTICEABLE: Final = 0.001  # seconds of waiting

@@ -421,6 +421,20 @@ def test_an_observer_that_fails_loses_nothing(
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_of_an_observer_that_fails_the_log_has_no_value(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(event: SessionEvent) -> None:
+        try:
+            raise KeyError
+        except KeyError as error:
+            raise LookupError("nothing there") from error
+
+    sessions = SessionManager(on_close=fail)
+    with pytest.raises(ValueError, match="hunter2"), sessions.session_scope("user:1"):
+        raise ValueError("hunter2")
+    assert "nothing there" in caplog.text
+    assert "hunter2" not in caplog.text
+
+
 def test_an_observer_is_no_coroutine_function() -> None:
     async def observe(event: SessionEvent) -> None: ...
 
