@@ -64,8 +64,9 @@ class SessionManager(Generic[S]):
         migrate_eagerly: store a migrated session at once. By default as the class says: False.
         on_open, on_close, on_wait: observers, called with a SessionEvent when a session was loaded,
             when it was saved and is free again (or could not be saved), and when somebody has
-            waited for one. They are for figures, and must be quick: they run where the session is
-            used, on the event loop too. What they raise is logged, and goes no further.
+            waited for one, or could not have it. They are for figures, and must be quick: they run
+            where the session is used, on the event loop too. What they raise is logged, and goes no
+            further.
 
     Raises TypeError and ValueError for options that cannot work, at once.
 
