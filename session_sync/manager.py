@@ -64,8 +64,9 @@ class SessionManager(Generic[S]):
         migrate_eagerly: store a migrated session at once. By default as the class says: False.
         on_open, on_close, on_wait: observers, called with a SessionEvent when a session was loaded,
             when it was saved and is free again (or could not be saved), and when somebody has
-            waited for one. They are for figures, and must be quick: they run where the session is
-            used, on the event loop too. What they raise is logged, and goes no further.
+            waited for one, or could not have it. They are for figures, and must be quick: they run
+            where the session is used, on the event loop too. What they raise is logged, and goes no
+            further.
 
     Raises TypeError and ValueError for options that cannot work, at once.
 
@@ -170,9 +171,7 @@ class SessionManager(Generic[S]):
                 key = _text_of(key)
                 if key is None:
                     raise SessionKeyError(no_key(update_or_key))
-        if self._is_observed or _is_logged(DEBUG):
-            return self._observed(self._options, key, update_or_key)
-        return SessionScope(self._options, key, self.prefix + key, update_or_key)
+        return self._scope(self._options, key, update_or_key)
 
     def session_scopes(self, *updates_or_keys: Any) -> SessionScopes[S]:
         """The sessions of several updates or keys at once, for `with` or `async with`: a transfer
@@ -201,7 +200,7 @@ class SessionManager(Generic[S]):
         scopes = [self.session_scope(each) for each in updates_or_keys]
         if self._options.lazy:
             options = replace(self._options, lazy=False)
-            scopes = [self._observed(options, scope.key, scope.update) for scope in scopes]
+            scopes = [self._scope(options, scope.key, scope.update) for scope in scopes]
         return SessionScopes(scopes)
 
     def with_session(self, handler: Handler) -> Handler:
@@ -252,12 +251,12 @@ class SessionManager(Generic[S]):
     def scope_of(self, key: str, update: Any) -> SessionScope[S]:
         """The scope of `key` on behalf of `update`, which `initial` will be given. It waits as
         long as it takes for others of this process, since a queue must not drop updates."""
-        if self._is_observed or _is_logged(DEBUG):
-            return self._observed(self._patient, key, update)
-        return SessionScope(self._patient, key, self.prefix + key, update)
+        return self._scope(self._patient, key, update)
 
-    def _observed(self, options: Options[S], key: str, update: Any) -> SessionScope[S]:
-        return ObservedScope(options, key, self.prefix + key, update, self._observers)
+    def _scope(self, options: Options[S], key: str, update: Any) -> SessionScope[S]:
+        if self._is_observed or _is_logged(DEBUG):
+            return ObservedScope(options, key, self.prefix + key, update, self._observers)
+        return SessionScope(options, key, self.prefix + key, update)
 
     def scope_as_stored(self, key: str) -> SessionScope[S]:
         """The scope of a key for who does not look at the fields, of whatever version they are."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
@@ -38,8 +39,9 @@ class SessionEvent:
         bytes: how large the session is as it is stored: `on_open`: as it was read, `on_close`: as
             it was last written. None in memory, of an adapter, and where nothing was read or
             written.
-        error: what the handler raised, or what failed when it was saved, or in waiting; else None.
-            Its message names no value of the session, unless it is the handler's own.
+        error: what the handler raised, or what failed when it was saved; `on_wait`: why it could
+            not be had. Else None. Its message names no value of the session, unless it is the
+            handler's own.
     """
 
     key: str
@@ -76,10 +78,10 @@ class Observers(NamedTuple):
         _tell(self.on_close, event)
 
     def waited(self, event: SessionEvent) -> None:
-        """Somebody has waited for a session, and has it now or has given up."""
+        """Somebody has waited for a session, and has it now; or could not have it."""
         if event.error is not None:
             end = type(event.error).__name__
-            logger.debug("gave up %r: waited %.6f s, %s", event.key, event.waited, end)
+            logger.debug("not opened %r: waited %.6f s, %s", event.key, event.waited, end)
         _tell(self.on_wait, event)
 
 
@@ -92,8 +94,10 @@ def _tell(observer: Observer | None, event: SessionEvent) -> None:
     if observer is not None:
         try:
             observer(event)
-        except Exception:
-            logger.exception("an observer failed for the session %r", event.key)
+        except Exception as error:
+            # Without the errors around it: a handler's may have anything in it.
+            trace = "".join(traceback.format_exception(error, chain=False))
+            logger.error("an observer failed for the session %r\n%s", event.key, trace)
 
 
 _NOTICEABLE: Final = 0.001  # seconds of waiting
@@ -122,6 +126,7 @@ class ObservedScope(SessionScope[S]):
     ) -> None:
         super().__init__(options, key, name, update)
         self._observers: Final = observers
+        # Before it is entered: a telebot's update has its scope while it is in the queue.
         self._asked = self._ours = time.perf_counter()
         self._loaded: float | None = None  # while it is open
         self._found = self._has_put = False
@@ -131,41 +136,46 @@ class ObservedScope(SessionScope[S]):
     # -- opening
 
     def opens_at_once(self) -> bool:
-        self._ours = time.perf_counter()
-        return super().opens_at_once()
+        return self._opens(super().opens_at_once)
 
     def opens_here(self) -> bool:
-        self._ours = time.perf_counter()
-        return super().opens_here()
+        return self._opens(super().opens_here)
+
+    def _opens(self, open_now: Callable[[], bool]) -> bool:
+        self._asks()
+        try:
+            return open_now()
+        except BaseException as error:
+            self._has_failed(error)
+            raise
 
     def opening(self, passes: bool) -> Steps:
-        if self.hold is None:
+        self._asks()
+        try:
             locks = self.options.door.locks
-            take = Take(locks, self.name, self.options.queue_timeout, passes)
-            try:
-                self.hold = locks.try_acquire(self.name) or (yield take)
-            except BaseException as error:
-                self._has_waited(error)
-                raise
-        self._ours = time.perf_counter()
-        yield from super().opening(passes)
+            self.hold = self.hold or locks.try_acquire(self.name)
+            if self.hold is None:
+                try:
+                    timeout = self.options.queue_timeout
+                    self.hold = yield Take(locks, self.name, timeout, passes)
+                finally:
+                    self._ours = time.perf_counter()
+            yield from super().opening(passes)
+        except BaseException as error:
+            self._has_failed(error)
+            raise
 
     def _waiting_for_another_process(self) -> Steps:
         try:
             yield from super()._waiting_for_another_process()
-        except BaseException as error:
-            self._has_waited(error)
-            raise
+        finally:
+            self._ours = time.perf_counter()
+
+    def _asks(self) -> None:
+        """From here on it waits; for longer already, if its key was waited for in a queue."""
         self._ours = time.perf_counter()
-
-    def _loads_at_once(self) -> bool:
-        self._asked = time.perf_counter()
-        return super()._loads_at_once()
-
-    def loading(self) -> Steps:
-        if not self.is_loaded:
-            self._asked = time.perf_counter()
-        yield from super().loading()
+        if self.hold is None:
+            self._asked = self._ours
 
     def _hand_out(self, hold: Hold, record: Record | None) -> None:
         super()._hand_out(hold, record)
@@ -177,18 +187,23 @@ class ObservedScope(SessionScope[S]):
             self._event(self._loaded - self._ours, getattr(record, "size", None), None)
         )
 
+    def _has_failed(self, error: BaseException) -> None:
+        """It could not be opened; or it was, and what a migration has made could not be stored."""
+        if self._loaded is None:
+            self._has_waited(error)
+        else:
+            self._has_closed(error)
+
     def _has_waited(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._ours = time.perf_counter()
-        self._observers.waited(
-            SessionEvent(key=self.key, waited=self._ours - self._asked, error=error)
-        )
+        waited = self._ours - self._asked
+        self._observers.waited(SessionEvent(key=self.key, waited=waited, error=error))
 
     # -- writing
 
     def _put(self, record: Record) -> None:
+        puts = self._to_write(record) is not None
         super()._put(record)
-        self._has_put = True
+        self._has_put |= puts
 
     def _has_written(self, record: Record | None) -> None:
         super()._has_written(record)
@@ -200,19 +215,19 @@ class ObservedScope(SessionScope[S]):
     # -- closing
 
     def discard(self, error: BaseException) -> None:
-        if not is_control_flow(error):
+        if self._loaded is not None and not is_control_flow(error):
             self._error = error
         super().discard(error)
 
     def closes_at_once(self) -> bool:
-        return self._tells(super().closes_at_once)
+        return self._closes(super().closes_at_once)
 
     def closes_here(self) -> bool:
-        return self._tells(super().closes_here)
+        return self._closes(super().closes_here)
 
-    def _tells(self, close: Callable[[], bool]) -> bool:
+    def _closes(self, close_now: Callable[[], bool]) -> bool:
         try:
-            closed = close()
+            closed = close_now()
         except BaseException as error:
             self._has_closed(error)
             raise
@@ -229,8 +244,10 @@ class ObservedScope(SessionScope[S]):
         self._has_closed(self._error)
 
     def __del__(self) -> None:
-        super().__del__()
-        self._has_closed(self._error)
+        try:
+            super().__del__()
+        finally:
+            self._has_closed(self._error)
 
     def _has_closed(self, error: BaseException | None) -> None:
         self._error = None  # which knows its frames: no cycle stays

@@ -330,11 +330,16 @@ class Scope(Generic[S]):
         if self.fields is None:
             return
         if self.options.door.blocking:
-            turns: KeyLock | None = self._once.setdefault("flushes", KeyLock(self.name))
-            if turns is not None:  # else the last one is on its way
+            turns = self._flushes()
+            if turns is not None:
                 yield from self._writing_in_turn(turns, last=False)
         elif self.fields.open:
             self._write_at_once(self.fields)
+
+    def _flushes(self) -> KeyLock | None:
+        """Where flushes take turns; None if the last one is on its way."""
+        turns: KeyLock | None = self._once.setdefault("flushes", KeyLock(self.name))
+        return turns
 
     def _write_at_once(self, fields: Fields) -> None:
         kept = fields.kept
@@ -428,13 +433,16 @@ class Scope(Generic[S]):
         turns: KeyLock = self._once.setdefault(what, KeyLock(self.name))
         return turns
 
-    def discard(self, error: BaseException) -> None:
-        """A handler failed: forget what changed since the last flush, if the options say so."""
+    def keeps(self, error: BaseException) -> bool:
+        """Whether what a handler has changed is saved although it raised `error`."""
         # GeneratorExit: a coroutine thrown away half-way, which may not await a flush any more.
         keep = self.options.save_on_error and not isinstance(error, GeneratorExit)
-        if keep or is_control_flow(error) or self.fields is None or self.closed:
-            return
-        self.fields.roll_back()
+        return keep or is_control_flow(error)
+
+    def discard(self, error: BaseException) -> None:
+        """A handler failed: forget what changed since the last flush, if the options say so."""
+        if self.fields is not None and not self.closed and not self.keeps(error):
+            self.fields.roll_back()
 
     # -- who is in it
 
@@ -589,41 +597,47 @@ class SavingTogether:
     """The end of a block around several sessions of one store: what has changed in them is written
     before any of them is closed, all of it or, where the store can, nothing.
 
-    Those that were joined are left to the scopes that they belong to. The turns are those of the
-    flushes: none is on its way meanwhile. What fails leaves all of them as they were before.
+    Those that were joined are left to the scopes that they belong to, and those that were released
+    to whoever has done that. The turns are those of the flushes: none is on its way meanwhile. What
+    fails leaves all of them as they were before.
     """
 
     def __init__(self, scopes: Iterable[SessionScope[Any]]) -> None:
-        own = (scope for scope in scopes if scope.joined is None and not scope.closed)
-        self._kept: Final = {scope: scope.fields.kept for scope in own if scope.fields is not None}
+        self._fields: Final[dict[Scope[Any], Fields]] = {}
+        for scope in scopes:
+            if scope.joined is None and not scope.closed and scope.fields is not None:
+                self._fields[scope] = scope.fields
+        self._kept: Final[dict[Scope[Any], Record]] = {}
         self._records: Final[dict[Scope[Any], Record]] = {}
         self._written: Final[set[Scope[Any]]] = set()
 
     def steps(self) -> Steps:
         """Write."""
-        if len(self._kept) < 2:
+        if len(self._fields) < 2:
             return  # to close one is to write it
-        turns: dict[Scope[Any], Hold] = {}
+        turns: list[Hold] = []
         try:
-            for scope in self._kept:
-                turns[scope] = yield TakeTurn(scope._turns("flushes"), None)
+            for scope in self._fields:
+                flushes = scope._flushes()
+                if flushes is not None:  # else it is released just now
+                    turns.append((yield TakeTurn(flushes, None)))
             yield from self._writing()
         except BaseException:
             self._take_back()
             raise
         finally:
-            for turn in turns.values():
+            for turn in turns:
                 turn.release()
 
     def _writing(self) -> Steps:
+        self._kept.update((s, fields.kept) for s, fields in self._fields.items() if fields.open)
         for scope, kept in self._kept.items():
-            assert scope.fields is not None
-            record = scope.fields.take_changes()
-            if record is not kept:
+            record = self._fields[scope].take_changes()
+            if record is not kept and scope._to_write(record) is not None:
                 self._records[scope] = record
-        door = next(iter(self._kept)).options.door
         if not self._records:
             return
+        door = next(iter(self._records)).options.door
         if door.blocking:
             yield Call(closers, self._write, door)
         else:
@@ -655,10 +669,11 @@ class SavingTogether:
 
     def _take_back(self) -> None:
         for scope, kept in self._kept.items():
-            assert scope.fields is not None
             if scope not in self._written:  # else it was cancelled, and yet written
-                scope.fields.not_saved(kept)
-            scope.fields.roll_back()
+                self._fields[scope].not_saved(kept)
+        for scope, fields in self._fields.items():
+            if not scope.closed:
+                fields.roll_back()
 
 
 # The innermost entry of this thread or task, and of those started inside it.

@@ -48,10 +48,13 @@ class SessionScopes(Generic[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._entered.__exit__(kind, error, trace)
-            return
-        with self._entered:
+        self._entered.push(self._save)
+        self._entered.__exit__(kind, error, trace)
+
+    def _save(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object
+    ) -> None:
+        if self._keeps(error):
             run(SavingTogether(self._scopes).steps())
 
     async def __aenter__(self) -> tuple[S, ...]:
@@ -68,8 +71,15 @@ class SessionScopes(Generic[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            await self._aentered.__aexit__(kind, error, trace)
-            return
-        async with self._aentered:
+        self._aentered.push_async_exit(self._asave)
+        await self._aentered.__aexit__(kind, error, trace)
+
+    async def _asave(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object
+    ) -> None:
+        if self._keeps(error):
             await arun(SavingTogether(self._scopes).steps())
+
+    def _keeps(self, error: BaseException | None) -> bool:
+        """Whether anything is saved; else each of them is rolled back as it is left."""
+        return error is None or any(scope.keeps(error) for scope in self._scopes)

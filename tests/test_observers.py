@@ -8,7 +8,9 @@ import logging
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from conftest import Threads, message
 
 from session_sync import (
     MemoryStorage,
+    SessionDecodeError,
     SessionEncodeError,
     SessionEvent,
     SessionLockTimeout,
@@ -238,6 +241,105 @@ def test_what_fails_in_a_store(tmp_path: Path, seen: Observers, how: str) -> Non
     storage.close()
 
 
+@pytest.mark.parametrize("how", ["with", "async with", "lazy"])
+def test_one_that_cannot_be_loaded_could_not_be_had(
+    storage: Any, seen: Observers, how: str
+) -> None:
+    def initial(key: str) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    sessions = seen.manager(storage, initial=initial, lazy=how == "lazy")
+    with pytest.raises(ZeroDivisionError):
+        if how == "async with":
+            asyncio.run(aadd(sessions))
+        else:
+            add(sessions)
+    ((kind, event),) = seen.take()
+    assert (kind, event.waited) == ("wait", 0)
+    assert isinstance(event.error, ZeroDivisionError)
+
+
+def test_so_is_one_that_is_damaged(tmp_path: Path, seen: Observers) -> None:
+    storage = SQLiteStorage(tmp_path / "sessions.db")
+    add(SessionManager(storage=storage))
+    with sqlite3.connect(tmp_path / "sessions.db") as connection:
+        connection.execute("UPDATE sessions SET value = x'00'")
+    connection.close()
+    with pytest.raises(SessionDecodeError):
+        add(seen.manager(storage))
+    ((kind, event),) = seen.take()
+    assert kind == "wait"
+    assert isinstance(event.error, SessionDecodeError)
+    storage.close()
+
+
+class Full(MemoryStorage):
+    """One that takes no more once it is full."""
+
+    is_full = False
+
+    def save(self, key: str, record: Any) -> None:
+        if self.is_full:
+            raise OSError("no space left")
+        super().save(key, record)
+
+
+def test_what_a_migration_has_made_and_nobody_could_store_is_told(seen: Observers) -> None:
+    storage = Full()
+    add(SessionManager(storage=storage))
+    storage.is_full = True
+    sessions = seen.manager(storage, migrations={2: lambda fields: None}, migrate_eagerly=True)
+    with pytest.raises(OSError, match="no space"):
+        add(sessions)
+    assert seen.kinds == ["open", "close"]
+    closed = seen.events[-1][1]
+    assert isinstance(closed.error, OSError)
+    assert not closed.written
+
+
+def test_an_empty_one_that_was_never_stored_is_not_written(storage: Any, seen: Observers) -> None:
+    sessions = seen.manager(storage, initial=lambda key: {"counter": 1})
+    with sessions.session_scope("user:1") as session:
+        session.clear()
+    with sessions.session_scopes("user:1", "user:2") as both:
+        for session in both:
+            session.clear()
+    assert not any(event.written for _, event in seen.events)
+
+
+class Big:
+    """What a handler has in hand when it fails."""
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("released", [False, True])
+def test_nothing_of_a_handler_that_failed_is_kept(
+    seen: Observers, lazy: bool, released: bool
+) -> None:
+    sessions = seen.manager(lazy=lazy)
+
+    def handler() -> weakref.ref[Big]:
+        big = Big()
+        reference = weakref.ref(big)
+        with suppress(ZeroDivisionError):
+            fail(big)
+        return reference
+
+    def fail(big: Big) -> None:
+        with sessions.session_scope("user:1") as session:
+            if released:
+                session.release()
+            raise ZeroDivisionError
+
+    gc.disable()
+    try:
+        reference = handler()
+        seen.take()
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
 def test_a_frameworks_control_flow_is_no_error(seen: Observers) -> None:
     ext = pytest.importorskip("telegram.ext", reason="needs the extra 'ptb'")
     sessions = seen.manager()
@@ -297,6 +399,55 @@ def test_waiting_is_told_when_it_is_over(
         assert A_WHILE <= event.waited < SOON
     assert seen.events[1][1].seconds < SOON
     assert seen.events[0][1].error is None
+
+
+def test_before_it_is_entered_nobody_waits(seen: Observers) -> None:
+    scope = seen.manager().session_scope("user:1")
+    time.sleep(A_WHILE)
+    with scope:
+        pass
+    assert seen.kinds == ["open", "close"]
+    assert [event.waited for _, event in seen.events] == [0, 0]
+
+
+def test_each_of_several_has_waited_for_itself(seen: Observers, holder: Any) -> None:
+    sessions = seen.manager()
+    holder(SessionManager(storage=sessions.storage), "user:1")
+    with sessions.session_scopes("user:2", "user:1"):
+        pass
+    told = [(kind, event.key) for kind, event in seen.events[:3]]
+    assert told == [("wait", "user:1"), ("open", "user:1"), ("open", "user:2")]
+    assert seen.events[1][1].waited >= A_WHILE
+    assert seen.events[2][1].waited == 0
+
+
+def test_who_asks_for_a_lazy_session_while_it_is_waited_for_changes_no_figure(
+    seen: Observers,
+) -> None:
+    sessions = seen.manager(lazy=True)
+
+    async def main() -> None:
+        async with SessionManager(storage=sessions.storage).session_scope("user:1") as other:
+
+            async def ask(session: Any) -> None:
+                await session
+
+            async def ask_twice() -> None:
+                async with sessions.session_scope("user:1") as session:
+                    first = asyncio.create_task(ask(session))
+                    await asyncio.sleep(A_WHILE)
+                    second = asyncio.create_task(ask(session))
+                    await asyncio.sleep(0)
+                    await other.arelease()
+                    await asyncio.gather(first, second)
+
+            # In a context of its own, in which nothing is open.
+            await asyncio.create_task(ask_twice(), context=empty)
+
+    empty = copy_context()
+    asyncio.run(main())
+    assert seen.kinds == ["wait", "open", "close"]
+    assert seen.events[1][1].waited >= A_WHILE * 0.9
 
 
 @pytest.mark.parametrize("how", ["with", "async with"])
@@ -398,6 +549,9 @@ def test_a_ptb_application_is_told_of_each_update(seen: Observers) -> None:
 def test_without_observers_there_is_none_of_it() -> None:
     assert type(SessionManager().session_scope("user:1")) is SessionScope
     assert type(SessionManager().scope_of("user:1", None)) is SessionScope
+    for sessions in (SessionManager(), SessionManager(lazy=True)):
+        (scope,) = sessions.session_scopes("user:1")._scopes
+        assert type(scope) is SessionScope
 
 
 @pytest.mark.parametrize("which", ["on_open", "on_close", "on_wait"])
@@ -416,6 +570,20 @@ def test_an_observer_that_fails_loses_nothing(
     assert sessions.storage.get("user:1") == {"counter": 2}
     assert "an observer failed for the session 'user:1'" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_of_an_observer_that_fails_the_log_has_no_value(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(event: SessionEvent) -> None:
+        try:
+            raise KeyError
+        except KeyError as error:
+            raise LookupError("nothing there") from error
+
+    sessions = SessionManager(on_close=fail)
+    with pytest.raises(ValueError, match="hunter2"), sessions.session_scope("user:1"):
+        raise ValueError("hunter2")
+    assert "nothing there" in caplog.text
+    assert "hunter2" not in caplog.text
 
 
 def test_an_observer_is_no_coroutine_function() -> None:
@@ -449,7 +617,7 @@ def test_the_log_has_keys_and_figures_and_no_values(
     assert {record.name for record in caplog.records} == {"session_sync"}
 
 
-def test_the_log_says_who_gave_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_who_could_not_have_it(caplog: pytest.LogCaptureFixture) -> None:
     sessions = SessionManager(lock_timeout=A_WHILE)
     opened = threading.Event()
 
@@ -462,7 +630,7 @@ def test_the_log_says_who_gave_up(caplog: pytest.LogCaptureFixture) -> None:
         threading.Thread(target=wait).start()
         assert opened.wait(SOON)
     messages = [record.getMessage() for record in caplog.records]
-    assert [m for m in messages if m.startswith("gave up 'user:1': waited 0.")]
+    assert [m for m in messages if m.startswith("not opened 'user:1': waited 0.")]
 
 
 def test_the_log_may_be_turned_on_while_the_bot_runs(caplog: pytest.LogCaptureFixture) -> None:

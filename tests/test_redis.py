@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import platform
 import re
@@ -316,16 +317,16 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         self._sockets = [self._listener]
         self._before_cut: Callable[[], object] | None = None
-        self._every = 0
-        self._answers = self.lost = 0
+        self._fatal = self.lost = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def lose_next_answer(self, before_cut: Callable[[], object] = lambda: None) -> None:
         """`before_cut` is called when the server has done what it was asked."""
         self._before_cut = before_cut
 
-    def lose_every(self, number: int) -> None:
-        self._every = number
+    def lose_each(self, number: int) -> None:
+        """Of each connection that answer, and with it the connection."""
+        self._fatal = number
 
     def client(self, retries: int = 3, **options: Any) -> Any:
         return redis.Redis(
@@ -351,20 +352,20 @@ class Proxy:
             far.shutdown(socket.SHUT_RDWR)
 
     def _pass_back(self, far: socket.socket, near: socket.socket) -> None:
+        answers = itertools.count(1)
         with suppress(OSError):
             while data := far.recv(65536):
-                if self._loses_this():
+                if self._loses(next(answers)):
                     self.lost += 1
                     break
                 near.sendall(data)
             near.shutdown(socket.SHUT_RDWR)
 
-    def _loses_this(self) -> bool:
-        self._answers += 1
+    def _loses(self, number: int) -> bool:
         before_cut, self._before_cut = self._before_cut, None
         if before_cut is not None:
             before_cut()
-        return before_cut is not None or bool(self._every and self._answers % self._every == 0)
+        return before_cut is not None or number == self._fatal
 
     def close(self) -> None:
         for one in self._sockets:
@@ -841,20 +842,17 @@ class TestLostAnswers:
     def test_again_and_again_lose_and_double_nothing(
         self, make: Make, proxy: Proxy, threads: Threads, storages: int
     ) -> None:
-        def work(sessions: SessionManager[Any]) -> None:
+        def work() -> None:
+            sessions: SessionManager[Any] = SessionManager(storage=make(proxy.client(retries=10)))
             for _ in range(50):
                 with sessions.session_scope("key") as session:
                     session.n = session.get("n", 0) + 1
                     session.flush()
                     session.n += 1
 
-        managers = [SessionManager(storage=make(proxy.client(retries=10))) for _ in range(storages)]
-        for sessions in managers:  # an old redis-py does not try again to connect for INFO
-            with sessions.session_scope("other"):
-                pass
-        proxy.lose_every(11)  # more than it takes to connect
-        for sessions in managers:
-            threads.start(work, sessions)
+        proxy.lose_each(11)  # more than it takes to connect
+        for _ in range(storages):
+            threads.start(work)
         threads.join()
         assert proxy.lost > 10
         assert make().get("key") == {"n": storages * 100}

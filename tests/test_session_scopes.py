@@ -164,6 +164,15 @@ def test_each_is_read_once_and_written_once_and_only_if_it_has_changed() -> None
     assert (storage.reads, storage.writes) == (3, 2)
 
 
+def test_nothing_is_written_of_one_that_is_empty_and_was_never_stored() -> None:
+    storage = Slow()
+    sessions = SessionManager(storage=storage, initial=lambda key: {"coins": 10})
+    with sessions.session_scopes("user:1", "user:2") as both:
+        for session in both:
+            session.clear()
+    assert not storage.begun.is_set()
+
+
 def test_a_scope_serves_one_block_and_closes_its_sessions() -> None:
     sessions = SessionManager()
     scopes = sessions.session_scopes("user:1", "user:2")
@@ -329,6 +338,43 @@ def test_what_one_cannot_keep_leaves_all_as_they_were(strict: Any, bad: str, on_
     assert (strict.get("user:1"), strict.get("user:2")) == ({"coins": 12}, {"coins": 13})
 
 
+class Stop(Exception):  # noqa: N818 (named as the framework has it)
+    """As a framework has one that says what comes next."""
+
+
+Stop.__name__, Stop.__module__ = "ApplicationHandlerStop", "telegram.ext"
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+@pytest.mark.parametrize(("on_error", "raised"), [("flush", ZeroDivisionError), ("discard", Stop)])
+def test_so_it_is_where_the_block_raises_and_is_saved_all_the_same(
+    strict: Any, on_error: Any, raised: type[Exception], how: str
+) -> None:
+    sessions = SessionManager(storage=strict, on_error=on_error)
+
+    def change(both: Any, value: Any) -> None:
+        for session in both:
+            session.coins = value if session.key == "user:1" else 11
+        raise raised
+
+    async def achange(value: Any) -> None:
+        async with sessions.session_scopes("user:1", "user:2") as both:
+            change(both, value)
+
+    def change_both(value: Any) -> None:
+        if how == "async with":
+            asyncio.run(achange(value))
+        with sessions.session_scopes("user:1", "user:2") as both:
+            change(both, value)
+
+    with pytest.raises(SessionEncodeError):
+        change_both(object())
+    assert strict.get("user:1") is strict.get("user:2") is None
+    with pytest.raises(raised):
+        change_both(11)
+    assert strict.get("user:1") == strict.get("user:2") == {"coins": 11}
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "disk"])
 @pytest.mark.parametrize("event", ["INSERT", "DELETE"])
 def test_a_store_that_fails_half_way_takes_nothing(kind: str, event: str, tmp_path: Path) -> None:
@@ -351,6 +397,36 @@ def test_a_store_that_fails_half_way_takes_nothing(kind: str, event: str, tmp_pa
             if event == "DELETE":
                 two.clear()
     assert storage.get("user:1") == storage.get("user:2") == {"coins": 10}
+    storage.close()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "disk"])
+@pytest.mark.parametrize("statement", ["BEGIN", "first", "second"])
+def test_an_interrupt_half_way_leaves_no_transaction_behind(
+    kind: str, statement: str, tmp_path: Path
+) -> None:
+    storage: Any = storage_from_url(f"{kind}:///{tmp_path}/sessions")
+    sessions = SessionManager(storage=storage)
+    left = ["BEGIN", "first", "second"].index(statement)
+
+    def interrupt(_frame: Any, event: str, function: Any) -> None:
+        nonlocal left
+        if event == "c_return" and function.__name__ == "execute":
+            left -= 1
+            if left < 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        with sessions.session_scopes("user:1", "user:2") as (one, two):
+            one.coins = two.coins = 1
+            sys.setprofile(interrupt)
+    assert storage.get("user:1") is storage.get("user:2") is None
+    with sessions.session_scope("user:3") as three:
+        three.coins = 1
+    other: Any = storage_from_url(f"{kind}:///{tmp_path}/sessions")
+    assert other.get("user:3") == {"coins": 1}
+    other.close()
     storage.close()
 
 
@@ -507,6 +583,78 @@ def test_a_flush_that_is_on_its_way_is_waited_for(threads: Threads) -> None:
         one.coins = two.coins = 2
     threads.join()
     assert storage.kept == {"user:1": {"coins": 2}, "user:2": {"coins": 2}}
+
+
+class Held(Plain):
+    """An adapter that takes its time with the first value of `user:1`, and may refuse it then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def set(self, key: str, value: Any) -> None:
+        if key == "user:1":
+            self.begun.set()
+            assert self.may_end.wait(SOON)
+        try:
+            super().set(key, value)
+        finally:
+            self.broken = ""
+
+
+async def _flush_meanwhile(storage: Held, session: Any, change: Any) -> asyncio.Task[None]:
+    """Begin to flush. As soon as that is waited for, `change` is awaited; then it goes on."""
+    flushing = asyncio.create_task(session.aflush())
+    assert await asyncio.to_thread(storage.begun.wait, SOON)
+
+    async def go_on() -> None:
+        await change()
+        storage.may_end.set()
+        await flushing
+
+    return asyncio.create_task(go_on())
+
+
+def test_what_a_flush_could_not_write_meanwhile_is_written() -> None:
+    storage = Held()
+    storage.broken = "user:1"
+    sessions = SessionManager(storage=storage)
+
+    async def nothing() -> None: ...
+
+    async def main() -> None:
+        async with sessions.session_scopes("user:1", "user:2") as (one, two):
+            one.coins = two.coins = 1
+            flushing = await _flush_meanwhile(storage, one, nothing)
+        with pytest.raises(OSError, match="full"):
+            await flushing
+
+    asyncio.run(main())
+    assert storage.kept == {"user:1": {"coins": 1}, "user:2": {"coins": 1}}
+
+
+def test_one_that_is_released_meanwhile_is_not_written_again() -> None:
+    storage = Held()
+    sessions = SessionManager(storage=storage)
+
+    async def main() -> None:
+        async with sessions.session_scopes("user:1", "user:2", "user:3") as (one, two, three):
+
+            async def release() -> None:
+                await two.arelease()
+                async with sessions.session_scope("user:2") as again:
+                    again.coins += 10
+
+            one.coins = two.coins = three.coins = 1
+            flushing = await _flush_meanwhile(storage, one, release)
+        await flushing
+
+    asyncio.run(main())
+    assert storage.kept == {
+        "user:1": {"coins": 1},
+        "user:2": {"coins": 11},
+        "user:3": {"coins": 1},
+    }
 
 
 class Bag(Session):

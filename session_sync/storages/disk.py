@@ -22,7 +22,7 @@ from session_sync.errors import SessionDecodeError
 from session_sync.expiry import life_time
 from session_sync.storages.base import OpenRecord, Record, StoredEntry
 from session_sync.storages.filelocks import FileLocks, LockedRecord
-from session_sync.storages.sqlite import Connection
+from session_sync.storages.sqlite import Connection, transaction
 
 try:
     import diskcache as _diskcache
@@ -68,6 +68,7 @@ _UPSERT: Final = f"""
         access_time = excluded.access_time, access_count = 0, tag = NULL, size = 0,
         mode = excluded.mode, filename = NULL, value = excluded.value
 """
+_DELETE: Final = "DELETE FROM Cache WHERE key = ? AND raw = 1"
 _SWEEP: Final = """
     DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time < ? LIMIT 100)
 """
@@ -214,12 +215,7 @@ class DiskStorage:
         data = {key: self._codec.encode(record, key) for key, record in records.items() if record}
         for each in opened.values():
             each.check()
-        with self._cache.transact():
-            for key in records:
-                if key in data:
-                    self._cache.write(key, data[key], self._ttl)
-                else:
-                    self._cache.delete(key)
+        self._cache.write_all({key: data.get(key) for key in records}, self._ttl)
         for key, each in opened.items():
             each.size = len(data[key]) if key in data else None
         return True
@@ -349,18 +345,32 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
 
     def write(self, key: str, value: bytes, ttl: float | None) -> None:
         """Store `value`, for `ttl` seconds, and now and then remove what has expired."""
-        stored, _ = self._disk.put(key)
         now = time.time()
         try:
-            expires = None if ttl is None else now + ttl
-            self._con.execute(_UPSERT, (stored, now, expires, now, value))
+            self._upsert(key, value, now, ttl)
             if not self._swept <= now <= self._swept + _PAUSE:
                 self._swept = now
                 self._con.execute(_SWEEP, (now,))
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
-            raise diskcache.Timeout from None
+            raise _as_timeout(error) from None
+
+    def write_all(self, values: Mapping[str, bytes | None], ttl: float | None) -> None:
+        """Store several values, or remove what has None, in one transaction: our own, since that of
+        diskcache stays open if it is interrupted as it begins, or fails as it ends."""
+        now = time.time()
+        try:
+            with transaction(self._con):
+                for key, value in values.items():
+                    if value is None:
+                        self._con.execute(_DELETE, (self._disk.put(key)[0],))
+                    else:
+                        self._upsert(key, value, now, ttl)
+        except sqlite3.OperationalError as error:
+            raise _as_timeout(error) from None
+
+    def _upsert(self, key: str, value: bytes, now: float, ttl: float | None) -> None:
+        expires = None if ttl is None else now + ttl
+        self._con.execute(_UPSERT, (self._disk.put(key)[0], now, expires, now, value))
 
     def reset(self, key: str, *value: object, **options: object) -> Any:
         """Apply a setting. One that diskcache does not have would become an attribute of it."""
@@ -385,6 +395,11 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         """The same, if C code has forked; and whoever was writing is not in this process."""
         super().close()
         self._txn_id = None
+
+
+def _as_timeout(error: sqlite3.OperationalError) -> Exception:
+    """What diskcache raises, if `error` says that others have written for too long."""
+    return diskcache.Timeout() if error.sqlite_errorcode == sqlite3.SQLITE_BUSY else error
 
 
 _caches: Final[weakref.WeakValueDictionary[int, _Cache]] = weakref.WeakValueDictionary()

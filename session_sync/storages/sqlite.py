@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Final, Literal
 
@@ -212,18 +212,12 @@ class SQLiteStorage:
             each.check()
         cursor = self._connections.take()
         try:
-            cursor.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(cursor.connection):
                 for key in records:
                     if key in data:
                         cursor.execute(_UPSERT, (_stored(key), data[key], expires))
                     else:
                         cursor.execute(_DELETE, (_stored(key),))
-                cursor.execute("COMMIT")
-            except BaseException:
-                if cursor.connection.in_transaction:  # else SQLite has done it
-                    cursor.execute("ROLLBACK")
-                raise
         finally:
             self._connections.give_back(cursor)
         for key, each in opened.items():
@@ -353,6 +347,18 @@ class Connection(sqlite3.Connection):
             self.close()
 
 
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All that is done inside is done, or nothing is."""
+    try:  # around the beginning, too: an interrupt may come as soon as it has begun
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.rollback()  # which does nothing if SQLite has done it
+        raise
+
+
 class _Connections:
     """Connections to one file, each used by one thread at a time, through the one cursor it has.
 
@@ -420,16 +426,11 @@ class _Connections:
         if ours == _OURS and version == _VERSION:
             return
         cursor.execute("PRAGMA journal_mode = wal")
-        cursor.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(cursor.connection):
             for statement in (_TABLE, _INDEX):
                 cursor.execute(statement)
             cursor.execute(f"PRAGMA application_id = {_OURS}")
             cursor.execute(f"PRAGMA user_version = {_VERSION}")
-        except BaseException:
-            cursor.execute("ROLLBACK")
-            raise
-        cursor.execute("COMMIT")
 
     def close(self) -> None:
         """Close those that are not in use."""

@@ -1,7 +1,7 @@
 """Writes a file of this folder again, with the version of the library that is its name.
 
 pip install --target old --no-deps pyTelegramBotAPI==4.7.1
-PYTHONPATH=old python tests/data/importers/write.py telebot telebot-4.7.1.pkl
+PYTHONPATH=old python tests/data/importers/write_importers.py telebot telebot-4.7.1.pkl
 """
 
 from __future__ import annotations
