@@ -11,8 +11,8 @@ from typing import Any, Final, TypeAlias
 from .manager import SessionManager
 from .observers import logger
 from .scope import Scope, SessionScope
+from .scopes import Several
 from .session import BaseSession, Fields
-from .steps import arun, run
 
 #: What `install` got: whose sessions the updates of a bot have, `session` first.
 Managers: TypeAlias = "tuple[SessionManager[Any], ...]"
@@ -34,7 +34,7 @@ def managers_of(
     return (sessions,) if chat_session is None else (sessions, chat_session)
 
 
-class Bags:
+class Bags(Several):
     """The scopes of one update as one `with` or `async with`.
 
     Why two updates never wait for each other in a circle. Of one store, they take their keys in the
@@ -45,17 +45,16 @@ class Bags:
     lost: it is raised when both are closed, two errors as an ExceptionGroup.
     """
 
-    __slots__ = ("_delivery", "_entered", "in_order", "is_new", "scopes", "sessions")
+    __slots__ = ("_delivery", "is_new", "scopes", "sessions")
 
     def __init__(self, managers: Managers, update: Any, delivery: Delivery | None = None) -> None:
         #: In the order of `managers`; None for one that the update has no key for.
         self.scopes: Final = [scope_of(sessions, update) for sessions in managers]
-        self.in_order: Final = [scope for scope in self.scopes if scope is not None]
+        super().__init__(scope for scope in self.scopes if scope is not None)
         if len(self.in_order) > 1:
             _put_in_order(self.in_order)
         #: As `scopes`, from entering on; also after they have closed.
         self.sessions: Sequence[BaseSession | None] = ()
-        self._entered: list[SessionScope[Any]] = []
         self._delivery: Final = delivery  # None: nobody remembers updates
         #: Whether the update is to be handled, from entering on: not if it comes again.
         self.is_new = True
@@ -69,13 +68,11 @@ class Bags:
 
     def __enter__(self) -> Sequence[BaseSession | None]:
         try:
-            for scope in self.in_order:
-                scope.__enter__()
-                self._entered.append(scope)
+            self.enter()
             return self._hand_out()
         except BaseException as error:
             _free_what_is_held(self.in_order)
-            self.__exit__(type(error), error, error.__traceback__)
+            raise_all(self.leave(error), NOT_CLOSED)
             raise
 
     def __exit__(
@@ -84,22 +81,14 @@ class Bags:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        failures: list[BaseException] = []
-        while self._entered:
-            try:
-                self._entered.pop().__exit__(kind, error, trace)
-            except BaseException as failure:
-                failures.append(failure)
-        raise_all(failures, NOT_CLOSED)
+        raise_all(self.leave(error), NOT_CLOSED)
 
     async def __aenter__(self) -> Sequence[BaseSession | None]:
         try:
-            for scope in self.in_order:
-                await scope.__aenter__()
-                self._entered.append(scope)
+            await self.aenter()
             return self._hand_out()
         except BaseException as error:
-            await self.__aexit__(type(error), error, error.__traceback__)
+            raise_all(await self.aleave(error), NOT_CLOSED)
             raise
 
     async def __aexit__(
@@ -108,18 +97,7 @@ class Bags:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        raise_all(await self.leave(error), NOT_CLOSED)
-
-    async def leave(self, error: BaseException | None) -> list[BaseException]:
-        """As `__aexit__`; what fails is not raised but returned."""
-        failures: list[BaseException] = []
-        kind, trace = (None, None) if error is None else (type(error), error.__traceback__)
-        while self._entered:
-            try:
-                await self._entered.pop().__aexit__(kind, error, trace)
-            except BaseException as failure:
-                failures.append(failure)
-        return failures
+        raise_all(await self.aleave(error), NOT_CLOSED)
 
     def _hand_out(self) -> Sequence[BaseSession | None]:
         self.is_new = self._delivery is None or self._delivery.lets_in(self.in_order)
@@ -182,28 +160,6 @@ def scope_of(sessions: SessionManager[Any], update: Any) -> SessionScope[Any] | 
     """The scope that goes around an update, or None if it has no key; raises as `key_of` does."""
     key = sessions.key_of(update)
     return None if key is None else sessions.scope_of(key, update)
-
-
-def close_all(scopes: Sequence[Scope[Any]]) -> list[BaseException]:
-    """Close them; what fails is not raised but returned."""
-    failures: list[BaseException] = []
-    for scope in scopes:
-        try:
-            run(scope.closing())
-        except BaseException as failure:
-            failures.append(failure)
-    return failures
-
-
-async def aclose_all(scopes: Sequence[Scope[Any]]) -> list[BaseException]:
-    """The same in a coroutine."""
-    failures: list[BaseException] = []
-    for scope in scopes:
-        try:
-            await arun(scope.closing())
-        except BaseException as failure:
-            failures.append(failure)
-    return failures
 
 
 def _put_in_order(scopes: list[SessionScope[Any]]) -> None:

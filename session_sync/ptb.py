@@ -39,8 +39,6 @@ from .bags import (
     Bags,
     Delivery,
     Managers,
-    aclose_all,
-    close_all,
     dedupes,
     managers_of,
     raise_all,
@@ -50,6 +48,7 @@ from .errors import SessionAwaitError, SessionKeyError
 from .locks import Party, here
 from .manager import SessionManager, no_key
 from .scope import Scope, entries, step_outside
+from .scopes import aclose_all, close_all
 from .session import BaseSession, Session, replace_fields
 
 S = TypeVar("S", bound=BaseSession)
@@ -428,10 +427,10 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
             if isinstance(error, GeneratorExit):  # thrown away: error handlers cannot run
                 await bags.__aexit__(type(error), error, error.__traceback__)
             else:
-                await self._report(update, await bags.leave(error))
+                await self._report(update, await bags.aleave(error))
             raise
         _Unit.current.set(around)
-        await self._report(update, await bags.leave(None))
+        await self._report(update, await bags.aleave(None))
 
     def _delivery_of(self, update: object) -> Delivery | None:
         if self._session_sync.dedupes and isinstance(update, Update):

@@ -1,20 +1,98 @@
-"""Several sessions at once: locked in one order, and written together.
+"""Several sessions at once: locked in one order, written together, and left all.
 
 This module knows scopes and how they are entered; it knows no keys or updates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-from .scope import SavingTogether, SessionScope
+from .scope import SavingTogether, Scope, SessionScope
 from .session import BaseSession
 from .steps import arun, run
 
 S = TypeVar("S", bound=BaseSession)
+
+
+class Several:
+    """Scopes that are entered one after the other, and left the other way round: all of them,
+    whatever fails in one."""
+
+    __slots__ = ("_entered", "in_order")
+
+    def __init__(self, in_order: Iterable[SessionScope[Any]]) -> None:
+        self.in_order: Final = list(in_order)
+        self._entered: list[SessionScope[Any]] = []
+
+    def enter(self) -> None:
+        """Enter them. Where one fails, those before it have still to be left."""
+        for scope in self.in_order:
+            scope.__enter__()
+            self._entered.append(scope)
+
+    async def aenter(self) -> None:
+        """The same in a coroutine."""
+        for scope in self.in_order:
+            await scope.__aenter__()
+            self._entered.append(scope)
+
+    def leave(self, error: BaseException | None) -> list[BaseException]:
+        """Leave those that were entered, for `error` if that came out of the block; what fails is
+        not raised but returned."""
+        failures: list[BaseException] = []
+        while self._entered:
+            try:
+                self._entered.pop().__exit__(*_details(error))
+            except BaseException as failure:
+                failures.append(failure)
+        return failures
+
+    async def aleave(self, error: BaseException | None) -> list[BaseException]:
+        """The same in a coroutine."""
+        failures: list[BaseException] = []
+        while self._entered:
+            try:
+                await self._entered.pop().__aexit__(*_details(error))
+            except GeneratorExit as thrown_away:  # which can await nothing any more
+                self.leave(thrown_away)
+                raise
+            except BaseException as failure:
+                failures.append(failure)
+        return failures
+
+
+def _details(
+    error: BaseException | None,
+) -> tuple[type[BaseException] | None, BaseException | None, TracebackType | None]:
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)
+
+
+def close_all(scopes: Iterable[Scope[Any]]) -> list[BaseException]:
+    """Close scopes that others have left; what fails is not raised but returned."""
+    failures: list[BaseException] = []
+    for scope in scopes:
+        try:
+            run(scope.closing())
+        except BaseException as failure:
+            failures.append(failure)
+    return failures
+
+
+async def aclose_all(scopes: Iterable[Scope[Any]]) -> list[BaseException]:
+    """The same in a coroutine."""
+    failures: list[BaseException] = []
+    rest = iter(scopes)
+    for scope in rest:
+        try:
+            await arun(scope.closing())
+        except GeneratorExit:  # thrown away: it can await nothing any more
+            close_all(rest)
+            raise
+        except BaseException as failure:
+            failures.append(failure)
+    return failures
 
 
 class SessionScopes(Generic[S]):
@@ -32,15 +110,14 @@ class SessionScopes(Generic[S]):
 
     def __init__(self, scopes: Sequence[SessionScope[S]]) -> None:
         self._scopes: Final = tuple(scopes)
-        self._in_order: Final = sorted(self._scopes, key=lambda scope: scope.name)
-        self._entered = ExitStack()
-        self._aentered = AsyncExitStack()
+        self._several: Final = Several(sorted(self._scopes, key=lambda scope: scope.name))
 
     def __enter__(self) -> tuple[S, ...]:
-        with ExitStack() as entering:
-            sessions = {scope: entering.enter_context(scope) for scope in self._in_order}
-            self._entered = entering.pop_all()
-        return tuple(sessions[scope] for scope in self._scopes)
+        try:
+            self._several.enter()
+        except BaseException as error:
+            _raise([error, *self._several.leave(error)])
+        return self._sessions()
 
     def __exit__(
         self,
@@ -48,22 +125,24 @@ class SessionScopes(Generic[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._entered.push(self._save)
-        self._entered.__exit__(kind, error, trace)
-
-    def _save(
-        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object
-    ) -> None:
-        if self._keeps(error):
-            run(SavingTogether(self._scopes).steps())
+        failures: list[BaseException] = []
+        try:
+            if self._is_saved(error):
+                run(SavingTogether(self._scopes).steps())
+        except BaseException as failure:
+            failures.append(failure)
+        failures += self._several.leave(failures[0] if failures else error)
+        try:
+            _raise(failures)
+        finally:
+            del failures  # which know this frame: no cycle stays
 
     async def __aenter__(self) -> tuple[S, ...]:
-        async with AsyncExitStack() as entering:
-            sessions = {
-                scope: await entering.enter_async_context(scope) for scope in self._in_order
-            }
-            self._aentered = entering.pop_all()
-        return tuple(sessions[scope] for scope in self._scopes)
+        try:
+            await self._several.aenter()
+        except BaseException as error:
+            _raise([error, *await self._several.aleave(error)])
+        return self._sessions()
 
     async def __aexit__(
         self,
@@ -71,15 +150,34 @@ class SessionScopes(Generic[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._aentered.push_async_exit(self._asave)
-        await self._aentered.__aexit__(kind, error, trace)
+        failures: list[BaseException] = []
+        try:
+            if self._is_saved(error):
+                await arun(SavingTogether(self._scopes).steps())
+        except BaseException as failure:
+            failures.append(failure)
+        failures += await self._several.aleave(failures[0] if failures else error)
+        try:
+            _raise(failures)
+        finally:
+            del failures  # as above
 
-    async def _asave(
-        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object
-    ) -> None:
-        if self._keeps(error):
-            await arun(SavingTogether(self._scopes).steps())
+    def _sessions(self) -> tuple[S, ...]:
+        sessions = [scope.session for scope in self._scopes]
+        return tuple(session for session in sessions if session is not None)  # which all are
 
-    def _keeps(self, error: BaseException | None) -> bool:
-        """Whether anything is saved; else each of them is rolled back as it is left."""
+    def _is_saved(self, error: BaseException | None) -> bool:
+        """Whether anything is; else each of them is rolled back as it is left."""
         return error is None or any(scope.keeps(error) for scope in self._scopes)
+
+
+def _raise(failures: Sequence[BaseException]) -> None:
+    """Raise the first one, with what failed after it in its notes; most often that is the same
+    store."""
+    if failures:
+        for other in failures[1:]:
+            failures[0].add_note(f"after that, {type(other).__name__}: {other}")
+        try:
+            raise failures[0]
+        finally:
+            del failures  # which know this frame: no cycle stays

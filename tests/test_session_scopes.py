@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -666,3 +667,80 @@ def test_typed_sessions_are_typed() -> None:
     with sessions.session_scopes("user:1", "user:2") as (one, two):
         one.coins, two.coins = two.coins + 1, one.coins + 2
     assert [sessions.storage.get(f"user:{n}")["coins"] for n in (1, 2)] == [6, 7]
+
+
+# -- closing that fails
+
+
+class FailsToClose(Plain):
+    """An adapter for several processes that fails to close the records of some keys."""
+
+    def __init__(self, *keys: str) -> None:
+        super().__init__()
+        self.keys_that_fail = keys
+        self.open: list[str] = []
+
+    def open_record(self, key: str, _timeout: float) -> Any:
+        storage = self
+        storage.open.append(key)
+
+        class Opened:
+            record = storage.get(key)
+
+            def save(self, record: Any) -> None:
+                storage.set(key, dict(record))
+
+            def close(self, record: Any) -> None:
+                storage.open.remove(key)
+                if record is not None:
+                    self.save(record)
+                if key in storage.keys_that_fail:
+                    raise OSError(f"{key} was not closed")
+
+        return Opened()
+
+
+@pytest.mark.parametrize("how", ["with", "async with"])
+def test_one_that_fails_to_close_keeps_no_other_from_it(how: str) -> None:
+    storage = FailsToClose("user:1", "user:3")
+    sessions = SessionManager(storage=storage)
+    keys = ["user:1", "user:2", "user:3"]
+    with pytest.raises(OSError, match="user:3 was not closed") as caught:
+        if how == "with":
+            with sessions.session_scopes(*keys) as (_one, two, _three):
+                two.coins = 1
+        else:
+            asyncio.run(_add_to_both(sessions, *keys))
+    assert caught.value.__notes__ == ["after that, OSError: user:1 was not closed"]
+    assert storage.open == []
+    assert storage.kept["user:2"] == {"coins": 1}
+    assert len(sessions._options.door.locks) == 0
+
+
+@pytest.mark.parametrize("fails", [(), ("user:2",), ("user:1", "user:2")])
+def test_a_coroutine_that_is_thrown_away_frees_all_of_them(fails: tuple[str, ...]) -> None:
+    storage = FailsToClose(*fails)
+    sessions = SessionManager(storage=storage)
+
+    async def handle() -> None:
+        async with sessions.session_scopes("user:1", "user:2") as (one, _two):
+            one.coins = 1
+            await asyncio.get_running_loop().create_future()
+
+    async def begin() -> Any:
+        coroutine = handle()
+        task = asyncio.create_task(coroutine)
+        while storage.open != ["user:1", "user:2"]:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        return coroutine
+
+    loop = asyncio.new_event_loop()
+    coroutine = loop.run_until_complete(begin())
+    loop.close()
+    with suppress(OSError):  # a RuntimeError says that it wanted to go on
+        coroutine.close()
+    assert storage.open == []
+    assert storage.kept == {}
+    assert len(sessions._options.door.locks) == 0
