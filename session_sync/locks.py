@@ -204,7 +204,8 @@ class _TaskWaiter(_Begun):
 
     A loop that stands still may go on later (`run_until_complete` called again), so its waiter
     keeps its place, is passed over, and looks for itself once the loop moves. One that stops after
-    its waiter was given the lock keeps it, as if it had stopped a moment later, inside the scope.
+    its waiter was given the lock keeps it, as if it had stopped a moment later, inside the scope;
+    and as there, the key is free again when the task is collected.
     """
 
     __slots__ = ("_asked", "_loop", "future")
@@ -219,6 +220,12 @@ class _TaskWaiter(_Begun):
         self.future: Final[asyncio.Future[None]] = party.loop.create_future()
 
     def offer(self) -> _Answer:
+        answer = self._offer()
+        if answer != "absent":
+            self._waits_no_more()
+        return answer
+
+    def _offer(self) -> _Answer:
         loop = self._loop
         if loop is asyncio._get_running_loop():
             self.hold = Hold.of_lock(self.lock, self.party)
@@ -234,7 +241,6 @@ class _TaskWaiter(_Begun):
             loop.call_soon_threadsafe(self._wake if running else self._look)
         except RuntimeError:  # the loop was closed: this coroutine will never run again
             self.hold = None
-            _waiting_tasks.pop(self.party.task, None)
             return "gone"
         return "taken" if running else "absent"
 
@@ -245,7 +251,13 @@ class _TaskWaiter(_Begun):
     def _look(self) -> None:
         self._asked = False
         if self.lock._claim(self, self.party):
+            self._waits_no_more()
             self._wake()
+
+    def _waits_no_more(self) -> None:
+        """It has the lock, or never will. If its loop ends now, nothing must keep its task alive,
+        which frees the key when it is collected."""
+        _waiting_tasks.pop(self.party.task, None)
 
 
 class Turn(_Waiter):

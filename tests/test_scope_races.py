@@ -425,6 +425,74 @@ def test_a_task_left_inside_a_scope_when_its_loop_closes_is_collected_and_frees_
     assert storage.calls == ["get"]
 
 
+def test_a_task_that_was_given_its_key_as_its_loop_ends_frees_it() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    ran: list[str] = []
+
+    async def hold(go_on: asyncio.Event) -> None:
+        async with sessions.session_scope(KEY):
+            await go_on.wait()
+
+    async def wait() -> None:
+        async with sessions.session_scope(KEY):
+            ran.append("after its loop has ended")
+
+    async def main() -> weakref.ref[asyncio.Task[None]]:
+        go_on = asyncio.Event()
+        holding = asyncio.create_task(hold(go_on))
+        await let_others_run()
+        assert not holding.done()
+        task: Any = asyncio.create_task(wait())
+        task._log_destroy_pending = False
+        await let_others_run()
+        go_on.set()  # the key is handed on in the loop's last round, and nobody is woken any more
+        return weakref.ref(task)
+
+    loop = asyncio.new_event_loop()
+    task = loop.run_until_complete(main())
+    loop.close()
+    del loop
+    gc.collect()
+    assert ran == []
+    assert task() is None
+    assert is_free(sessions)
+
+
+def test_a_task_that_has_taken_its_key_as_its_loop_ends_frees_it(threads: Threads) -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with sessions.session_scope(KEY):
+            held.set()
+            assert go_on.wait(SOON)
+
+    async def wait() -> None:
+        async with sessions.session_scope(KEY):
+            pass
+
+    async def begin() -> weakref.ref[asyncio.Task[None]]:
+        task: Any = asyncio.create_task(wait())
+        task._log_destroy_pending = False
+        await let_others_run()
+        return weakref.ref(task)
+
+    threads.start(hold)
+    assert held.wait(SOON)
+    loop = asyncio.new_event_loop()
+    task = loop.run_until_complete(begin())
+    go_on.set()  # while the loop stands still, so the task has to look for itself
+    threads.join()
+    loop.stop()
+    loop.run_forever()  # one more round, in which it does
+    assert not is_free(sessions)
+    loop.close()
+    del loop
+    gc.collect()
+    assert task() is None
+    assert is_free(sessions)
+
+
 def test_a_coroutine_cancelled_and_thrown_away_during_the_last_write_frees_the_key_after_it() -> (
     None
 ):
