@@ -316,7 +316,8 @@ class Scope(Generic[S]):
 
     def _release(self) -> None:
         hold, door, self.hold = self.hold, self.options.door, None
-        assert hold is not None
+        if hold is None:  # the garbage collector was here first, and clears in any order
+            return
         if door.unload is None or door.blocking:
             hold.release()
             return

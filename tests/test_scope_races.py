@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import gc
 import math
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import Threads, message
 from test_scope import KEY, Counting, slow_store
 
 from session_sync import (
+    LruMemoryStorage,
     MemoryStorage,
     Session,
     SessionClosedError,
@@ -24,6 +26,7 @@ from session_sync import (
     SessionManager,
     SQLiteStorage,
     steps,
+    storage_from_url,
 )
 from session_sync.locks import KeyLock
 from session_sync.scope import in_handler
@@ -799,3 +802,45 @@ def test_nobody_joins_or_loads_a_scope_in_the_moment_in_which_it_ends(lazy: bool
         pass
     assert is_free(sessions)
     assert joined == [False]
+
+
+@pytest.mark.parametrize("kind", ["memory", "lru", "sqlite", "disk"])
+def test_what_the_collector_has_freed_is_not_freed_again(kind: str, tmp_path: Path) -> None:
+    """It clears a cycle in any order: a scope may go before the coroutine that is inside of it."""
+    if kind == "lru":
+        storage: Any = LruMemoryStorage()
+    else:
+        path = "" if kind == "memory" else f"/{tmp_path}/sessions"
+        storage = storage_from_url(f"{kind}://{path}")
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    scope = sessions.session_scope(KEY)
+
+    async def handle() -> None:
+        async with scope as session:
+            session.n = 1
+            await asyncio.get_running_loop().create_future()
+
+    async def begin() -> Any:
+        coroutine = handle()
+        task: Any = asyncio.create_task(coroutine)
+        task._log_destroy_pending = False
+        while scope.session is None:
+            await asyncio.sleep(0)
+        return coroutine
+
+    loop = asyncio.new_event_loop()
+    coroutine = loop.run_until_complete(begin())
+    loop.close()
+    scope.__del__()
+    assert is_free(sessions)
+    with sessions.session_scope(KEY) as session:
+        coroutine.close()
+        assert not is_free(sessions)
+        if kind in ("sqlite", "disk") and sys.platform.startswith("linux"):
+            other: Any = storage_from_url(f"{kind}:///{tmp_path}/sessions")  # as another process
+            with pytest.raises(SessionLockTimeout):
+                other.open_record(KEY, 0)
+            other.close()
+        session.n = 2
+    assert storage.get(KEY) == {"n": 2}
+    storage.close()

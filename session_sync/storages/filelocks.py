@@ -148,7 +148,7 @@ class Grip:
     def __init__(self, locks: FileLocks, key: str, place: _Place | None, era: int) -> None:
         self._locks: Final = locks
         self._key: Final = key
-        self._place: Final = place  # None: where nobody is kept out
+        self._place = place  # None: where nobody is kept out, and once it was let go
         self._era: Final = era
 
     def check(self) -> None:
@@ -161,9 +161,10 @@ class Grip:
             )
 
     def release(self) -> None:
-        """Let the key go."""
-        if self._place is not None and self._locks.era == self._era:
-            self._locks.release(self._place)
+        """Let the key go; once, since it may soon be somebody else's of this process."""
+        place, self._place = self._place, None
+        if place is not None and self._locks.era == self._era:
+            self._locks.release(place)
 
 
 class _Store(Protocol):
