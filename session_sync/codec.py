@@ -241,9 +241,10 @@ class EncodedRecord(PatchedRecord):
     def __getitem__(self, name: str) -> Any:
         if name in self.patch:
             return self.patch[name]
+        raw = self.base[name]  # first: what was decoded may have gone from this record
         if name in self._decoded:
             return self._decoded[name]
-        value = self.codec.decode_field(name, self.base[name], self._key)
+        value = self.codec.decode_field(name, raw, self._key)
         return self._decoded.setdefault(name, value)
 
     def _checked(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:

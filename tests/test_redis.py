@@ -1317,7 +1317,8 @@ class TestRestart:
             retry=Retry(ConstantBackoff(0.01), 50),
             retry_on_error=[redis.TimeoutError],
         )
-        sessions: SessionManager[Any] = SessionManager(storage=RedisStorage(client))
+        storage = RedisStorage(client)
+        sessions: SessionManager[Any] = SessionManager(storage=storage)
         with sessions.session_scope("key") as session:
             session.n = 0
         done = threading.Event()
@@ -1338,7 +1339,8 @@ class TestRestart:
             number += 2
         done.set()
         threads.join()
-        assert sessions.storage.get("key") == {"n": number}
+        assert storage.get("key") == {"n": number}
+        storage.close()
         client.close()
 
 

@@ -370,6 +370,22 @@ def test_errors_of_a_store_propagate_and_leave_the_key_free(how: str) -> None:
         assert storage.values == {KEY: {"a": 1}}
 
 
+@pytest.mark.parametrize("value", [1, "text", [1], {"in": 1}])
+def test_a_field_that_was_read_and_deleted_is_gone_after_a_flush(storage: Any, value: Any) -> None:
+    sessions = SessionManager(storage=storage)
+    storage.set(KEY, {"a": 0, "b": value})
+    with sessions.session_scope(KEY) as session:
+        assert session.pop("b") == value
+        session.flush()
+        assert session.get("b") is None
+        with pytest.raises(KeyError):
+            session["b"]
+        session.b = 2
+        session.flush()
+        assert session == {"a": 0, "b": 2}
+    assert storage.get(KEY) == {"a": 0, "b": 2}
+
+
 def test_a_flush_that_fails_loses_nothing_and_a_later_one_writes_it() -> None:
     storage = Failing()
     sessions: SessionManager[Any] = SessionManager(storage=storage)
