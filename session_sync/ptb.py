@@ -503,7 +503,7 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
                 self._session_sync.wait_for(task)
         return task
 
-    async def _Application__create_task_callback(  # noqa: N802
+    async def _Application__create_task_callback(  # noqa: N802 (as above)
         self, *args: Any, **kw: Any
     ) -> Any:
         member = _Member.current.get()

@@ -74,7 +74,9 @@ def read_pickle(data: bytes) -> Any:
     except Exception as error:  # whatever the parser or a stack that is not as it should be raises
         what = f"cannot be read at byte {at} ({type(error).__name__})"
         raise ValueError(f"{what}: damaged, cut off, or no pickle of Python 3") from None
-    raise AssertionError("the parser ends with a STOP or raises")  # pragma: no cover
+    raise AssertionError(
+        "the parser ends with a STOP or raises"
+    )  # pragma: no cover - for type checkers
 
 
 class _Machine:
