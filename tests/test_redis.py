@@ -1344,6 +1344,52 @@ class TestRestart:
         client.close()
 
 
+class TestSeveralAtOnce:
+    """What `session_scopes` writes is written whole, or not at all."""
+
+    def test_a_full_memory_takes_none(self, storage: RedisStorage, client: Any) -> None:
+        sessions: SessionManager[Any] = SessionManager(storage=storage)
+        for key in ("a", "b"):
+            put(storage, key, n=1)
+        with pytest.raises(OutOfMemoryError):
+            with sessions.session_scopes("a", "b") as (a, b):
+                a.n = b.n = 2
+                client.config_set("maxmemory", 1)
+        client.config_set("maxmemory", 0)
+        assert (storage.get("a"), storage.get("b")) == ({"n": 1}, {"n": 1})
+        with sessions.session_scopes("a", "b") as (a, b):  # which are free again
+            a.n = b.n = 3
+        assert (storage.get("a"), storage.get("b")) == ({"n": 3}, {"n": 3})
+
+    def test_a_restart_loses_all_or_none(self, own_server: Server) -> None:
+        with closing(RedisStorage(own_server.url)) as storage:
+            sessions: SessionManager[Any] = SessionManager(storage=storage)
+            with pytest.raises(SessionConflictError, match="restart"):
+                with sessions.session_scopes("a", "b") as (a, b):
+                    a.n = b.n = 1
+                    own_server.stop()
+                    own_server.start()
+            assert storage.get("a") is storage.get("b") is None
+            with sessions.session_scopes("a", "b") as (a, b):
+                a.n = b.n = 2
+            assert (storage.get("a"), storage.get("b")) == ({"n": 2}, {"n": 2})
+
+    def test_a_lost_answer_doubles_nothing(self, make: Make, proxy: Proxy) -> None:
+        sessions: SessionManager[Any] = SessionManager(storage=make(proxy.client()))
+
+        def others() -> None:  # come between the two sendings, and find both open
+            with pytest.raises(SessionLockTimeout):
+                make().open_record("a", 0)
+
+        with sessions.session_scopes("a", "b") as (a, b):
+            a.n = b.n = 1
+            a.flush()  # so that the number of the next save is another one
+            a.n = 2
+            proxy.lose_next_answer(others)
+        assert proxy.lost == 1
+        assert (make().get("a"), make().get("b")) == ({"n": 2}, {"n": 1})
+
+
 class TestInPlace:
     """A coroutine asks a server that is near without going to a thread, and waits in threads."""
 
