@@ -143,7 +143,7 @@ def test_the_readme_begins_with_a_command_to_run_and_one_to_test() -> None:
         for example in re.findall(r"examples/\w+\.py", command):
             assert (ROOT / example).exists()
     assert run.count("examples/counter_bot.py --offline") == 2
-    assert test.endswith(".venv/bin/python -m pytest\n")
+    assert test.endswith(".venv/bin/python -m pytest -n auto --dist loadfile\n")
 
 
 def test_the_pages_name_every_option_and_every_storage() -> None:
