@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from .scope import SavingTogether, Scope, SessionScope
 from .session import BaseSession
@@ -26,17 +26,22 @@ class Several:
         self.in_order: Final = list(in_order)
         self._entered: list[SessionScope[Any]] = []
 
-    def enter(self) -> None:
-        """Enter them. Where one fails, those before it have still to be left."""
+    def enter(self) -> dict[SessionScope[Any], Any]:
+        """Enter them, which gives the session of each. Where one fails, those before it have still
+        to be left."""
+        sessions = {}
         for scope in self.in_order:
-            scope.__enter__()
+            sessions[scope] = scope.__enter__()
             self._entered.append(scope)
+        return sessions
 
-    async def aenter(self) -> None:
+    async def aenter(self) -> dict[SessionScope[Any], Any]:
         """The same in a coroutine."""
+        sessions = {}
         for scope in self.in_order:
-            await scope.__aenter__()
+            sessions[scope] = await scope.__aenter__()
             self._entered.append(scope)
+        return sessions
 
     def leave(self, error: BaseException | None) -> list[BaseException]:
         """Leave those that were entered, for `error` if that came out of the block; what fails is
@@ -114,10 +119,10 @@ class SessionScopes(Generic[S]):
 
     def __enter__(self) -> tuple[S, ...]:
         try:
-            self._several.enter()
+            sessions = self._several.enter()
         except BaseException as error:
-            _raise([error, *self._several.leave(error)])
-        return self._sessions()
+            _raise_first([error, *self._several.leave(error)])
+        return tuple(sessions[scope] for scope in self._scopes)
 
     def __exit__(
         self,
@@ -133,16 +138,17 @@ class SessionScopes(Generic[S]):
             failures.append(failure)
         failures += self._several.leave(failures[0] if failures else error)
         try:
-            _raise(failures)
+            if failures:
+                _raise_first(failures)
         finally:
             del failures  # which know this frame: no cycle stays
 
     async def __aenter__(self) -> tuple[S, ...]:
         try:
-            await self._several.aenter()
+            sessions = await self._several.aenter()
         except BaseException as error:
-            _raise([error, *await self._several.aleave(error)])
-        return self._sessions()
+            _raise_first([error, *await self._several.aleave(error)])
+        return tuple(sessions[scope] for scope in self._scopes)
 
     async def __aexit__(
         self,
@@ -158,26 +164,24 @@ class SessionScopes(Generic[S]):
             failures.append(failure)
         failures += await self._several.aleave(failures[0] if failures else error)
         try:
-            _raise(failures)
+            if failures:
+                _raise_first(failures)
         finally:
             del failures  # as above
-
-    def _sessions(self) -> tuple[S, ...]:
-        sessions = [scope.session for scope in self._scopes]
-        return tuple(session for session in sessions if session is not None)  # which all are
 
     def _is_saved(self, error: BaseException | None) -> bool:
         """Whether anything is; else each of them is rolled back as it is left."""
         return error is None or any(scope.keeps(error) for scope in self._scopes)
 
 
-def _raise(failures: Sequence[BaseException]) -> None:
-    """Raise the first one, with what failed after it in its notes; most often that is the same
-    store."""
-    if failures:
-        for other in failures[1:]:
-            failures[0].add_note(f"after that, {type(other).__name__}: {other}")
-        try:
-            raise failures[0]
-        finally:
-            del failures  # which know this frame: no cycle stays
+def _raise_first(failures: Sequence[BaseException]) -> NoReturn:
+    """Raise the first one, or who interrupts the program; what else has failed stands in its notes:
+    most often that is the same store."""
+    first = next((each for each in failures if not isinstance(each, Exception)), failures[0])
+    for other in failures:
+        if other is not first:
+            first.add_note(f"besides, {type(other).__name__}: {other}")
+    try:
+        raise first
+    finally:
+        del failures, first  # which know this frame: no cycle stays

@@ -678,6 +678,7 @@ class FailsToClose(Plain):
     def __init__(self, *keys: str) -> None:
         super().__init__()
         self.keys_that_fail = keys
+        self.failures: dict[str, BaseException] = {}
         self.open: list[str] = []
 
     def open_record(self, key: str, _timeout: float) -> Any:
@@ -695,7 +696,7 @@ class FailsToClose(Plain):
                 if record is not None:
                     self.save(record)
                 if key in storage.keys_that_fail:
-                    raise OSError(f"{key} was not closed")
+                    raise storage.failures.get(key, OSError(f"{key} was not closed"))
 
         return Opened()
 
@@ -711,10 +712,20 @@ def test_one_that_fails_to_close_keeps_no_other_from_it(how: str) -> None:
                 two.coins = 1
         else:
             asyncio.run(_add_to_both(sessions, *keys))
-    assert caught.value.__notes__ == ["after that, OSError: user:1 was not closed"]
+    assert caught.value.__notes__ == ["besides, OSError: user:1 was not closed"]
     assert storage.open == []
     assert storage.kept["user:2"] == {"coins": 1}
     assert len(sessions._options.door.locks) == 0
+
+
+def test_an_interrupt_is_never_a_note() -> None:
+    storage = FailsToClose("user:1", "user:2")
+    storage.failures["user:1"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        with SessionManager(storage=storage).session_scopes("user:1", "user:2"):
+            pass
+    assert caught.value.__notes__ == ["besides, OSError: user:2 was not closed"]
+    assert storage.open == []
 
 
 @pytest.mark.parametrize("fails", [(), ("user:2",), ("user:1", "user:2")])
