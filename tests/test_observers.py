@@ -521,8 +521,10 @@ def test_a_telebots_queue_counts_as_waiting(seen: Observers) -> None:
     for _ in range(2):
         assert done.acquire(timeout=SOON)
     bot.stop_bot()
-    assert seen.kinds == ["open", "close", "wait", "open", "close"]
-    assert seen.events[-1][1].waited >= A_WHILE
+    # The first one may have waited as well: for a worker, on a busy machine.
+    assert seen.kinds[-5:] == ["open", "close", "wait", "open", "close"]
+    assert seen.kinds[:-5] in ([], ["wait"])
+    assert all(event.waited >= A_WHILE for _, event in seen.events[-3:])
 
 
 def test_a_ptb_application_is_told_of_each_update(seen: Observers) -> None:
