@@ -32,10 +32,10 @@ from .errors import (
 )
 from .expiry import ttl
 from .keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
+from .lifecycle.entry import SessionScope
+from .lifecycle.observers import SessionEvent
+from .lifecycle.transaction import SessionScopes
 from .manager import SessionManager
-from .observers import SessionEvent
-from .scope import SessionScope
-from .scopes import SessionScopes
 from .session import Session, StrictSession
 from .storages.base import KVStorage, ListableStorage, TtlStorage
 from .storages.memory import LruMemoryStorage, MemoryStorage

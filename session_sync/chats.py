@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextvars import copy_context
 from typing import Any, Final, NamedTuple
 
-from .bags import Managers, raise_all
-from .steps import Call, waiters
+from .lifecycle.threads import CallBlocking, waiters
+from .lifecycle.update import Managers, raise_all
 from .storages.base import ListableStorage
 
 
@@ -68,4 +68,4 @@ def migrate_chat(managers: Managers, migration: Migration) -> None:
 
 async def amigrate_chat(managers: Managers, migration: Migration) -> None:
     """The same in a thread, which knows the scopes that are open around this one."""
-    await Call(waiters, copy_context().run, migrate_chat, managers, migration).arun()
+    await CallBlocking(waiters, copy_context().run, migrate_chat, managers, migration).arun()

@@ -52,6 +52,18 @@ _OFFSET: Final = re.compile(r"([+-])(\d\d):(\d\d)(?::(\d\d)(?:\.(\d{6}))?)?\Z", 
 # A context of our own: the caller's may write a small `e`.
 _DECIMALS: Final = Context(capitals=1)
 
+# What the parsers and constructors used here raise about a value. No more than that: the rest comes
+# from a signal handler, say, and has to come out as it is.
+_MALFORMED: Final = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+    msgspec.MsgspecError,
+)
+
 _to_json = msgspec.json.Encoder().encode
 _split_json = msgspec.json.Decoder(dict[str, Raw]).decode
 _fields_from_json = msgspec.json.Decoder(dict[str, Any]).decode
@@ -69,7 +81,9 @@ class Codec:
 
     `enc_hook(value)` brings in other types: it returns a name and a value that can be kept, or
     `NotImplemented` (or raises `NotImplementedError`) for a value that is not its own.
-    `dec_hook(name, value)` makes the object again.
+    `dec_hook(name, value)` makes the object again. What a hook raises is wrapped in the errors of
+    this class, except an OSError, which goes through as it is: a file or a server was not reached,
+    or a time-out was set by a signal handler (TimeoutError is one).
 
     >>> from fractions import Fraction
     >>> def enc_hook(value):
@@ -135,7 +149,7 @@ class Codec:
             return {name: self.decode_field(name, raw, key) for name, raw in raws.items()}
         try:
             return _fields_from_json(data)
-        except Exception as error:
+        except _MALFORMED as error:
             raise _undecodable(error, key) from None
 
     def decode_record(self, data: bytes, key: str) -> Record:
@@ -163,7 +177,7 @@ class Codec:
             if type(value) in _LEAVES or not _may_have_tags(bytes(raw)):
                 return value
             return self._unpacker.unpack(value)
-        except Exception as error:
+        except (_MalformedError, *_MALFORMED) as error:
             raise _undecodable(error, key, name) from error.__cause__
 
     def _split(self, data: bytes, key: str | None) -> dict[str, Raw]:
@@ -172,7 +186,7 @@ class Codec:
             # To look at each of a thousand names would take as long as all the rest.
             if _FIELD_ESCAPE in "".join(raws):
                 raws = {_unescaped_name(name): raw for name, raw in raws.items()}
-        except Exception as error:
+        except (_MalformedError, *_MALFORMED) as error:
             raise _undecodable(error, key) from None
         return raws
 
@@ -462,6 +476,8 @@ class _Packer:
             hooked: Any = self._hook(value)
         except NotImplementedError:
             return NotImplemented
+        except OSError:
+            raise
         except Exception as error:
             raise _RefusedError(
                 f"is of type {type(value).__name__}, for which enc_hook raised "
@@ -610,6 +626,8 @@ class _Unpacker:
             raise _MalformedError("needs a Codec with a dec_hook")
         try:
             return self._hook(name, value)
+        except OSError:
+            raise
         except Exception as error:
             raise _MalformedError(f"made dec_hook raise {type(error).__name__}") from error
 
@@ -674,7 +692,9 @@ def _own_name(zone: timezone | None) -> str | None:
 def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
-    except Exception:
+    except TimeoutError:  # a signal handler's
+        raise
+    except (*_MALFORMED, ImportError, OSError):  # it may be the name of a folder, say
         raise _MalformedError(
             f"has the time zone {short(name)}, unknown here (is the package tzdata installed?)"
         ) from None

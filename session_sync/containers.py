@@ -44,15 +44,28 @@ class Owner:
 
     A roll-back closes the owner and the session goes on with a new one. `met_object` is set when a
     thawed or frozen value has an object in it whose changes nobody would notice, `met_old_form`
-    when a thawed value would be frozen as something else than it was.
+    when a thawed value would be frozen as something else than it was. These two are of the last
+    value that was begun, by whichever thread.
     """
 
-    __slots__ = ("key", "met_object", "met_old_form", "open")
+    __slots__ = ("_begun", "key", "met_object", "met_old_form", "open")
 
     def __init__(self, key: str) -> None:
         self.key: Final = key
         self.open = True
+        self._begun: object = None
         self.met_object = self.met_old_form = False
+
+    def begin(self) -> object:
+        """A value is going to be thawed or frozen: nothing has been met yet."""
+        begun = self._begun = object()  # first: a thread that is at another value has to see it
+        self.met_object = self.met_old_form = False
+        return begun
+
+    def is_still_at(self, begun: object) -> bool:
+        """Whether no other thread has begun a value since. To be asked after a look at what was
+        met: if not, that may be wrong."""
+        return self._begun is begun
 
     def refuse(self) -> SessionClosedError:
         return SessionClosedError(
@@ -97,6 +110,8 @@ class SessionList(list[Any]):
             raise owner.refuse()
         admit_value = _admit_each if at.__class__ is slice else _admit_inside
         super().__setitem__(at, admit_value(value, owner))
+        if not owner.open:
+            raise owner.refuse()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return list, (), None, iter(self)
@@ -117,8 +132,9 @@ class SessionSet(set[Any]):
 def _guarded(
     method: Callable[..., Any], admit_last: Callable[[Any, Owner], Any] | None = None
 ) -> Callable[..., Any]:
-    """`method`, which changes its container: refused when closed. `admit_last` is for a method
-    whose last argument goes in."""
+    """`method`, which changes its container: refused when closed, also when another thread has
+    closed the session meanwhile, which may have been too soon for the change to be saved.
+    `admit_last` is for a method whose last argument goes in."""
 
     @functools.wraps(method)
     def guarded(self: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +146,10 @@ def _guarded(
                 args = (*args[:-1], admit_last(args[-1], owner))
             if kwargs:
                 kwargs = {name: _admit_inside(arg, owner) for name, arg in kwargs.items()}
-        return method(self, *args, **kwargs)
+        result = method(self, *args, **kwargs)
+        if not owner.open:
+            raise owner.refuse()
+        return result
 
     return guarded
 
@@ -288,8 +307,9 @@ def freeze(value: Any, stored: Any = MISSING, owner: Owner = _NOBODY) -> Any:
     if cls is list or cls is SessionList:
         return _freeze_list(value, stored if stored.__class__ is list else [], owner)
     if cls is set or cls is SessionSet:
-        same = stored.__class__ is set and set(map(id, value)) == set(map(id, stored))
-        return stored if same else set(value)
+        items = set(value)
+        same = stored.__class__ is set and set(map(id, items)) == set(map(id, stored))
+        return stored if same else items
     if cls is tuple:
         return _freeze_tuple(value, stored if stored.__class__ is tuple else (), owner)
     if cls is Ttl:
@@ -299,6 +319,7 @@ def freeze(value: Any, stored: Any = MISSING, owner: Owner = _NOBODY) -> Any:
 
 
 def _freeze_dict(value: dict[Any, Any], stored: dict[Any, Any], owner: Owner) -> dict[Any, Any]:
+    value = value.copy()
     same_keys = same(value, stored)
     if same_keys and same(value.values(), stored.values()):
         return stored
@@ -310,6 +331,7 @@ def _freeze_dict(value: dict[Any, Any], stored: dict[Any, Any], owner: Owner) ->
 
 
 def _freeze_list(value: list[Any], stored: list[Any], owner: Owner) -> list[Any]:
+    value = value.copy()
     if same(value, stored):
         return stored
     items = [

@@ -6,12 +6,26 @@ import math
 import time
 from collections.abc import Container, Mapping
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from .errors import SessionDecodeError
 
 #: The stored name of a session's timers: `{field: [expires_at, seconds]}`, in Unix time.
 TIMERS: Final = "$ttl"
+
+#: When a field disappears, in Unix time, and how many seconds after its last assignment that is.
+#: Nobody changes one: an assignment makes a new one.
+Deadline: TypeAlias = list[float]
+
+
+def deadline_in(seconds: float) -> Deadline:
+    """The deadline of a field that is assigned now."""
+    return [time.time() + seconds, seconds]
+
+
+def is_over(deadline: Deadline | None) -> bool:
+    """Whether the time of a field is up; None: it has no timer."""
+    return deadline is not None and deadline[0] <= time.time()
 
 
 class Ttl:
@@ -77,7 +91,7 @@ def ttl(value: Any, seconds: float | timedelta = 30.0) -> Any:
 
 
 class Timers:
-    """When which field of one session disappears, and how long it lives after an assignment."""
+    """The timers of one stored session: when which field disappears."""
 
     __slots__ = ("_deadlines",)
 
@@ -95,24 +109,10 @@ class Timers:
     def __bool__(self) -> bool:
         return bool(self._deadlines)
 
-    def expired(self, name: str) -> bool:
-        """Whether the time of `name` is up."""
-        deadline = self._deadlines.get(name)
-        return deadline is not None and deadline[0] <= time.time()
-
     def all_expired(self) -> list[str]:
         """The names whose time is up."""
         now = time.time()
         return [name for name, (at, _) in self._deadlines.items() if at <= now]
-
-    def assign(self, name: str, seconds: float | None) -> None:
-        """A field was assigned: with a life time (0: no timer), or plainly (None)."""
-        if seconds is None:
-            seconds = self._deadlines[name][1] if name in self._deadlines else 0
-        if seconds:
-            self._deadlines[name] = (time.time() + seconds, seconds)
-        else:
-            self.drop(name)
 
     def drop(self, name: str) -> None:
         """A field went away."""
@@ -124,6 +124,6 @@ class Timers:
             if name not in names:
                 self.drop(name)
 
-    def to_store(self) -> dict[str, list[float]]:
+    def to_store(self) -> dict[str, Deadline]:
         """What lies in the store under TIMERS."""
         return {name: list(deadline) for name, deadline in self._deadlines.items()}

@@ -285,7 +285,7 @@ def default_storage_key(update: object) -> StorageKey | None:
 
     Returns:
         The key; None for an update with neither user nor chat (a poll), and for anything else.
-        Never raises.
+        Never raises, but an OSError that reading the update raises (TimeoutError is one).
 
     >>> update = {"update_id": 1, "inline_query": {"id": "1", "from": {"id": 7}}}
     >>> str(default_storage_key(update))
@@ -309,6 +309,8 @@ def default_key_text(update: object) -> str | None:
                 return f"user:{digits}:chat:{digits}"
             if -(2**63) <= chat < 2**63:
                 return f"user:{digits}:chat:{chat}"
+    except OSError:  # see _key
+        raise
     except Exception:  # no message, or a channel's, which has no user; for what else, see _key
         pass
     key = default_storage_key(update)
@@ -342,7 +344,7 @@ def by_user(update: object) -> StorageKey | None:
 
     Returns:
         The key, or None for an update without a user (a channel's post, a chat's reaction, a
-        poll). Never raises.
+        poll). Raises as `default_storage_key`.
 
     >>> message = {"message_id": 1, "date": 1, "chat": {"id": -100}, "from": {"id": 7}}
     >>> str(by_user(message))
@@ -361,7 +363,7 @@ def by_chat(update: object) -> StorageKey | None:
         update: as in `default_storage_key`. Without a chat, the user's private chat.
 
     Returns:
-        The key, or None for an update with neither user nor chat. Never raises.
+        The key, or None for an update with neither user nor chat. Raises as `default_storage_key`.
 
     >>> message = {"message_id": 1, "date": 1, "chat": {"id": -100}, "from": {"id": 7}}
     >>> str(by_chat(message))
@@ -382,7 +384,7 @@ def by_topic(update: object) -> StorageKey | None:
         update: as in `default_storage_key`.
 
     Returns:
-        The key, or None for an update with neither user nor chat. Never raises.
+        The key, or None for an update with neither user nor chat. Raises as `default_storage_key`.
 
     >>> message = {"message_id": 1, "date": 1, "chat": {"id": -100}, "from": {"id": 7}}
     >>> str(by_topic(message | {"is_topic_message": True, "message_thread_id": 4}))
@@ -437,6 +439,8 @@ def _key(update: object, shape: _Shape) -> StorageKey | None:
     try:
         found = _found_in_json(update) if isinstance(update, dict) else _found_in_object(update)
         return None if found is None else _read(*found, shape)
+    except OSError:  # of a signal handler whose time is up: without a key, the update is lost
+        raise
     except Exception:
         return None
 

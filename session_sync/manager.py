@@ -12,14 +12,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast
 
 from . import people
-from .door import door_of
 from .errors import SessionKeyError, SessionMigrationError
 from .expiry import seconds_of
 from .keys import StorageKey, default_key_text, default_storage_key, message_types
+from .lifecycle.backend import backend_of
+from .lifecycle.entry import SessionScope
+from .lifecycle.observers import ObservedScope, Observer, Observers, WaitReporter, logger
+from .lifecycle.options import Options
+from .lifecycle.transaction import SessionScopes
+from .locks.table import Locks
 from .migrations import Migration, Migrations
-from .observers import ObservedScope, Observer, Observers, logger
-from .scope import Options, SessionScope
-from .scopes import SessionScopes
 from .session import BaseSession, Session, schema_of
 from .storages.base import KVStorage
 from .storages.memory import MemoryStorage
@@ -33,6 +35,8 @@ else:
     S = TypeVar("S", bound=BaseSession)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _is_logged: Final = logger.isEnabledFor
+_PATIENCE: Final = 30.0  # seconds until the first report of a wait, where no time-out is set
+_SHORTEST_PATIENCE: Final = 0.1
 
 
 class SessionManager(Generic[S]):
@@ -63,10 +67,11 @@ class SessionManager(Generic[S]):
             and what comes out is stored with whatever is written next.
         migrate_eagerly: store a migrated session at once. By default as the class says: False.
         on_open, on_close, on_wait: observers, called with a SessionEvent when a session was loaded,
-            when it was saved and is free again (or could not be saved), and when somebody has
-            waited for one, or could not have it. They are for figures, and must be quick: they run
-            where the session is used, on the event loop too. What they raise is logged, and goes no
-            further.
+            when it was saved and unlocked (or could not be saved), and when a caller has waited for
+            one, or could not have it; `on_wait` also while callers still wait, for the first time
+            after `lock_timeout` seconds, and then ever more rarely (as a warning in the log). They
+            are for figures, and must be quick: they run where the session is used, on the event
+            loop too. What they raise is logged, and goes no further.
 
     Raises TypeError and ValueError for options that cannot work, at once.
 
@@ -132,17 +137,23 @@ class SessionManager(Generic[S]):
             migrate_eagerly=(
                 session_type.migrate_eagerly if migrate_eagerly is None else migrate_eagerly
             ),
-            door=door_of(self.storage),
+            backend=backend_of(self.storage),
             initial=initial,
             lazy=lazy,
             lock_timeout=timeout,
             queue_timeout=timeout,
+            patience=WaitReporter(
+                max(_SHORTEST_PATIENCE, _PATIENCE if timeout is None else timeout),
+                Observers(on_open, on_close, on_wait),
+                prefix,
+            ),
             save_on_error=on_error == "flush",
             dedupe=dedupe,
         )
         self._patient: Final = replace(self._options, queue_timeout=None)
         self._observers: Final = Observers(on_open, on_close, on_wait)
         self._is_observed: Final = any(self._observers)
+        self.locks: Final = Locks(self._options.backend.locks, prefix)
 
     # -- the doors
 

@@ -123,6 +123,9 @@ def _migrated(
         if not isinstance(result, Mapping):
             raise TypeError(f"it returned {type(given).__name__}, not a mapping of fields or None")
         return {checked_name(key, name): freeze(value) for name, value in result.items()}
+    except OSError as error:  # no word on the session: a signal handler's TimeoutError, say
+        error.add_note(f"{subject} was interrupted. The stored session is left as it was.")
+        raise
     except Exception as error:
         raise SessionMigrationError(
             f"{subject} failed ({type(error).__name__}). The stored session is left as it was."

@@ -14,10 +14,11 @@ from .containers import freeze
 from .errors import SessionDeadlockError, SessionMigrationError
 from .expiry import TIMERS, Timers, Ttl
 from .keys import StorageKey
+from .lifecycle.entry import SessionScope
+from .lifecycle.options import Options
+from .lifecycle.transaction import SessionScopes
 from .repeats import UPDATES, updates_in
 from .schema import NO_SCHEMA, is_field
-from .scope import Options, SessionScope
-from .scopes import SessionScopes
 from .session import Fields, Session
 from .storages.base import Record, record_of
 from .stored import for_each_key, stored_keys
@@ -25,7 +26,7 @@ from .stored import for_each_key, stored_keys
 
 def find(options: Options[Any], prefix: str, user: int | None, chat: int | None) -> Iterator[str]:
     """The stored keys, without `prefix`, of a user, of a chat, of a user in a chat, or all."""
-    keys = (name.removeprefix(prefix) for name in stored_keys(options.door.storage, prefix))
+    keys = (name.removeprefix(prefix) for name in stored_keys(options.backend.storage, prefix))
     if user is None and chat is None:
         return keys
     key_in = _keys_of(StorageKey(user=user, chat=chat))  # which refuses what is no id
@@ -50,7 +51,7 @@ def forget(options: Options[Any], prefix: str, user: int | None, chat: int | Non
                 _store(session, record_of({}))
         return found
 
-    return for_each_key(options.door.storage, delete, "deleted", None, prefix)
+    return for_each_key(options.backend.storage, delete, "deleted", None, prefix)
 
 
 def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
@@ -76,7 +77,7 @@ def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
             _store(source, record_of({}))
         return True
 
-    return for_each_key(options.door.storage, move, "moved", None, prefix)
+    return for_each_key(options.backend.storage, move, "moved", None, prefix)
 
 
 def _keys_of(wanted: StorageKey) -> Callable[[str], StorageKey | None]:
@@ -192,6 +193,8 @@ def _beginning(options: Options[Any], key: str) -> Mapping[str, Any]:
     try:
         for name, value in (options.initial(key) or {}).items():
             fields.set(name, freeze(value.value if isinstance(value, Ttl) else value))
+    except OSError:  # no word on the session: a signal handler's TimeoutError, say
+        raise
     except Exception as error:
         raise SessionMigrationError(
             f"session {key!r} was there before the old chat's was moved, and which of its fields "

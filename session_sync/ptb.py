@@ -33,22 +33,16 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
         "session_sync.ptb needs python-telegram-bot 20 or newer: pip install 'session-sync[ptb]'"
     ) from error
 
-from .bags import (
-    NAMES,
-    NOT_CLOSED,
-    Bags,
-    Delivery,
-    Managers,
-    dedupes,
-    managers_of,
-    raise_all,
-)
 from .chats import Migration, amigrate_chat, migrating, migration_in
 from .errors import SessionAwaitError, SessionKeyError
-from .locks import Party, here
+from .lifecycle.current import entries, step_outside
+from .lifecycle.flow import run_flow
+from .lifecycle.scope import Scope
+from .lifecycle.threads import closers
+from .lifecycle.transaction import aclose_all
+from .lifecycle.update import NAMES, Delivery, Managers, UpdateScope, dedupes, managers_of
+from .locks.callers import Caller, current_caller
 from .manager import SessionManager, no_key
-from .scope import Scope, entries, step_outside
-from .scopes import aclose_all, close_all
 from .session import BaseSession, Session, replace_fields
 
 S = TypeVar("S", bound=BaseSession)
@@ -173,9 +167,9 @@ class _Unit:
     #: The one that this task belongs to.
     current: Final[ContextVar[_Unit | None]] = ContextVar("session_sync_ptb_unit", default=None)
 
-    def __init__(self, update: object, bags: Bags) -> None:
+    def __init__(self, update: object, update_scope: UpdateScope) -> None:
         self.update: Final = update
-        self.bags: Final = bags
+        self.update_scope: Final = update_scope
 
     @classmethod
     def of(cls, update: object) -> _Unit | None:
@@ -185,10 +179,10 @@ class _Unit:
 
     def session_at(self, place: int) -> BaseSession:
         """The session, also after it was released."""
-        scope, session = self.bags.scopes[place], self.bags.sessions[place]
+        scope, session = self.update_scope.scopes[place], self.update_scope.sessions[place]
         if scope is None:
             raise SessionKeyError(no_key(self.update))
-        if session is None or not scope.scope.members:
+        if session is None or not scope.scope.has_members:
             raise SessionKeyError(
                 "the update of this context has been handled and its session is closed (what a "
                 "conversation's time-out calls is given the old context); open it again with "
@@ -412,25 +406,26 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
             if migration is not None:
                 await self._migrate_chat(migration, update)
         try:
-            bags = Bags(self._session_sync.managers, update, self._delivery_of(update))
-            await bags.__aenter__()
+            managers = self._session_sync.managers
+            update_scope = UpdateScope(managers, update, self._delivery_of(update))
+            await update_scope.__aenter__()
         except Exception as error:
             await self.process_error(update=update, error=error)
             return
         around = _Unit.current.get()
-        _Unit.current.set(_Unit(update, bags))
+        _Unit.current.set(_Unit(update, update_scope))
         try:
-            if bags.is_new:
+            if update_scope.is_new:
                 await super().process_update(update)
         except BaseException as error:
             _Unit.current.set(around)
             if isinstance(error, GeneratorExit):  # thrown away: error handlers cannot run
-                await bags.__aexit__(type(error), error, error.__traceback__)
+                await update_scope.__aexit__(type(error), error, error.__traceback__)
             else:
-                await self._report(update, await bags.aleave(error))
+                await self._report(update, await update_scope.aleave(error))
             raise
         _Unit.current.set(around)
-        await self._report(update, await bags.aleave(None))
+        await self._report(update, await update_scope.aleave(None))
 
     def _delivery_of(self, update: object) -> Delivery | None:
         if self._session_sync.dedupes and isinstance(update, Update):
@@ -449,7 +444,7 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         """Let the error handlers see what was before the handler that has failed."""
         unit = _Unit.of(update)
         if unit is not None:
-            unit.bags.discard(error)
+            unit.update_scope.discard(error)
         return await super().process_error(update, error, *args, **kw)
 
     async def _report(self, update: object, failures: Sequence[BaseException]) -> None:
@@ -492,8 +487,8 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         member = None
         if unit is None:
             context.run(_step_outside)
-        elif joined := [entry.scope for entry in unit.bags.in_order if entry.scope.join()]:
-            member = _Member(self, update, joined)
+        else:
+            member = _Member.of(self, update, unit.update_scope)
         context.run(_Member.current.set, member)
         create_task = getattr(super(), _CREATE_TASK)
         task: asyncio.Task[Any] = context.run(create_task, coroutine, update, *args, **kw)
@@ -518,19 +513,38 @@ class _Member:
     current: Final[ContextVar[_Member | None]] = ContextVar("session_sync_ptb", default=None)
 
     def __init__(
-        self, application: _SessionApplication, update: object, scopes: list[Scope[Any]]
+        self,
+        application: _SessionApplication,
+        update: object,
+        scopes: list[Scope[Any]],
+        token: object,
     ) -> None:
         self._application: Final = application
         self._update: Final = update
         self._scopes: Final = scopes
+        self._token: Final = token
         self._begun = False
+
+    @classmethod
+    def of(
+        cls, application: _SessionApplication, update: object, update_scope: UpdateScope
+    ) -> _Member | None:
+        """A member of the scopes that are open; None if none is."""
+        token = object()
+        scopes: list[Scope[Any]] = []
+        for scope in (entry.scope for entry in update_scope.in_order):
+            if scope.join(token):
+                scopes.append(scope)
+            elif scope.leave(token):  # a thread that has left just now has left it to this one
+                closers.run_soon(functools.partial(run_flow, scope.closing(may_block=True)))
+        return cls(application, update, scopes, token) if scopes else None
 
     async def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Do what the task is for, which includes its error handlers, and leave."""
         self._begun = True
-        party = here()
+        caller = current_caller()
         for scope in self._scopes:
-            scope.arrive(party)
+            scope.arrive(caller)
         try:
             return await work
         except Exception:
@@ -540,9 +554,10 @@ class _Member:
                 scope.discard(error)
             raise
         finally:
-            last = self._leave(party)
+            last = self._leave(caller)
             if isinstance(sys.exc_info()[1], GeneratorExit):  # thrown away: may not await
-                raise_all(close_all(last), NOT_CLOSED)
+                for scope in last:
+                    scope.abandon()
             else:
                 await self._close(last)
 
@@ -551,9 +566,9 @@ class _Member:
         if not self._begun and (last := self._leave()):
             self._application._session_sync.wait_for(asyncio.create_task(self._close(last)))
 
-    def _leave(self, party: Party | None = None) -> list[Scope[Any]]:
+    def _leave(self, caller: Caller | None = None) -> list[Scope[Any]]:
         """The scopes that have to be closed now."""
-        return [scope for scope in reversed(self._scopes) if scope.leave(party)]
+        return [scope for scope in reversed(self._scopes) if scope.leave(self._token, caller)]
 
     async def _close(self, scopes: list[Scope[Any]]) -> None:
         await self._application._report(self._update, await aclose_all(scopes))
@@ -572,7 +587,7 @@ class _ErrorHandler:
         except Exception as error:
             unit = _Unit.of(update)
             if unit is not None:
-                unit.bags.discard(error)
+                unit.update_scope.discard(error)
             raise
 
     def __eq__(self, other: object) -> bool:
@@ -615,7 +630,7 @@ class _SessionFilter(UpdateFilter):
                 "session_filter was asked where no session is open: without "
                 "session_sync.ptb.install(), or in the TIMEOUT state of a conversation"
             )
-        scope = unit.bags.scopes[0]
+        scope = unit.update_scope.scopes[0]
         if scope is not None and scope.options.lazy:
             raise SessionAwaitError(
                 "session_filter was given a lazy session, which a filter cannot await; make the "

@@ -56,10 +56,11 @@ class Schema:
 
     `shapes` has a shape for each declared field, and `other` is the one of all other names; None:
     there are no others. `defaults` are of the fields that every session has, and `version` is that
-    of the program.
+    of the program. `in_hand` is for the sessions: what all of them may have of a default that
+    cannot change.
     """
 
-    __slots__ = ("defaults", "name", "other", "shapes", "version")
+    __slots__ = ("defaults", "in_hand", "name", "other", "shapes", "version")
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Schema:
         self.name: Final = name
         self.shapes: Final = shapes
         self.defaults: Final = defaults
+        self.in_hand: Final[dict[str, Any]] = {}
         self.other: Final = other
         self.version: Final = version
 

@@ -7,13 +7,21 @@ scope's business, which it knows only as the few calls of `Lifecycle`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import (
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+)
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, Self
 
 from .containers import MISSING, Owner
 from .errors import SessionTypeError
-from .expiry import TIMERS, Timers, Ttl
+from .expiry import TIMERS, Deadline, Timers, Ttl, deadline_in, is_over
 from .migrations import VERSION, Migration, Migrations
 from .repeats import UPDATES, updates_in, without_fields
 from .schema import (
@@ -28,7 +36,8 @@ from .schema import (
 from .shapes.base import FREE, MismatchError, Shape
 from .storages.base import Record, only, patched, record_of, reread
 
-_NONE: Final[frozenset[str]] = frozenset()
+_NO_NAMES: Final[frozenset[str]] = frozenset()
+_NOTHING: Final[dict[str, Any]] = {}  # nobody changes it
 
 
 class Lifecycle(Protocol):
@@ -46,92 +55,174 @@ class Lifecycle(Protocol):
     async def arelease(self) -> None: ...
 
 
+class Held:
+    """What stands in `Fields.live` for a field of which more is to be known than its value.
+
+    `value` is what the handler has of it, and `frozen` what that would be stored as if it had not
+    been touched, where the record has something else: a field of an old form, or a default, which
+    is not stored at all until it is changed (`is_made`: or anything else is, since a factory made
+    it). `deadline` is when the field disappears. `is_gone`: it was deleted, or its time is up; a
+    default that was read since then is in `defaults`, of which the first one counts, whichever
+    thread has brought it. `ready` is what a handler gets without a further look, if it is known.
+    `is_loose`: there is an object in it whose changes nobody would notice, so that it is always
+    saved, or (False) never for that reason; None: if one is found in it later.
+
+    What changes of this changes once and for good, so that no thread can undo what another one has
+    done: `is_gone` becomes true, `ready` the default, and `frozen` MISSING when the record has got
+    the value.
+    """
+
+    __slots__ = (
+        "deadline",
+        "defaults",
+        "frozen",
+        "is_default",
+        "is_gone",
+        "is_loose",
+        "is_made",
+        "ready",
+        "value",
+    )
+
+    def __init__(
+        self,
+        value: Any = MISSING,
+        frozen: Any = MISSING,
+        deadline: Deadline | None = None,
+        is_loose: bool | None = None,
+    ) -> None:
+        self.value: Final = value
+        self.ready = value if deadline is None else MISSING
+        self.frozen = frozen
+        self.deadline: Final = deadline
+        self.is_gone = value is MISSING
+        self.is_loose: Final = is_loose
+        self.is_default = self.is_made = False
+        self.defaults: list[Held] = []
+
+    def give_default(self, default: Held) -> Any:
+        """What a handler gets of a field that is gone: `default`, if it is the first one."""
+        self.defaults.append(default)
+        self.ready = self.defaults[0].value
+        return self.ready
+
+    def current(self) -> Held | None:
+        """What the handler has of the field: this, or a default, or nothing."""
+        if not self.is_gone:
+            return self
+        return self.defaults[0] if self.defaults else None
+
+
+def _is_absent(current: Held | None) -> bool:
+    """Whether a field of which the handler has this is not stored, nor will be as it is."""
+    return current is None or (current.is_default and current.frozen is not MISSING)
+
+
 class Fields:
     """The fields of one open session: what was stored, and over it what the handler has in hand.
 
     `kept` is what the store has, and `record` what it should have had since the last flush: the
     same one, unless that flush failed or the session was just migrated. Of its fields only those
-    that a handler asked for are thawed, into `live`; `gone` are the ones it deleted, `written` the
-    ones that it assigned (in their order; True for a name that stands at the end, being new), and
-    `loose` the ones with an object in them whose changes nobody would notice, so that they are
-    always saved, but for those that a failed handler has `spoilt`. So a session of a thousand
-    fields costs what its handler touches, not a thousand.
+    that a handler asked for are thawed, into `live`; there is also what it has assigned, and for
+    what it has deleted a Held that says so. So a session of a thousand fields costs what its
+    handler touches, not a thousand.
+
+    Why nothing is lost when one thread flushes what another one is just changing, without a lock.
+    Each change of a field is one store into `live`, from which no name is ever removed: a deletion
+    is stored there too, and a timer together with its value. What is to be written is not noted but
+    found, by comparing a copy of `live` with `record`; for values that cannot change, that means:
+    is it the very same object? So a change is in the copy, and then in the record that is made of
+    it, or it is not, and then it differs from that record, and the next flush finds it. No flush
+    clears anything in which a change could be that came meanwhile. The marks in `written` decide
+    only two things that a comparison cannot find: that the very value which is stored was assigned
+    once more, and where the name is in the order (a mark has what stood for the deletion before, if
+    there was one: the name is at the end now). A mark is made after its value is there, and a flush
+    moves the marks to `marks`, where they stay until it has succeeded, before it copies the values.
+    So a mark that it has moved has its value in the copy, and one that comes later costs a second
+    write of the same value at worst. Where a read brings something in (a thawed field, a default,
+    or that the time of a field is up), it does so by a step that leaves alone what another thread
+    has brought in meanwhile: `setdefault`, `append`, or a flag that is never taken back.
+
+    `loose` are the values with an object in them whose changes nobody would notice, as far as that
+    was found at a flush, so that they are always saved; `spoilt` the names of fields with objects
+    that a failed handler may have changed, which are saved only if they are assigned. `timers` are
+    the deadlines that `record` has; None, as long as there was none.
 
     `updates` are the numbers of updates that are to be stored at the end, if any, with whatever the
     handler has changed. `begun` is the record of a session that has only what `initial` gave it: as
-    long as the fields are still those, nothing of it is stored.
-
-    What the class declares stands in `schema`. `seen` is what a field would be stored as if it had
-    not been touched since it was thawed, where that may be something else than `record` has: a
-    default, or an object whose class has got an attribute more. `made` are the defaults that a
-    factory has made here: they are stored together with whatever changes first.
+    long as the fields are still those, nothing of it is stored. What the class declares stands in
+    `schema`; a default that a factory has made is stored together with whatever changes first.
     """
 
     __slots__ = (
-        "_owner",
+        "_owners",
         "begun",
-        "gone",
         "kept",
         "key",
         "live",
         "loose",
-        "made",
+        "marks",
         "open",
         "record",
         "schema",
-        "seen",
         "spoilt",
         "timers",
         "updates",
         "written",
     )
 
-    gone: set[str] | frozenset[str]
-
     def __init__(self, key: str, record: Record, schema: Schema = NO_SCHEMA) -> None:
         self.key = key
         self.schema = schema
         self.open = True
-        self._owner: Owner | None = None  # from the first container on
-        self.spoilt = self.made = self.loose = self.gone = _NONE
+        self._owners: list[Owner] = []  # from the first container on; the first one counts
+        self.spoilt = _NO_NAMES
+        self.loose: Mapping[str, Any] = _NOTHING
         self.record = self.kept = record
         self.live: dict[str, Any] = {}
-        self.seen: dict[str, Any] | None = None
         self.updates: list[int] | None = None
         self.begun: Record | None = None
-        self.written: dict[str, bool] = {}
-        self.timers = Timers(record[TIMERS], key) if TIMERS in record else None
+        self.written: dict[str, Held | None] = {}
+        self.marks: dict[str, Held | None] = _NOTHING
+        self.timers: Mapping[str, Deadline] | None = (
+            Timers(record[TIMERS], key).to_store() if TIMERS in record else None
+        )
 
     @property
     def owner(self) -> Owner:
         """Whom the containers belong to that these fields hand out."""
-        if self._owner is None:
-            self._owner = Owner(self.key)
-            self._owner.open = self.open
-        return self._owner
+        owners = self._owners
+        if not owners:
+            owners.append(Owner(self.key))
+        if not self.open:  # closed before it could be found there
+            owners[0].open = False
+        return owners[0]
 
     def close(self) -> None:
         """Nothing may change any more, in no container either."""
         self.open = False
-        if self._owner is not None:
-            self._owner.open = False
+        for owner in self._owners[:1]:
+            owner.open = False
 
     # -- the handler's side
 
     def get(self, name: str) -> Any:
         """The value of a field; raises KeyError, and SessionTypeError if it is stored as something
         else than was declared."""
-        if self.timers and self.timers.expired(name):
-            self._remove(name)
         live = self.live
         if name in live:
-            return live[name]
-        if name in self.gone:
-            return self._default(name)
+            value = live[name]
+            if value.__class__ is not Held:
+                return value
+            ready = value.ready
+            return ready if ready is not MISSING else self._value_of(name, value)
+        timers = self.timers
+        if timers and is_over(timers.get(name)):
+            return self._value_of(name, self._expired(name))
         try:
             value = self.record[name]
         except KeyError:
-            return self._default(name)
+            return self._default(name, None)
         schema = self.schema
         shape = schema.shapes.get(name, schema.other)
         if shape is None or ("$" in name and name.startswith("$")):  # the first is a fifth of both
@@ -140,31 +231,81 @@ class Fields:
             return value
         return self._thaw(name, value, shape)
 
-    def _default(self, name: str) -> Any:
+    def _value_of(self, name: str, value: Any) -> Any:
+        """What a handler gets of what is in `live`."""
+        if value.__class__ is not Held:
+            return value
+        if not self._is_gone(name, value):
+            return value.value
+        return self._default(name, value) if value.ready is MISSING else value.ready
+
+    def _is_gone(self, name: str, held: Held) -> bool:
+        """Whether a field was deleted, or its time is up, which is noted: then it stays so."""
+        if not held.is_gone and is_over(held.deadline):
+            self.written.pop(name, None)
+            held.is_gone = True
+        return held.is_gone
+
+    def _expired(self, name: str) -> Any:
+        """Note that the time of a stored field is up, unless it is in `live`; what is there now."""
+        return self.live.setdefault(name, Held())
+
+    def _default(self, name: str, gone: Held | None) -> Any:
+        """The default of a field that is not there (`gone`, if that stands in `live`)."""
         default = self.schema.defaults.get(name)
         if default is None:
             raise KeyError(name)
         shape, frozen = self.schema.shapes[name], default.frozen
         if default.factory is not None:
-            try:
-                made = default.factory()
-            except (LookupError, AttributeError) as error:  # which would say that there is no field
-                raise RuntimeError(
-                    f"session {self.key!r}: the default_factory of {name!r} raised "
-                    f"{type(error).__name__}"
-                ) from error
-            frozen = self._freeze(name, made, MISSING, shape)
-            self.made |= {name}
-        self._note_seen(name, frozen)
-        return self._thaw(name, frozen, shape)
+            frozen = self._freeze(name, self._made(name, default.factory), MISSING, shape)[0]
+        elif frozen.__class__ in shape.atoms:
+            return self._atom(name, frozen, gone)
+        value, untouched, is_loose = self._thawed(name, frozen, shape)
+        held = Held(value, frozen if untouched is MISSING else untouched, is_loose=is_loose)
+        held.is_default, held.is_made = True, default.factory is not None
+        if gone is not None:
+            return gone.give_default(held)
+        return self._value_of(name, self.live.setdefault(name, held))
+
+    def _atom(self, name: str, default: Any, gone: Held | None) -> Any:
+        """A default that cannot change, so that all sessions may have the same Held for it."""
+        if gone is None:
+            held = self.schema.in_hand.get(name)
+            if held is None:
+                held = Held(default, default)
+                held.is_default = True
+                self.schema.in_hand[name] = held
+            self.live.setdefault(name, held)
+        return default
+
+    def _made(self, name: str, factory: Callable[[], Any]) -> Any:
+        try:
+            return factory()
+        except (LookupError, AttributeError) as error:  # which would say that there is no field
+            raise RuntimeError(
+                f"session {self.key!r}: the default_factory of {name!r} raised "
+                f"{type(error).__name__}"
+            ) from error
 
     def _thaw(self, name: str, frozen: Any, shape: Shape) -> Any:
-        owner = self.owner
-        owner.met_old_form = False
+        """A stored field, in hand from now on."""
+        value, untouched, is_loose = self._thawed(name, frozen, shape)
+        deadline = self.timers.get(name) if self.timers else None
+        if untouched is not MISSING or deadline is not None or is_loose is not None:
+            value = Held(value, untouched, deadline, is_loose)
+        return self._value_of(name, self.live.setdefault(name, value))
+
+    def _thawed(self, name: str, frozen: Any, shape: Shape) -> tuple[Any, Any, bool | None]:
+        """A live value, and `frozen` and `is_loose` of a Held with it."""
+        owner, untouched = self.owner, MISSING
+        begun = owner.begin()
         try:
             value = shape.thaw(frozen, owner)
-            if owner.met_old_form:
-                self._note_seen(name, shape.freeze(value, owner, frozen))
+            if owner.met_old_form or not owner.is_still_at(begun):
+                untouched = shape.freeze(value, owner, frozen)
+            met_object = owner.met_object
+            if not owner.is_still_at(begun):
+                met_object = self._freeze(name, value, MISSING, shape)[1]
         except RecursionError:
             raise owner.too_deep(f"the value of {name!r}") from None
         except MismatchError as wrong:
@@ -173,20 +314,11 @@ class Fields:
                 f"{self.schema.name} declares {wrong.expected}. It is left as it is; a migration "
                 f"({self.schema.name}.migrations) brings stored sessions into the new form."
             ) from wrong.__cause__
-        self.live[name] = value
-        self._note_loose(name)
-        return value
-
-    def _note_seen(self, name: str, frozen: Any) -> None:
-        self.seen = self.seen or {}
-        self.seen[name] = frozen
-
-    def _note_loose(self, name: str) -> None:
-        owner = self.owner
-        if owner.met_object:
-            owner.met_object = False
-            if name not in self.spoilt:
-                self.loose |= {name}
+        if value.__class__ in shape.atoms:  # only what is stored otherwise comes here
+            untouched = value
+        elif untouched is frozen:
+            untouched = MISSING
+        return value, untouched, name not in self.spoilt if met_object else None
 
     def set(self, name: str, value: Any) -> None:
         """Assign a field; raises SessionTypeError, KeyError for a name that there must not be."""
@@ -197,19 +329,38 @@ class Fields:
         if shape is None or value.__class__ not in shape.atoms or not self.open:
             value, seconds = self._admitted(name, value)
         if self.timers is not None or seconds is not None:
-            self._assign_timer(name, seconds)
-        if name not in self.written:
-            self.written[name] = name in self.gone or name not in self.record
-        self.live[name] = value
-        if self.loose or self.spoilt:
-            self.loose -= {name}
-            self.spoilt -= {name}
+            value = self._timed(name, value, seconds)
+        live, written = self.live, self.written
+        if name in written:
+            live[name] = value
+        else:
+            old: Any = live.get(name)
+            live[name] = value
+            written[name] = old if old.__class__ is Held and old.is_gone else None
+        if not self.open:  # closed meanwhile, perhaps too soon for this to be saved
+            raise self.owner.refuse()
 
-    def _assign_timer(self, name: str, seconds: float | None) -> None:
-        self.timers = self.timers or Timers({}, self.key)
-        if self.timers.expired(name):
-            self._remove(name)
-        self.timers.assign(name, seconds)
+    def _timed(self, name: str, value: Any, seconds: float | None) -> Any:
+        """A value that is assigned, with the deadline that it gets: after `seconds` (0: none), or
+        (None) as many as before."""
+        if self.timers is None:
+            self.timers = {}
+        before = self._deadline(name)
+        if seconds is None and before is not None:
+            seconds = before[1]
+        return Held(value, deadline=deadline_in(seconds)) if seconds else value
+
+    def _deadline(self, name: str) -> Deadline | None:
+        """When a field disappears, if it is there and has a timer."""
+        held = self.live.get(name, MISSING)
+        if held is MISSING:
+            deadline = self.timers.get(name) if self.timers else None
+            if not is_over(deadline):
+                return deadline
+            held = self._expired(name)
+        if held.__class__ is not Held or self._is_gone(name, held):
+            return None
+        return held.deadline
 
     def check_all(self, fields: Mapping[str, Any]) -> None:
         """Raise what assigning one of them would raise."""
@@ -249,27 +400,26 @@ class Fields:
 
     def clear(self) -> None:
         """Remove all fields."""
-        names = {*self._stored_names(), *self.live}
+        in_hand = [
+            name
+            for name, value in self.live.copy().items()
+            if value.__class__ is not Held or value.current() is not None
+        ]
+        names = {*self._stored_names(), *in_hand}
         if names and not self.open:
             raise self.owner.refuse()
         for name in names:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        self.live.pop(name, None)
         self.written.pop(name, None)
-        self.loose -= {name}
-        self.made -= {name}
-        if self.timers is not None:
-            self.timers.drop(name)
-        if name in self.record:
-            if not isinstance(self.gone, set):
-                self.gone = set()
-            self.gone.add(name)
+        self.live[name] = Held()
+        if not self.open:
+            raise self.owner.refuse()
 
     def names(self) -> list[str]:
         """The names of all fields: the declared ones, and then in the order that a dict has."""
-        self._remove_expired()
+        self._note_expired()
         stored, schema = self._stored_names(), self.schema
         if not schema.shapes and schema.other is not None:
             return stored
@@ -279,32 +429,56 @@ class Fields:
         return declared if schema.other is None else declared + others
 
     def _stored_names(self) -> list[str]:
-        gone = self.gone
-        kept = [name for name in self.record if name not in gone and is_field(name)]
-        return [*kept, *(name for name, is_new in self.written.items() if is_new)]
+        """The names of what is stored, or will be."""
+        marks = {**self.marks, **self.written}
+        live = self.live.copy()
+        absent = {
+            name
+            for name, value in live.items()
+            if value.__class__ is Held and _is_absent(value.current())
+        }
+        at_end = [name for name, gone in marks.items() if gone is not None and name in live]
+        kept = self._kept_names({*absent, *at_end}) if absent or at_end else self._kept_names(())
+        new = (name for name in (*marks, *live) if name in live and name not in absent)
+        return list(dict.fromkeys((*kept, *new)))
 
-    def _remove_expired(self) -> None:
-        for name in self.timers.all_expired() if self.timers else ():
-            self._remove(name)
+    def _kept_names(self, without: Container[str]) -> list[str]:
+        return [name for name in self.record if name not in without and is_field(name)]
 
-    def __contains__(self, name: object) -> bool:
-        if self.timers and isinstance(name, str) and self.timers.expired(name):
-            self._remove(name)
-        if name in self.live or name in self.schema.defaults:
+    def _note_expired(self) -> None:
+        if self.timers is not None:
+            for name, value in self.live.copy().items():
+                if value.__class__ is Held:
+                    self._is_gone(name, value)
+            for name, deadline in self.timers.items():
+                if is_over(deadline):
+                    self._expired(name)
+
+    def __contains__(self, name: Any) -> bool:
+        value = self.live.get(name, MISSING)
+        if value is MISSING and self.timers and is_over(self.timers.get(name)):
+            value = self._expired(name)
+        is_gone = value.__class__ is Held and self._is_gone(name, value)
+        if name in self.schema.defaults:
             return True
+        if value is not MISSING:
+            return not is_gone
         if self.schema.other is None and name not in self.schema.shapes:
             return False
-        return name not in self.gone and is_field(name) and name in self.record
+        return is_field(name) and name in self.record
 
     def is_default(self, name: str) -> bool:
         """Whether a field is there only because its class declares it."""
-        if name in self.written or (name in self.record and name not in self.gone):
-            return False
-        value, shape = self.live.get(name), self.schema.shapes[name]
-        if name not in self.live or value.__class__ in shape.atoms:
+        held = self.live.get(name, MISSING)
+        if held is MISSING:
+            return name not in self.record
+        default = held.current() if held.__class__ is Held else held
+        if default is None:
             return True
-        unchanged = self._unchanged(name)
-        return self._freeze(name, value, unchanged, shape) is unchanged
+        if held.__class__ is not Held or not _is_absent(default):
+            return False
+        shape, unchanged = self.schema.shapes[name], default.frozen
+        return self._freeze(name, default.value, unchanged, shape)[0] is unchanged
 
     # -- the scope's side
 
@@ -320,27 +494,47 @@ class Fields:
 
     def take_changes(self) -> Record:
         """The record that is to go into the store, which is taken to succeed: changes count from
-        here. It is `kept` if there is nothing to store.
+        here. It is `kept` if there is nothing to store. One thread at a time may call it, and the
+        next one not before what was taken is written.
 
         Raises SessionEncodeError if a value contains itself, and SessionTypeError if something
         inside one is not of its declared type any more.
         """
-        record = self.record
-        changes = self._changes() if self.live else {}
-        if self.gone or self.timers is not None or self.schema.version > 1:
-            record = self._completed(changes)
+        is_last = not self.open  # no mark comes any more that is of use
+        # The marks before the values.
+        marks = self.written if is_last and not self.marks else self._take_marks()
+        live, record = self.live.copy(), self.record
+        changes, held = self._changes(live, marks) if live else ({}, {})
+        if held or self.timers is not None or self.schema.version > 1 or any(marks.values()):
+            record = self._completed(_Found(live, marks.copy(), changes, held))
         elif changes:
             record = patched(record, changes)  # the way that copies least
         if record is not self.record:
             self.record = record
-            self.gone = _NONE
+            if self.timers is not None:
+                self.timers = record.get(TIMERS, _NOTHING)
+            for name, current in held.items():
+                if current is not None and name in changes:
+                    current.frozen = MISSING
+        self.marks = _NOTHING
+        if is_last:
             self.written = {}
-            if self.seen:
-                self.seen = {n: frozen for n, frozen in self.seen.items() if n not in changes}
-        if self.updates is not None and not self.open:  # not by a flush: the handler may yet fail
+        if self.updates is not None and is_last:  # not by a flush: the handler may yet fail
             record = self._with_updates(record, self.updates)
         self.kept = record
         return record
+
+    def _take_marks(self) -> dict[str, Held | None]:
+        """The marks of what was assigned since the last flush that succeeded."""
+        written = self.written
+        newest = written.copy()
+        marks = self.marks = _marks_after(self.marks, newest) if self.marks else newest
+        for name, mark in newest.items():
+            if written.get(name, MISSING) is mark:  # else it has got another one: for the next time
+                popped = written.pop(name, mark)
+                if popped is not mark:
+                    written.setdefault(name, popped)
+        return marks
 
     def _with_updates(self, record: Record, updates: list[int]) -> Record:
         """What is to be stored at the end; the fields that the handler has had stay as they are."""
@@ -349,78 +543,137 @@ class Fields:
             hidden[VERSION] = self.schema.version
         return patched(record_of({}) if record is self.begun else record, hidden)
 
-    def _changes(self) -> dict[str, Any]:
-        """What fields would be stored as, of which the store has something else."""
+    def _changes(
+        self, live: Mapping[str, Any], marks: Container[str]
+    ) -> tuple[dict[str, Any], dict[str, Held | None]]:
+        """What fields would be stored as, of which the record has something else; and what the
+        handler has of those for which a Held stands in `live`."""
         changes: dict[str, Any] = {}
-        schema, written = self.schema, self.written
+        held: dict[str, Held | None] = {}
+        record, timers, schema = self.record, self.timers, self.schema
         shapes, other = schema.shapes, schema.other
-        for name, value in self.live.items():
-            shape: Any = shapes.get(name, other)
-            if value.__class__ in shape.atoms:  # an assignment brings one in here, or a factory
-                if name in written:
-                    changes[name] = value
-                continue
-            stored = self._unchanged(name)
-            frozen = self._freeze(name, value, stored, shape)
-            if frozen is not stored or name in written or name in self.loose:
+        for name, value in live.items():
+            if value.__class__ is Held:
+                held[name] = value.current()
+                frozen = self._change_of_held(name, held[name], name in marks)
+            else:
+                is_sure = name in marks or (timers is not None and name in timers)
+                shape: Any = shapes.get(name, other)
+                if value.__class__ in shape.atoms:
+                    if is_sure or record.get(name, MISSING) is not value:
+                        changes[name] = value
+                    continue
+                frozen = self._change(name, value, record.get(name, MISSING), is_sure, None)
+            if frozen is not MISSING:
                 changes[name] = frozen
-        if self.made and (changes or self._is_written_without()):
-            changes.update((name, self._unchanged(name)) for name in self.made - changes.keys())
-        return changes
+        return changes, held
 
-    def _is_written_without(self) -> bool:
-        """Whether there is something to write, though no field has another value."""
-        return bool((self.gone or self.is_unsaved) and self._stored_names())
+    def _change_of_held(self, name: str, current: Held | None, is_marked: bool) -> Any:
+        if current is None:
+            return MISSING
+        timers = self.timers or _NOTHING
+        is_sure = not current.is_default and (is_marked or timers.get(name) is not current.deadline)
+        stored = current.frozen
+        if stored is MISSING:
+            stored = self.record.get(name, MISSING)
+        return self._change(name, current.value, stored, is_sure, current.is_loose)
 
-    def _unchanged(self, name: str) -> Any:
-        """What a field would be stored as if it had not been touched; MISSING, if not at all."""
-        if self.seen is not None and name in self.seen:
-            return self.seen[name]
-        return self.record.get(name, MISSING)
+    def _change(
+        self, name: str, value: Any, stored: Any, is_sure: bool, is_loose: bool | None
+    ) -> Any:
+        """What a value would be stored as; MISSING, if it need not be."""
+        shape: Any = self.schema.shapes.get(name, self.schema.other)
+        frozen = value
+        if value.__class__ not in shape.atoms:
+            frozen, met_object = self._freeze(name, value, stored, shape)
+            if is_loose is None:
+                is_loose = self.loose.get(name, MISSING) is value
+                if met_object and not is_loose:
+                    is_loose = True
+                    self.loose = {**self.loose, name: value}
+        return frozen if is_sure or is_loose or frozen is not stored else MISSING
 
-    def _completed(self, changes: dict[str, Any]) -> Record:
-        """The record with `changes`, and what goes with them: the version and the timers."""
-        record = self.record
-        if not changes and not self.gone and record is self.kept:
+    def _completed(self, found: _Found) -> Record:
+        """The record with the changes, without what has gone, and with what goes with them:
+        defaults that a factory has made, the version and the timers."""
+        record, changes = self.record, found.changes
+        absent = {name for name, current in found.held.items() if _is_absent(current)}
+        has_gone = any(map(record.__contains__, absent))
+        if changes or ((has_gone or self.is_unsaved) and self._kept_names(absent)):
+            found.add_made(absent)
+        if not changes and not has_gone and record is self.kept:
             return record
-        if self.timers:
-            self._remove_expired()
-            for name in changes.keys() - self.live.keys():
-                del changes[name]
-            if self.timers:
-                changes[TIMERS] = self.timers.to_store()
+        if self.timers is not None:
+            absent.update(self._take_timers(found, self.timers))
         if self.schema.version > 1 and VERSION not in record and (changes or record):
             changes[VERSION] = self.schema.version
+        at_end = [n for n, gone in found.marks.items() if gone is not None and n in changes]
+        changes = found.in_order() if at_end else changes
         last_timer_went = self.timers is not None and TIMERS in record and TIMERS not in changes
-        if self.gone or last_timer_went:
-            return self._rearranged(changes)
+        if last_timer_went or any(map(record.__contains__, (*absent, *at_end))):
+            return self._rearranged(changes, {*absent, *at_end})
         return patched(record, changes) if changes else record
 
-    def _rearranged(self, changes: dict[str, Any]) -> Record:
-        """The record with `changes`, where something has gone."""
-        fields = dict.fromkeys((*self._stored_names(), *filter(is_field, changes)))
-        if not fields:  # then it is not stored at all, whatever else it has
-            return without_fields(self.record)
-        hidden = [name for name in (*self.record, *changes) if not is_field(name)]
-        if not self.timers:
-            hidden = [name for name in hidden if name != TIMERS]
-        return only(self.record, dict.fromkeys((*fields, *hidden)), changes)
+    def _take_timers(self, found: _Found, timers: Mapping[str, Deadline]) -> Iterable[str]:
+        """Add the timers to the changes; returns the names of the fields whose time is up, and
+        takes them out of the changes."""
+        live, held = found.live, found.held
+        gone = {name for name, at in timers.items() if name not in live and is_over(at)}
+        for name in gone:
+            self._expired(name)
+        deadlines = {n: at for n, at in timers.items() if n not in live or n in held}
+        for name, current in held.items():
+            deadline = None
+            if current is not None and not current.is_default:
+                deadline = current.deadline
+                if self._is_gone(name, current):
+                    gone.add(name)
+            if deadline is None:
+                deadlines.pop(name, None)
+            else:
+                deadlines[name] = deadline
+        for name in gone:
+            found.changes.pop(name, None)
+            deadlines.pop(name, None)
+        if deadlines:
+            found.changes[TIMERS] = deadlines
+        return gone
 
-    def _freeze(self, name: str, value: Any, stored: Any, shape: Shape) -> Any:
+    def _rearranged(self, changes: Mapping[str, Any], leaving: Container[str]) -> Record:
+        """The record without the fields that are `leaving` their places, and with `changes`."""
+        record = self.record
+        fields = dict.fromkeys((*self._kept_names(leaving), *filter(is_field, changes)))
+        if not fields:  # then it is not stored at all, whatever else it has
+            return without_fields(record)
+        hidden = [name for name in (*record, *changes) if not is_field(name)]
+        if TIMERS not in changes:
+            hidden = [name for name in hidden if name != TIMERS]
+        return only(record, dict.fromkeys((*fields, *hidden)), changes)
+
+    def _freeze(self, name: str, value: Any, stored: Any, shape: Shape) -> tuple[Any, bool]:
+        """What a value would be stored as, and whether an object was met in it whose changes nobody
+        would notice."""
+        owner = self.owner
+        begun = owner.begin()
         try:
-            frozen = shape.freeze(value, self.owner, stored)
+            frozen = shape.freeze(value, owner, stored)
+            met_object = owner.met_object
+            if not owner.is_still_at(begun):  # another thread's value may have been noted, too
+                owner = Owner(self.key)
+                frozen = shape.freeze(value, owner, stored)
+                met_object = owner.met_object
         except RecursionError:
-            raise self.owner.too_deep(f"the value of {name!r}") from None
+            raise owner.too_deep(f"the value of {name!r}") from None
         except MismatchError as wrong:
             raise SessionTypeError(
                 f"session {self.key!r}: {wrong.place(name)} has become {wrong.found}, where "
                 f"{self.schema.name} declares {wrong.expected}; nothing was written"
             ) from wrong.__cause__
-        self._note_loose(name)
-        return frozen
+        return frozen, met_object
 
     def not_saved(self, kept: Record) -> None:
-        """The store did not take it after all, and still has what was `kept`."""
+        """The store did not take it after all, and still has what was `kept`. What was taken stays
+        in `record`, so the next flush writes it, with what has changed since."""
         self.kept = kept
 
     @property
@@ -436,11 +689,49 @@ class Fields:
     def roll_back(self) -> None:
         """Back to what the store has; containers handed out so far cannot be changed any more."""
         self.close()
-        spoilt = self.spoilt | self.loose  # objects that the failed handler may have changed
+        loose = {name for name, value in self.live.copy().items() if self._is_loose(name, value)}
+        spoilt = self.spoilt | loose  # objects that the failed handler may have changed
         begun = self.begun is self.kept
         Fields.__init__(self, self.key, reread(self.kept), self.schema)
         self.spoilt = spoilt
         self.begun = self.kept if begun else None
+
+    def _is_loose(self, name: str, value: Any) -> bool:
+        """Whether there is an object in a field, as far as that was found."""
+        current = value.current() if value.__class__ is Held else Held(value)
+        if current is None:
+            return False
+        return current.is_loose or self.loose.get(name, MISSING) is current.value
+
+
+def _marks_after(
+    before: Mapping[str, Held | None], marks: Mapping[str, Held | None]
+) -> dict[str, Held | None]:
+    """The marks of a flush that failed, and those that came later."""
+    first = {name: mark for name, mark in before.items() if marks.get(name) is None}
+    return first | {name: mark or first.get(name) for name, mark in marks.items()}
+
+
+class _Found(NamedTuple):
+    """What a flush has found: copies of `live` and of the marks, the changes, and what the handler
+    has of the fields for which a Held stands in `live`."""
+
+    live: Mapping[str, Any]
+    marks: Mapping[str, Held | None]
+    changes: dict[str, Any]
+    held: Mapping[str, Held | None]
+
+    def add_made(self, absent: Iterable[str]) -> None:
+        """Add those defaults that a factory has made."""
+        for name in absent:
+            current = self.held[name]
+            if current is not None and current.is_made:
+                self.changes.setdefault(name, current.frozen)
+
+    def in_order(self) -> dict[str, Any]:
+        """The changes in the order in which the fields were assigned."""
+        assigned = filter(self.changes.__contains__, self.marks)
+        return {name: self.changes[name] for name in dict.fromkeys((*assigned, *self.changes))}
 
 
 class BaseSession(MutableMapping[str, Any]):
@@ -525,16 +816,31 @@ class BaseSession(MutableMapping[str, Any]):
 
     def setdefault(self, name: str, default: Any = None) -> Any:
         """The value of `name`, which is `default` from now on if there was none."""
-        if name not in self:
-            self[name] = default
-        return self[name]
+        with suppress(KeyError):
+            return self[name]
+        self[name] = default
+        return self.get(name, default)  # another thread may have removed it
+
+    def pop(self, name: str, default: Any = MISSING) -> Any:
+        """Remove a field and return its value, or `default` if there is none; raises KeyError if
+        that is not given either."""
+        try:
+            value = self[name]
+            del self[name]
+        except KeyError:  # or another thread has removed it, or its time is up
+            if default is MISSING:
+                raise
+            return default
+        return value
 
     def popitem(self) -> tuple[str, Any]:
         """Remove and return the field that came last; raises KeyError if there is none."""
         fields = self._opened()
         for name in reversed(self):
             if not fields.is_default(name):
-                return name, self.pop(name)
+                value = self.pop(name, MISSING)
+                if value is not MISSING:
+                    return name, value
         raise KeyError(f"session {self.key!r} is empty")
 
     # One signature for what MutableMapping has in several overloads.

@@ -27,14 +27,26 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
         "session_sync.telebot needs pyTelegramBotAPI: pip install 'session-sync[telebot]'"
     ) from error
 
-from .bags import NAMES, Bags, Delivery, Managers, dedupes, managers_of, scope_of
 from .chats import Migration, amigrate_chat, migrate_chat, migrating, migration_in
 from .errors import SessionKeyError
-from .locks import Hold, Turn
+from .lifecycle.current import entries, in_handler
+from .lifecycle.entry import SessionScope
+from .lifecycle.scope import Scope
+from .lifecycle.threads import closers
+from .lifecycle.update import (
+    NAMES,
+    Delivery,
+    Managers,
+    UpdateScope,
+    dedupes,
+    managers_of,
+    release_all,
+    scope_of,
+    tickets_for,
+)
+from .locks.tickets import Tickets
 from .manager import SessionManager, no_key
-from .scope import Scope, SessionScope, entries, in_handler
 from .session import BaseSession, replace_fields
-from .turns import Turns
 
 if TYPE_CHECKING:  # it needs aiohttp, which who has no AsyncTeleBot may not have
     from telebot.async_telebot import AsyncTeleBot
@@ -146,7 +158,7 @@ class _Room:
         self._dedupes: Final = dedupes(managers)
         self._is_plain: Final = len(managers) == 1 and not self._dedupes
         self._moving: Final = moving  # which of them move the sessions of a chat
-        self._waiting: Final[set[_Job | _BagsJob]] = set()
+        self._waiting: Final[set[_Job | _UpdateJob]] = set()
         self._stopped = False
         self._exec_task: Final = bot._exec_task
         self._process_new_updates: Final = bot.process_new_updates
@@ -212,13 +224,13 @@ class _Room:
         if not isinstance(update, JsonDeserializable):  # an update listener gets a list
             self._exec_task(_as_handler, functools.partial(task, *args, **kwargs))
             return
-        job: _Job | _BagsJob
+        job: _Job | _UpdateJob
         try:
             if self._is_plain:
                 job = _Job(scope_of(self._sessions, update), task, args, kwargs)
             else:
-                bags = Bags(self._managers, update, _delivery_of(update))
-                job = _BagsJob(bags, task, args, kwargs)
+                update_scope = UpdateScope(self._managers, update, _delivery_of(update))
+                job = _UpdateJob(update_scope, task, args, kwargs)
         except Exception as error:  # not here, in the polling thread: the batch would be lost
             self._exec_task(_raise, error)
             return
@@ -229,19 +241,39 @@ class _Room:
         else:
             self._queue(job)
 
-    def _queue(self, job: _Job | _BagsJob) -> None:
+    def _queue(self, job: _Job | _UpdateJob) -> None:
         """Let `job` wait for its keys without a worker. When they are free it goes to the end of
         the pool's queue, so that keys take turns there, however many updates one of them has."""
         self._waiting.add(job)
-        job.queue(functools.partial(self._exec_task, self._run_turn, job))
+        try:
+            job.queue(functools.partial(self._call, job))
+        except BaseException:
+            self._withdraw(job)
+            raise
         if self._stopped:
             self._withdraw(job)
 
-    def _run_turn(self, job: Any, turn: Turn | Turns) -> None:
-        taken = turn.claim()
-        if taken is not None:  # else somebody passed, and this will be called again
-            self._waiting.discard(job)
-            job.run(taken)
+    def _call(self, job: _Job | _UpdateJob) -> None:
+        self._exec_task(_PoolTask(self, job))
+
+    def redeem(self, job: _Job | _UpdateJob) -> bool:
+        """Whether `job` has its keys now, and begins; else a handler has passed it, and it will be
+        called again."""
+        assert job.tickets is not None
+        try:
+            redeemed = job.tickets.redeem()
+            if redeemed:
+                self._waiting.discard(job)
+        except BaseException:  # from outside: the job is lost, and its keys must not be
+            self._withdraw(job)
+            job.release()
+            raise
+        return redeemed
+
+    def call_again(self, job: _Job | _UpdateJob) -> None:
+        """The pool has lost the task that was to begin `job`."""
+        if job in self._waiting and job.tickets is not None and not self._stopped:
+            closers.run_soon(job.tickets.call_again)
 
     def test_message_handler(self, handler: Any, update: Any) -> bool:
         """A filter that raises has failed as a handler does; class middlewares swallow it too."""
@@ -258,10 +290,32 @@ class _Room:
         for job in list(self._waiting):
             self._withdraw(job)
 
-    def _withdraw(self, job: _Job | _BagsJob) -> None:
+    def _withdraw(self, job: _Job | _UpdateJob) -> None:
         self._waiting.discard(job)
-        if job.turn is not None:
-            job.turn.withdraw()
+        if job.tickets is not None:
+            job.tickets.withdraw()
+
+
+class _PoolTask:
+    """What goes into the pool to begin a job. A worker that is interrupted before it comes to the
+    job loses it; then another task is put into the pool."""
+
+    __slots__ = ("_integration", "_is_over", "_job")
+
+    def __init__(self, integration: _Room, job: _Job | _UpdateJob) -> None:
+        self._is_over = False
+        self._integration: Final = integration
+        self._job: Final = job
+
+    def __call__(self) -> None:
+        redeemed = self._integration.redeem(self._job)
+        self._is_over = True
+        if redeemed:
+            self._job.run()
+
+    def __del__(self) -> None:
+        if not self._is_over:
+            self._integration.call_again(self._job)
 
 
 def _kind_of(update: Any) -> str | None:
@@ -275,7 +329,7 @@ def _kind_of(update: Any) -> str | None:
 class _Job:
     """One task of telebot with the scope that goes around it (None: the update has no key)."""
 
-    __slots__ = ("_args", "_kwargs", "_scope", "_task", "has_session", "turn", "waits")
+    __slots__ = ("_args", "_kwargs", "_scope", "_task", "has_session", "tickets", "waits")
 
     def __init__(
         self,
@@ -291,16 +345,22 @@ class _Job:
         self.has_session: Final = scope is not None
         #: Whether it has to have its key before it begins.
         self.waits: Final = scope is not None and not scope.options.lazy
-        self.turn: Turn | None = None
+        self.tickets: Tickets | None = None
 
-    def queue(self, call: Callable[[Turn], None]) -> None:
-        """Wait for the key; `call` is called when it is free."""
+    def release(self) -> None:
+        """Give up the key: this is not going to run."""
+        if self._scope is not None:
+            release_all([self._scope])
+
+    def queue(self, call: Callable[[], None]) -> None:
+        """Wait for the key; `call` is called when it is unlocked."""
         scope = self._scope
         assert scope is not None
-        self.turn = scope.options.door.locks.queue_turn(scope.name, call)
+        self.tickets = tickets_for([scope])
+        self.tickets.queue(call, scope.options.patience)
 
-    def run(self, hold: Hold | None = None) -> None:
-        """Do it, in a worker or in the polling thread; `hold` if the key was taken before."""
+    def run(self) -> None:
+        """Do it, in a worker or in the polling thread."""
         scope = self._scope
         token = in_handler.set(True)
         try:
@@ -308,7 +368,6 @@ class _Job:
                 _bind(self._args[0], _NO_SCOPE, _NO_SESSION)
                 self._task(*self._args, **self._kwargs)
                 return
-            scope.hold = hold
             with scope as session:
                 _bind(self._args[0], (scope.scope,), (session,))
                 self._task(*self._args, **self._kwargs)
@@ -316,37 +375,52 @@ class _Job:
             in_handler.reset(token)
 
 
-class _BagsJob:
+class _UpdateJob:
     """The same with all that a bot may have: a `chat_session`, and updates that come again."""
 
-    __slots__ = ("_args", "_bags", "_eager", "_kwargs", "_task", "has_session", "turn", "waits")
+    __slots__ = (
+        "_args",
+        "_eager",
+        "_kwargs",
+        "_task",
+        "_update_scope",
+        "has_session",
+        "tickets",
+        "waits",
+    )
 
     def __init__(
-        self, bags: Bags, task: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        update_scope: UpdateScope,
+        task: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
-        self._bags: Final = bags
+        self._update_scope: Final = update_scope
         self._task: Final = task
         self._args: Final = args
         self._kwargs: Final = kwargs
-        self._eager: Final = bags.eager()
-        self.has_session: Final = bool(bags.in_order)
+        self._eager: Final = update_scope.eager()
+        self.has_session: Final = bool(update_scope.in_order)
         self.waits: Final = bool(self._eager)
-        self.turn: Turns | None = None
+        self.tickets: Tickets | None = None
 
-    def queue(self, call: Callable[[Turns], None]) -> None:
-        """Wait for the keys; `call` is called when all are free."""
-        places = [(scope.options.door.locks, scope.name) for scope in self._eager]
-        self.turn = Turns(places, call)
+    def release(self) -> None:
+        """Give up the keys: this is not going to run."""
+        release_all(self._eager)
 
-    def run(self, holds: Iterable[Hold] = ()) -> None:
-        """Do it, in a worker or in the polling thread; `holds` if the keys were taken before."""
+    def queue(self, call: Callable[[], None]) -> None:
+        """Wait for the keys; `call` is called when all are unlocked."""
+        self.tickets = tickets_for(self._eager)
+        self.tickets.queue(call, self._eager[0].options.patience)
+
+    def run(self) -> None:
+        """Do it, in a worker or in the polling thread."""
         token = in_handler.set(True)
         try:
-            for scope, hold in zip(self._eager, holds, strict=False):
-                scope.hold = hold
-            with self._bags as sessions:
-                if self._bags.is_new:
-                    _bind(self._args[0], self._bags.opened(), sessions)
+            with self._update_scope as sessions:
+                if self._update_scope.is_new:
+                    _bind(self._args[0], self._update_scope.opened(), sessions)
                     self._task(*self._args, **self._kwargs)
         finally:
             in_handler.reset(token)
@@ -430,11 +504,11 @@ class _AsyncRoom:
     ) -> None:
         """Run all of it inside the scopes of the update; called in a task that is its own."""
         try:
-            bags = Bags(self._managers, update, _delivery_of(update))
-            async with bags as sessions:
-                if not bags.is_new:
+            update_scope = UpdateScope(self._managers, update, _delivery_of(update))
+            async with update_scope as sessions:
+                if not update_scope.is_new:
                     return
-                _bind(update, bags.opened(), sessions)
+                _bind(update, update_scope.opened(), sessions)
                 in_handler.set(True)
                 await self._run_middlewares_and_handlers(
                     update, _rolling_back(handlers, _AsyncRollsBack), *args
@@ -571,8 +645,8 @@ def _session_of(update: Any, place: int) -> BaseSession:
         raise SessionKeyError(no_key(update))
     if scope.closed:
         for entry in entries():
-            if entry.update is update and entry.is_same(scope) and entry.scope.session is not None:
-                session = entry.scope.session
+            if entry.update is update and entry.is_same(scope) and not entry.scope.closed:
+                session = entry.scope.session()
                 break
     return session
 

@@ -20,7 +20,14 @@ from session_sync import LruMemoryStorage, MemoryStorage, storage_from_url
 from session_sync.testing import OfflineBotAPI
 
 # Programs that a test starts in a process of its own, and what only type checkers read.
-collect_ignore_glob = ["data/*", "disk_*.py", "shared_worker.py", "typing/*"]
+collect_ignore_glob = [
+    "data/*",
+    "disk_*.py",
+    "shared_worker.py",
+    "torture/[!t]*",
+    "torture/torture.py",
+    "typing/*",
+]
 
 _ids = itertools.count(1)
 

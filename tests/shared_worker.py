@@ -147,7 +147,7 @@ def read_only(key: str, folder: str) -> None:
             session.counter = 5
     except Exception as error:
         say(type(error).__name__)
-    say(len(sessions._options.door.locks))
+    say(len(sessions.locks))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def stored(sessions: SessionManager[Any], key: str = KEY) -> Any:
 
 
 def locks(sessions: SessionManager[Any]) -> Any:
-    return sessions._options.door.locks
+    return sessions.locks
 
 
 async def count(update: Any) -> None:

@@ -55,7 +55,7 @@ def managers(request: pytest.FixtureRequest) -> tuple[SessionManager[Bag], Sessi
 
 
 def locks(*managers: SessionManager[Any]) -> list[int]:
-    return [len(manager._options.door.locks) for manager in managers]
+    return [len(manager.locks) for manager in managers]
 
 
 # -- what a handler has
@@ -798,8 +798,8 @@ def test_non_blocking_work_keeps_both_open_in_ptb(
         app.add_handler(ext.TypeHandler(telegram.Update, make_task), 1)
         await app.process_update(update_for(app, message(1, chat=-100)))
         await begun.wait()
-        assert USER in sessions._options.door.locks._locks
-        assert CHAT in chats._options.door.locks._locks
+        assert sessions.locks.is_locked(USER)
+        assert chats.locks.is_locked(CHAT)
         go_on.set()
         async with chats.session_scope(CHAT) as chat:
             assert chat == {"total": 1, "task": True}

@@ -226,7 +226,7 @@ def test_sessions_follow_their_group(
         f"user:2:chat:{NEW}": {"name": "user 2", "texts": 1},
     }
     assert bot.errors.empty()
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 @pytest.mark.parametrize("word", ["migrate_to_chat_id", "migrate_from_chat_id"])

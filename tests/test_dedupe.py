@@ -337,7 +337,7 @@ def test_a_damaged_record_is_reported_and_left_alone(
     assert isinstance(error, SessionDecodeError)
     assert KEY in str(error)
     assert stored(sessions) == {"count": 1, "$updates": {"a": 1}}
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 # -- versions

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from conftest import Threads, message
 
-from session_sync import MemoryStorage, SessionManager, locks
+from session_sync import MemoryStorage, SessionManager
+from session_sync.locks.lock import LockHandle
 
 WORKERS = 8
 TIMES = int(os.environ.get("SESSION_SYNC_TIMES", "500"))  # by each worker
@@ -113,32 +114,19 @@ def test_every_update_is_kept(
 ) -> None:
     way(sessions, keys, TIMES)
     assert kept(sessions, keys) == WORKERS * TIMES
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_without_the_lock_the_same_work_loses_updates(
     way: Callable[[Sessions, int, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alone(table: Any, key: str, *args: Any) -> locks.Hold:
-        hold = take(locks.LockTable(), key)
-        assert hold is not None
-        return hold
+    make, numbers = LockHandle.__init__, itertools.count()
 
-    def queue_turn(table: Any, key: str, call: Any) -> Any:
-        class Turn:
-            def claim(self) -> locks.Hold:
-                return alone(table, key)
+    def alone(handle: LockHandle, table: Any, key: str, caller: Any) -> None:
+        make(handle, table, f"{key} {next(numbers)}", caller)
 
-            def withdraw(self) -> None: ...
-
-        turn = Turn()
-        call(turn)
-        return turn
-
-    take = locks.LockTable.try_acquire
-    monkeypatch.setattr(locks.LockTable, "try_acquire", alone)
-    monkeypatch.setattr(locks.LockTable, "queue_turn", queue_turn)
+    monkeypatch.setattr(LockHandle, "__init__", alone)
     sessions: Sessions = SessionManager()
     way(sessions, 1, 200)
     assert kept(sessions, 1) < WORKERS * 200

@@ -208,7 +208,7 @@ def test_a_migrated_session_whose_saving_fails_is_still_to_be_saved(
     with people.session_scope("user:1") as session:
         session.other = object()
         if isinstance(storage, MemoryStorage):
-            monkeypatch.setattr(people._options.door, "save", _full)
+            monkeypatch.setattr(people._options.backend, "save", _full)
         with pytest.raises((SessionEncodeError, OSError)):
             session.flush()
         monkeypatch.undo()
@@ -483,7 +483,7 @@ def test_an_eager_save_that_fails_leaves_a_lazy_session_unloaded(
     monkeypatch: pytest.MonkeyPatch, storage: Any
 ) -> None:
     people = SessionManager(Person, storage=storage, lazy=True, migrate_eagerly=True)
-    door = people._options.door
+    door = people._options.backend
     with people.session_scope("user:1") as session:
         with monkeypatch.context() as broken:
             broken.setattr(door, "save", _full)

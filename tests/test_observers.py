@@ -373,7 +373,7 @@ def holder(threads: Threads) -> Iterator[Any]:
             with sessions.session_scope(key):
                 held.set()
                 give_up = time.monotonic() + SOON
-                while not sessions._options.door.locks._lock(key)._queue:
+                while not sessions.locks.waiters(key):
                     assert time.monotonic() < give_up, "nobody has waited"
                     time.sleep(0)
                 time.sleep(A_WHILE)

@@ -97,8 +97,8 @@ class Handler:
 
 def somebody_waits_for(sessions: SessionManager[Any], key: str) -> None:
     """Return when somebody has queued for a key that is held."""
-    locks, give_up = sessions._options.door.locks, time.monotonic() + SOON
-    while not locks._lock(key)._queue:
+    give_up = time.monotonic() + SOON
+    while not sessions.locks.waiters(key):
         assert time.monotonic() < give_up, f"nobody has waited for {key}"
         time.sleep(0)
 
@@ -235,7 +235,7 @@ def test_all_of_a_person_is_deleted_and_nothing_of_others(sessions: SessionManag
     assert sessions.forget(user=2, chat=5) == 0
     assert sessions.forget(chat=-100) == 2
     assert found(sessions) == []
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_what_a_running_handler_saves_is_deleted_too(
@@ -353,7 +353,7 @@ def test_all_sessions_of_a_chat_move_and_no_others(sessions: SessionManager[Any]
     with sessions.session_scope(StorageKey(user=1, chat=NEW)) as session:
         assert session == {"whose": "user:1:chat:-100"}
     assert sessions.migrate_chat(OLD, NEW) == 0
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_a_session_moves_as_it_is_stored_whatever_its_version(storage: Any) -> None:
@@ -609,4 +609,4 @@ def test_moves_in_both_directions_and_handlers_never_stop_each_other(
     sessions.migrate_chat(OLD, NEW)
     (stored,) = (sessions.storage.get(key) for key in found(sessions) if key.startswith("chat"))
     assert len(stored) == 1 + 2 * adds
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0

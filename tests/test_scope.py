@@ -8,6 +8,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -249,7 +250,7 @@ def test_a_cancelled_handler_is_discarded_and_its_key_free() -> None:
 
     asyncio.run(main())
     assert sessions.storage.get(KEY) is None
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 @pytest.mark.parametrize("during", ["get", "set"])
@@ -288,7 +289,7 @@ def test_a_handler_cancelled_while_the_store_works_frees_the_key_only_afterwards
 
     asyncio.run(main())
     assert storage.get(KEY) == {"trail": [2] if during == "get" else [1, 2]}
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_a_coroutine_that_is_thrown_away_frees_its_key() -> None:
@@ -309,7 +310,9 @@ def test_a_coroutine_that_is_thrown_away_frees_its_key() -> None:
         coroutine.close()
 
     asyncio.run(enter())
-    assert len(sessions._options.door.locks) == 0
+    with sessions.session_scope(KEY) as session:  # as soon as a thread has closed it
+        assert dict(session) == {}
+    assert len(sessions.locks) == 0
     assert sessions.storage.get(KEY) is None
 
 
@@ -339,7 +342,7 @@ def test_a_handler_that_raises(how: str, on_error: Any, error: type[BaseExceptio
     expected = {"a": 2, "items": [1, 2]} if on_error == "flush" else flushed
     assert (storage.get(KEY) or {}) == expected
     assert kept[0] == expected  # what it shows once closed
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 class Failing(Counting):
@@ -366,7 +369,7 @@ def test_errors_of_a_store_propagate_and_leave_the_key_free(how: str) -> None:
         storage.broken = broken
         with pytest.raises(OSError, match=f"{broken} on fire"):
             run_handler(sessions, handler, how)
-        assert len(sessions._options.door.locks) == 0
+        assert len(sessions.locks) == 0
         assert storage.values == {KEY: {"a": 1}}
 
 
@@ -417,7 +420,7 @@ def test_a_value_that_contains_itself_is_refused_and_nothing_written() -> None:
         session.cart = []
         session.cart.append(session.cart)
     assert sessions.storage.get(KEY) is None
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_a_stored_value_that_is_no_mapping_is_refused_and_left() -> None:
@@ -427,7 +430,7 @@ def test_a_stored_value_that_is_no_mapping_is_refused_and_left() -> None:
     with pytest.raises(SessionDecodeError, match=r"user:1:chat:1.*prefix"):
         sessions.session_scope(KEY).__enter__()
     assert storage.values[KEY] == ["not", "fields"]
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 # -- flush, release
@@ -546,16 +549,16 @@ async def cancelled_while(task: asyncio.Task[Any], begun: Any, go_on: Any) -> No
         await task
 
 
-def test_a_session_is_closed_before_its_last_flush_gives_its_turn_on(
+def test_a_session_is_closed_before_its_last_flush_releases_the_write_lock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else a thread that waits with a flush of its own could write once more, without the key."""
     sessions: SessionManager[Any] = SessionManager(storage=Counting())
-    turn_is_held: list[bool] = []
+    is_locked: list[bool] = []
     close = Fields.close
 
     def watched(fields: Fields) -> None:
-        turn_is_held.append(scope._once["flushes"].hold is not None)
+        is_locked.append("write" in scope.held)
         close(fields)
 
     monkeypatch.setattr(Fields, "close", watched)
@@ -563,10 +566,10 @@ def test_a_session_is_closed_before_its_last_flush_gives_its_turn_on(
         scope: Any = session._lifecycle
         session.flush()
         session.a = 1
-    assert turn_is_held[0]
+    assert is_locked[0]
 
 
-def test_a_flush_that_comes_while_the_last_one_is_on_its_way_writes_nothing() -> None:
+def test_a_flush_that_comes_while_the_last_one_is_on_its_way_waits_and_writes_nothing() -> None:
     storage, begun, go_on = slow_store()
     sessions: SessionManager[Any] = SessionManager(storage=storage)
     sessions_of_others: list[Any] = []
@@ -579,8 +582,12 @@ def test_a_flush_that_comes_while_the_last_one_is_on_its_way_writes_nothing() ->
     thread = threading.Thread(target=handler)
     thread.start()
     assert begun.wait(20)
-    sessions_of_others[0].flush()
+    flush = threading.Thread(target=sessions_of_others[0].flush)
+    flush.start()
+    while not sessions_of_others[0]._lifecycle.queues:
+        time.sleep(0)  # until it waits for the last one
     go_on.set()
+    flush.join(20)
     thread.join(20)
     assert storage.calls == ["get", "set"]
 
@@ -645,7 +652,7 @@ def test_a_release_cancelled_behind_a_flush_saves_all_the_same() -> None:
 
     asyncio.run(main())
     assert storage.values == {KEY: {"a": 1, "b": 2}}
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_a_storage_that_fails_to_unload_leaves_the_key_free() -> None:
@@ -658,7 +665,7 @@ def test_a_storage_that_fails_to_unload_leaves_the_key_free() -> None:
         with sessions.session_scope(KEY) as session:
             session.a = 1
     assert sessions.storage.get(KEY) == {"a": 1}
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_entries_of_one_thread_count_once_each(threads: Threads) -> None:
@@ -681,7 +688,7 @@ def test_entries_of_one_thread_count_once_each(threads: Threads) -> None:
     go_on.set()
     thread.join(20)
     assert sessions.storage.get(KEY) == {"mine": 1, "other": 1}
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 @pytest.mark.parametrize("how", ["with", "async with"])
@@ -717,7 +724,7 @@ def test_a_lazy_session_whose_scope_ends_while_it_loads_is_closed_and_not_lost(
         go_on.set()
         thread.join(20)
     assert seen == [1]
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 @pytest.mark.parametrize("how", ["with", "async with"])
@@ -764,7 +771,7 @@ def test_an_eager_manager_that_cannot_load_what_it_joined_leaves_it_again(how: s
             with eager.session_scope(KEY) as session:
                 session.a += 1
     assert storage.values == {KEY: {"a": 2}}
-    assert len(eager._options.door.locks) == 0
+    assert len(eager.locks) == 0
 
 
 def test_one_scope_object_serves_one_with() -> None:
@@ -787,7 +794,7 @@ def test_one_scope_object_serves_one_with() -> None:
         pass
     with sessions.session_scope(KEY) as session:
         assert session.a == 1
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_what_initial_returned_is_left_alone_whatever_is_in_it() -> None:
@@ -890,7 +897,7 @@ def test_what_initial_raises_propagates_and_leaves_the_key_free(lazy: bool) -> N
         sessions.session_scope(KEY) as session,
     ):
         _ = session.get("a")
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 # -- joining
@@ -1038,7 +1045,7 @@ def test_tasks_that_start_one_another_leave_no_chain_of_scopes() -> None:
 
 def test_whoever_waits_for_a_lazy_session_waits_for_all_who_are_in_it() -> None:
     sessions: SessionManager[Any] = SessionManager(lazy=True)
-    locks = sessions._options.door.locks
+    locks = sessions._options.backend.locks
 
     def touch() -> None:
         with sessions.session_scope(KEY) as session:
@@ -1054,12 +1061,12 @@ def test_whoever_waits_for_a_lazy_session_waits_for_all_who_are_in_it() -> None:
         inside, go_on = asyncio.Event(), asyncio.Event()
         async with sessions.session_scope(KEY):
             await asyncio.to_thread(touch)  # a thread that has left waits for nothing any more
-            (hold,) = (first.holder for first in locks._locks.values())
-            assert [party.task for party in hold.parties] == [asyncio.current_task()]
+            (handle,) = locks.held.values()
+            assert [caller.task for caller in handle.callers] == [asyncio.current_task()]
             task = asyncio.create_task(child(inside, go_on), name="the child")
             await inside.wait()
-        with pytest.raises(SessionLockTimeout, match="held by task 'the child'"):
-            await contextvars.Context().run(locks.acquire_async, KEY, 0)
+        with pytest.raises(SessionLockTimeout, match="task 'the child' has held it"):
+            await contextvars.Context().run(locks.handle(KEY).acquire_async, 0)
         go_on.set()
         await task
 
@@ -1075,7 +1082,7 @@ def test_a_session_class_that_cannot_be_made_leaves_the_key_free() -> None:
     sessions = SessionManager(Broken)
     with pytest.raises(LookupError):
         sessions.session_scope(KEY).__enter__()
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_two_managers_on_one_store_exclude_each_other_and_two_stores_do_not() -> None:
@@ -1155,7 +1162,7 @@ def test_no_update_is_lost_by_threads_and_coroutines_together(keys: int, threads
     threads.join()
     kept = [(sessions.storage.get(f"user:{number}") or {"n": 0})["n"] for number in range(keys)]
     assert sum(kept) == 16 * times
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 def test_asking_for_the_session_of_a_poll_raises() -> None:

@@ -278,13 +278,11 @@ def test_who_comes_later_does_not_pass_who_stands_before_the_key(tmp_path: Path)
     """Not even if the key is free in that very moment."""
     path = str(tmp_path / "locks")
     first, later = FileLocks(path), FileLocks(path)
-    place = filelocks._place_of("key")
-    first.acquire("another key", 0)  # which opens the file
-    assert first._file is not None
-    filelocks._wait_for(first._file, place.gate)
+    place, file = filelocks._range_of("key"), first.generation.file()
+    file.wait_for(place.gate)
     with pytest.raises(SessionLockTimeout):
         later.acquire("key", 0)
-    filelocks._set(first._file, place.open)
+    file.set(place.open)
     later.acquire("key", 0).release()
 
 
@@ -297,11 +295,11 @@ def test_a_key_that_another_process_has_is_waited_for_and_others_are_not(
         session.a = 1
     with SessionManager(storage=storage_from_url(url), lock_timeout=0.2) as impatient:
         with pytest.raises(
-            SessionLockTimeout, match=r"'key:0' was not free within 0\.2 s: another"
+            SessionLockTimeout, match=r"'key:0' was not unlocked within 0\.2 s: another"
         ):
             with impatient.session_scope("key:0"):
                 pass
-        assert len(impatient._options.door.locks) == 0
+        assert len(impatient.locks) == 0
     holder.tell()
     with sessions.session_scope("key:0") as session:
         assert "held" in session
@@ -320,7 +318,7 @@ def test_who_gives_up_loses_nobodys_place(
 
     async def main() -> None:
         tasks = [asyncio.create_task(give_up(f"key:{number}")) for number in (0, 1)]
-        while sessions.storage._locks._waits.keys() < {"key:0", "key:1"}:  # type: ignore[attr-defined]
+        while sessions.storage._locks.waiting() < {"key:0", "key:1"}:  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
         for task in tasks:
             task.cancel()
@@ -343,7 +341,7 @@ def test_who_gives_up_loses_nobodys_place(
             assert not session.get("mine")
         with other.session_scope("key:0") as session:
             assert session.mine
-    assert sessions.storage._locks._waits == {}  # type: ignore[attr-defined]
+    assert sessions.storage._locks.waiting() == set()  # type: ignore[attr-defined]
 
 
 def test_those_who_wait_for_another_process_hold_up_nobody_else(
@@ -360,7 +358,7 @@ def test_those_who_wait_for_another_process_hold_up_nobody_else(
 
     async def main() -> None:
         waiting = [asyncio.create_task(use(key)) for key in held]
-        while len(sessions.storage._locks._waits) < len(held):  # type: ignore[attr-defined]
+        while len(sessions.storage._locks.waiting()) < len(held):  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
         for number in range(50):
             await asyncio.wait_for(use(f"key:{number}"), SOON)
@@ -383,7 +381,7 @@ def test_who_waits_does_not_keep_the_process_from_ending(start: Start, url: str)
                 pass
         async def main():
             task = asyncio.create_task(use())
-            while not sessions.storage._locks._waits:
+            while not sessions.storage._locks.waiting():
                 await asyncio.sleep(0.01)
         asyncio.run(main())
         print("ended")

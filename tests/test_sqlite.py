@@ -25,9 +25,9 @@ from session_sync import (
     SessionManager,
     SQLiteStorage,
     StorageKey,
-    steps,
     storage_from_url,
 )
+from session_sync.lifecycle import threads as pools
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_what_is_not_ours_is_refused_and_left(
     with pytest.raises(SessionDecodeError, match=cause), sessions.session_scope("user:1"):
         pass
     assert sql(path, "SELECT value FROM sessions") == [(value,)]
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
     with sessions.session_scope("user:2") as session:
         session.a = 1
 
@@ -294,10 +294,8 @@ def test_a_fork_waits_for_a_statement_and_statements_wait_for_a_fork(
 
     forked, go_on = threading.Event(), threading.Event()
     forking = threads.start(fork)
-    while forking.is_alive() and not connections._is_shut:
+    while forking.is_alive() and not connections._is_forking():
         time.sleep(0.001)
-    with connections._gate:  # which is free as long as somebody waits there
-        pass
     events.append(in_use.execute("SELECT 1").fetchone())
     connections.give_back(in_use)
     assert forked.wait(5)
@@ -381,18 +379,18 @@ def test_a_bad_url_says_what_is_wrong_and_no_password(url: str, message: str) ->
 def handed_over(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the pools whose threads were asked."""
     asked: list[str] = []
-    submit = steps.Pool.submit
+    submit = pools.ThreadPool.submit
 
     def watched(pool: Any, job: Any) -> None:
         asked.append(pool._name.removeprefix("session_sync-"))
         submit(pool, job)
 
-    monkeypatch.setattr(steps.Pool, "submit", watched)
-    for pool in (steps.openers, steps.closers):
+    monkeypatch.setattr(pools.ThreadPool, "submit", watched)
+    for pool in (pools.openers, pools.closers):
         monkeypatch.setattr(pool, "seconds", 0.0)
         monkeypatch.setattr(pool, "in_threads_until", 0.0)
     for moment in ("_MOMENT", "_LONG"):  # what is slow on this machine is not meant
-        monkeypatch.setattr(steps, moment, 10.0)
+        monkeypatch.setattr(pools, moment, 10.0)
     return asked
 
 
@@ -483,7 +481,7 @@ def test_an_event_loop_goes_on_while_another_program_writes(
             other.execute("COMMIT")
             await task
 
-        steps._MOMENT = 0.0002  # undone by the fixture
+        pools._MOMENT = 0.0002  # undone by the fixture
         asyncio.run(main())
         other.close()
         assert handed_over == ["close"]
@@ -494,13 +492,13 @@ def test_a_coroutine_asks_a_thread_after_a_call_that_was_slow(
     path: Path, handed_over: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with SessionManager(storage=SQLiteStorage(path)) as sessions:
-        monkeypatch.setattr(steps, "_LONG", 0.0)  # as if this disk were slow
+        monkeypatch.setattr(pools, "_LONG", 0.0)  # as if this disk were slow
         count(sessions)
         assert handed_over == []
         count(sessions)
         assert handed_over == ["open", "close"]
-        monkeypatch.setattr(steps, "_LONG", 10.0)
-        for pool in (steps.openers, steps.closers):  # a second later
+        monkeypatch.setattr(pools, "_LONG", 10.0)
+        for pool in (pools.openers, pools.closers):  # a second later
             monkeypatch.setattr(pool, "in_threads_until", 0.0)
         count(sessions)
         assert handed_over == ["open", "close"]

@@ -99,9 +99,8 @@ def feed(bot: Any, *updates: dict[str, Any]) -> None:
 
 def drain(sessions: SessionManager[Any], *keys: str) -> None:
     """Wait until every update of the keys has been handled: they are served in order."""
-    locks = sessions._options.door.locks
     for key in keys or (KEY,):
-        while key in locks._locks:
+        while sessions.locks.is_locked(key):
             with sessions.session_scope(key):
                 pass
 
@@ -509,7 +508,7 @@ def test_a_middleware_that_stops_the_update_leaves_no_key_locked(
     bot.register_message_handler(lambda m: pytest.fail("skipped"), func=lambda m: True)
     feed(bot, message(1), message(1))
     drain(sessions)
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
     raised = isinstance(answer, Exception)
     for _ in range(2 * raised):
         exceptions.wait()
@@ -575,7 +574,7 @@ def test_a_store_that_fails_to_load_keeps_the_handler_from_running(
     feed(bot, message(1))
     exceptions.wait()
     assert [type(error) for error in exceptions.got] == [OSError]
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
 
 
 # -- order and turns
@@ -720,7 +719,7 @@ def test_a_stopped_bot_leaves_nothing_in_the_way_of_the_next_one(
     slow.wait(lambda: slow.started == [1])
     slow.let(1)
     bot.stop_bot()
-    assert len(sessions._options.door.locks) == 0
+    assert len(sessions.locks) == 0
     bot = make_bot(sessions)
     bot.register_message_handler(lambda m: m.session.update(again=1), func=lambda m: True)
     feed(bot, message(1), message(2))

@@ -13,7 +13,7 @@ import tracemalloc
 from typing import Any
 
 from session_sync import MemoryStorage, SessionManager
-from session_sync.door import door_of
+from session_sync.lifecycle.backend import backend_of
 
 from ..setting import Setting
 from ..tables import Cell, Table, table
@@ -28,7 +28,7 @@ def run(setting: Setting) -> list[Table]:
     few = max(1, keys // 10)
     storage = MemoryStorage()
     sessions: SessionManager[Any] = SessionManager(storage=storage, lock_timeout=None)
-    locks = door_of(storage).locks
+    locks = backend_of(storage).locks
     rows: list[tuple[Cell, ...]] = []
     seconds = _timed(sessions, keys)
     rows.append(("one thread", keys, seconds, len(locks), "", ""))

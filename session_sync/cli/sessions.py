@@ -80,9 +80,9 @@ def show(store: Store, key: str, values: bool, as_json: bool) -> None:
 def fields_of(key: str, stored: dict[str, Any], values: bool) -> Iterator[dict[str, Any]]:
     """What there is to say of each field whose time is not up."""
     timers = Timers(stored.get(TIMERS, {}), key)
-    deadlines, now = timers.to_store(), time.time()
+    deadlines, now, expired = timers.to_store(), time.time(), timers.all_expired()
     for name, value in stored.items():
-        if not is_field(name) or timers.expired(name):
+        if not is_field(name) or name in expired:
             continue
         ends = round(deadlines[name][0] - now, 1) if name in deadlines else None
         said = {"value": jsonable(value)} if values else {}

@@ -19,6 +19,17 @@ from collections.abc import Callable
 from pickletools import genops
 from typing import Any, Final
 
+# What the parser raises, or a stack that is not as it should be. All else comes from outside.
+_DAMAGED: Final = (
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    RecursionError,
+)
+
 PERSISTENT: Final = "<persistent id>"  # the name of a Thing that the writer keeps elsewhere
 
 
@@ -71,7 +82,7 @@ def read_pickle(data: bytes) -> Any:
             if opcode.name == "STOP":
                 return machine.stack.pop()
             _ACTIONS[opcode.name](machine, argument)
-    except Exception as error:  # whatever the parser or a stack that is not as it should be raises
+    except _DAMAGED as error:
         what = f"cannot be read at byte {at} ({type(error).__name__})"
         raise ValueError(f"{what}: damaged, cut off, or no pickle of Python 3") from None
     raise AssertionError(

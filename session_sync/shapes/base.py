@@ -142,7 +142,11 @@ FREE: Final = Free()
 
 
 def unmade(text: str, error: Exception) -> MismatchError:
-    """The error that an object cannot be made. What its class has said may contain a value."""
+    """The error that an object cannot be made. What its class has said may contain a value.
+
+    For all that a class of the program raises, but an OSError, which is no word on the value: a
+    TimeoutError may be that of a signal handler.
+    """
     return MismatchError(text, f"what it cannot be made from ({type(error).__name__})")
 
 

@@ -107,6 +107,7 @@ class ListOf(Shape):
     def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
+        value = list(value)  # in one step, since another thread may change it
         was = stored if stored.__class__ is list else []
         items = _all("freeze", self._item, value, owner, _at, _or_missing(was))
         return stored if was is stored and same(items, was) else list(items)
@@ -172,6 +173,8 @@ class TupleOf(Shape):
             return value
         try:
             return tuple(items) if self._cls is tuple else self._cls(*items)
+        except OSError:  # see unmade()
+            raise
         except Exception as error:
             raise unmade(self.text, error) from None
 
@@ -209,6 +212,7 @@ class SetOf(Shape):
     def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
+        value = self._cls(value)  # as above
         items = _all("freeze", self._item, value, owner, lambda _: "{...}")
         was = {item: item for item in stored} if stored.__class__ is self._cls else {}
         # What is stored, where it says the same: a value of an Enum is another object.
@@ -246,6 +250,7 @@ class DictLike(Shape):
     def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
+        value = dict(value)  # as above
         was = stored if stored.__class__ is dict else {}
         frozen = dict(self.pairs("freeze", value, owner, was))
         if len(frozen) != len(value):

@@ -164,6 +164,8 @@ class ObjectOf(Shape):
             made = self._cls(**arguments)
             for name, value in others.items():
                 _set(made, name, value)
+        except OSError:  # see unmade()
+            raise
         except Exception as error:
             raise unmade(self.text, error) from None
         return made
@@ -255,6 +257,8 @@ class ModelOf(Shape):
             raise self.mismatch(value)
         try:
             dumped = value.model_dump(round_trip=True, by_alias=False, warnings=False)
+        except OSError:  # see unmade()
+            raise
         except Exception as error:
             found = f"what pydantic cannot take apart ({type(error).__name__})"
             raise MismatchError(self.text, found) from None
@@ -275,6 +279,8 @@ class ModelOf(Shape):
             wrong = MismatchError(self.text, f"what pydantic does not take ({said['type']})")
             wrong.steps.extend(map(step, reversed(said["loc"])))
             raise wrong from None  # pydantic's own words contain the value
+        except OSError:  # see unmade()
+            raise
         except Exception as error:  # an own validator's
             raise unmade(self.text, error) from None
 
@@ -288,11 +294,15 @@ def _plain(value: Any) -> Any:
         return {_plain(key): _plain(item) for key, item in value.items()}
     if cls in (list, tuple, set, frozenset):
         return cls([_plain(item) for item in value])
-    with suppress(Exception):
+    try:
         adapter = _adapter(cls)
         plain = adapter.dump_python(value, mode="json")
         if adapter.validate_python(plain) == value:
             return plain
+    except OSError:  # see unmade()
+        raise
+    except Exception:  # whatever an own serializer or validator raises
+        pass
     raise MismatchError("something that a store keeps", cls.__name__)  # a SecretStr, say
 
 

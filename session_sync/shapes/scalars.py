@@ -108,6 +108,8 @@ class Member(Shape):
     def thaw(self, value: Any, owner: Owner) -> Any:
         try:
             member = self._cls(value)
+        except OSError:  # see unmade()
+            raise
         except Exception:  # whatever an own `_missing_` raises
             raise MismatchError(
                 self.text, f"a {type(value).__name__} that is none of them"
@@ -170,6 +172,8 @@ class Derived(Shape):
     def _made(self, value: Any) -> Any:
         try:
             return self._cls(value)
+        except OSError:  # see unmade()
+            raise
         except Exception as error:
             raise unmade(self.text, error) from None
 

@@ -112,7 +112,8 @@ class OpenRecord(Protocol):
 
     def close(self, record: Record | None, /) -> None:
         """Store `record` as `save` does, unless it is None, and let others open it: the latter
-        also if storing fails. Called once."""
+        also if storing fails. Called once; or once more with None, if an exception from outside
+        (Ctrl-C, say) has interrupted it."""
 
 
 @runtime_checkable

@@ -22,7 +22,12 @@ from session_sync.errors import SessionDecodeError
 from session_sync.expiry import life_time
 from session_sync.storages.base import OpenRecord, Record, StoredEntry
 from session_sync.storages.filelocks import FileLocks, LockedRecord
-from session_sync.storages.sqlite import Connection, transaction
+from session_sync.storages.sqlite import (
+    Connection,
+    make_file,
+    refuse_inside_transaction,
+    transaction,
+)
 
 try:
     import diskcache as _diskcache
@@ -69,6 +74,10 @@ _UPSERT: Final = f"""
         mode = excluded.mode, filename = NULL, value = excluded.value
 """
 _DELETE: Final = "DELETE FROM Cache WHERE key = ? AND raw = 1"
+_TOUCH: Final = """
+    UPDATE Cache SET expire_time = ?
+    WHERE key = ? AND raw = 1 AND (expire_time IS NULL OR expire_time > ?)
+"""
 _SWEEP: Final = """
     DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time < ? LIMIT 100)
 """
@@ -79,9 +88,6 @@ _ENTRIES: Final = """
 _PAUSE: Final = 1.0  # seconds between two sweeps
 _KNOWN_SETTINGS: Final = _SETTINGS.keys() | diskcache.core.METADATA.keys()
 _CONNECTION_PRAGMAS: Final = ("synchronous = NORMAL", "mmap_size = 0", "cache_size = 2048")
-
-# Two storages that make the same file at once: see _make_file().
-_making_file: Final = threading.Lock()
 
 
 class DiskStorage:
@@ -143,7 +149,7 @@ class DiskStorage:
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
-        self._cache.delete(key)
+        self._cache.remove(key)
 
     def has(self, key: str, /) -> bool:
         """Whether something is stored under `key`."""
@@ -152,7 +158,7 @@ class DiskStorage:
     def touch(self, key: str, /) -> None:
         """Start the life time of the record anew; no error if there is none."""
         if self._ttl is not None:
-            self._cache.touch(key, expire=self._ttl)
+            self._cache.start_life(key, self._ttl)
 
     def keys(self) -> Iterator[str]:
         """Every stored key, in the order in which they came in.
@@ -292,7 +298,13 @@ class _Disk(diskcache.Disk):  # type: ignore[misc] # it has no types
 
 
 class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
-    """diskcache's cache, with the connections looked after: one for each thread, as before."""
+    """diskcache's cache, with the connections looked after: one for each thread, as before.
+
+    What writes is our own, and one statement where that will do. A transaction of diskcache's that
+    is interrupted as it begins stays open, and all later writes of its thread are lost with it. Our
+    own transaction has its connection for itself: what a signal handler or a finaliser writes in
+    between, in the same thread, must not be undone with it.
+    """
 
     def __init__(self, directory: str, **settings: object) -> None:
         self._era = 0
@@ -309,7 +321,7 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         era = (os.getpid(), self._era)
         con: Connection | None = getattr(local, "con", None)
         if con is None or local.era != era:
-            super().close()
+            self._close_own()
             # Not bound to its thread: close() runs in another one.
             con = sqlite3.connect(
                 os.path.join(self.directory, _FILE),
@@ -320,9 +332,14 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
             )
             for pragma in _CONNECTION_PRAGMAS:
                 con.execute(f"PRAGMA {pragma}")
-            local.con, local.era = con, era
+            con.owner = threading.get_ident()
             self._connections[id(con)] = con
+            local.con, local.era = con, era
         return con
+
+    def _close_own(self) -> None:
+        self._local.era = None  # first: a closed one must not be taken for an open one
+        super().close()
 
     def find(self, key: str) -> tuple[bytes, float | None] | None:
         """What lies under `key`, and when it expires."""
@@ -345,9 +362,10 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
 
     def write(self, key: str, value: bytes, ttl: float | None) -> None:
         """Store `value`, for `ttl` seconds, and now and then remove what has expired."""
+        refuse_inside_transaction(self.directory)
         now = time.time()
         try:
-            self._upsert(key, value, now, ttl)
+            self._upsert(self._con, key, value, now, ttl)
             if not self._swept <= now <= self._swept + _PAUSE:
                 self._swept = now
                 self._con.execute(_SWEEP, (now,))
@@ -358,19 +376,43 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         """Store several values, or remove what has None, in one transaction: our own, since that of
         diskcache stays open if it is interrupted as it begins, or fails as it ends."""
         now = time.time()
+        con, local = self._con, self._local
+        era, local.con = local.era, None  # whoever comes in between connects anew
         try:
-            with transaction(self._con):
+            with transaction(con, self.directory):
                 for key, value in values.items():
                     if value is None:
-                        self._con.execute(_DELETE, (self._disk.put(key)[0],))
+                        con.execute(_DELETE, (self._disk.put(key)[0],))
                     else:
-                        self._upsert(key, value, now, ttl)
+                        self._upsert(con, key, value, now, ttl)
+        except BaseException as error:
+            con.close()  # a transaction may still be open
+            if isinstance(error, sqlite3.OperationalError):
+                raise _as_timeout(error) from None
+            raise
+        if local.con is None and local.era == era:
+            local.con = con
+
+    def _upsert(
+        self, con: sqlite3.Connection, key: str, value: bytes, now: float, ttl: float | None
+    ) -> None:
+        expires = None if ttl is None else now + ttl
+        con.execute(_UPSERT, (self._disk.put(key)[0], now, expires, now, value))
+
+    def remove(self, key: str) -> None:
+        """Delete what lies under `key`."""
+        self._do(_DELETE, self._disk.put(key)[0])
+
+    def start_life(self, key: str, ttl: float) -> None:
+        """Let what lies under `key` live for `ttl` seconds from now on."""
+        now = time.time()
+        self._do(_TOUCH, now + ttl, self._disk.put(key)[0], now)
+
+    def _do(self, statement: str, *values: object) -> None:
+        try:
+            self._con.execute(statement, values)
         except sqlite3.OperationalError as error:
             raise _as_timeout(error) from None
-
-    def _upsert(self, key: str, value: bytes, now: float, ttl: float | None) -> None:
-        expires = None if ttl is None else now + ttl
-        self._con.execute(_UPSERT, (self._disk.put(key)[0], now, expires, now, value))
 
     def reset(self, key: str, *value: object, **options: object) -> Any:
         """Apply a setting. One that diskcache does not have would become an attribute of it."""
@@ -389,11 +431,15 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         the others are then connected in name only, and lose what they write as soon as the parent
         closes the file.
         """
-        super().close()
+        me = threading.get_ident()
+        for ref in self._connections.valuerefs():
+            if (con := ref()) is not None and con.owner == me:
+                con.close()  # also one that a transaction beneath this call has for itself
+        self._close_own()
 
     def after_fork(self) -> None:
         """The same, if C code has forked; and whoever was writing is not in this process."""
-        super().close()
+        self._close_own()
         self._txn_id = None
 
 
@@ -442,11 +488,9 @@ def _is_ours(path: str) -> bool:
 def _make_file(path: str) -> None:
     """Make the database, or close it to others: SQLite gives its mode to the files that come along.
 
-    An existing one is never opened here: to close a file drops every lock on it that this process
-    has through SQLite. The mutex keeps other threads from a new one until it is closed.
+    An existing one is never opened here, see make_file().
     """
-    with _making_file, suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    make_file(path)
     for name in (path, f"{path}-wal", f"{path}-shm", f"{path}-journal"):
         with suppress(FileNotFoundError):
             _tighten(name, 0o600)

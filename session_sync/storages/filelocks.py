@@ -10,14 +10,18 @@ import os
 import struct
 import sys
 import threading
+import time
 import warnings
-import weakref
+from collections import deque
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from io import FileIO
+from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
 
 from ..errors import SessionConflictError, SessionLockTimeout
+from .background import Slot, Slots, start_thread
 from .base import Record
 
 if sys.platform == "win32":
@@ -28,6 +32,10 @@ else:
 # struct flock, on Linux alone: how, from where, start, length, owner.
 _FLOCK: Final = struct.Struct("hhqqi4x")
 _HAS_OFD: Final = hasattr(fcntl, "F_OFD_SETLKW")
+
+_WAITERS: Final = 64  # threads of one process that wait, for all its stores; then it is polled
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.03  # seconds between two looks
+_BUSY: Final = "another process has it"
 
 
 class FileLocks:
@@ -41,13 +49,28 @@ class FileLocks:
     the key's byte alone, eight processes that held it for 10 ms had from 33 to 52 turns in three
     seconds; with the gate, from 37 to 39.
 
-    The locks are open file description locks: they belong to this object, not to a thread, and not
+    The locks are open file description locks: they belong to an open file, not to a thread, and not
     to a process, as POSIX's other ones do, which would fall when somebody closes the same file.
-    They cannot be waited for with a time-out, so a thread waits, and whoever has asked waits for
-    the thread. When he gives up, the thread stays where it is: it keeps the place for the next one
-    in this process who asks for the key, or lets the lock go when it gets it and nobody has asked
-    again. The description is closed in a forked child, which would otherwise keep the parent's
-    locks, and a lock that was taken before the fork is worth nothing there (`Grip.check`).
+    They cannot be waited for with a time-out, so a thread waits, and the caller waits for the
+    thread. When the caller gives up, the thread stays where it is: it keeps the place for the next
+    one in this process who asks for the key, or lets the lock go when it gets it and nobody has
+    asked again. There are at most 64 such threads; where none is to be had, the caller looks again
+    and again, so that every time-out is kept.
+
+    Why nothing stays locked, and no key has two owners, whatever comes between two lines: an
+    exception, a signal handler or a finaliser that opens and closes other sessions here, a fork.
+    There is no mutex: each step is one operation of a dict, a deque or the kernel, so a call that
+    comes in between is as one of another thread, and none of them waits for another. A lock always
+    belongs to a handle, which exists before it locks anything, and lets go when it is forgotten.
+    In a file that is open here, locks do not exclude each other, so a handle claims its two bytes
+    among those of this process first, and nobody else touches them until the handle has let go;
+    a key whose bytes are claimed (by a handle that an exception has cut loose, and whose traceback
+    somebody still has) is locked in a file of its own, where the kernel does exclude it. A thread
+    that waits is known by a weak reference, and owns its handle, until it gives that to a caller in
+    one step: it is for the caller, or the caller has given up and the thread lets go.
+
+    What was locked before a `close()` or in another process is worth nothing (`check`): a forked
+    child closes the files that it has inherited, and otherwise would keep the parent's locks.
 
     Where Python offers no such locks (macOS, Windows), other processes are not kept out, and a
     RuntimeWarning says so.
@@ -55,10 +78,7 @@ class FileLocks:
 
     def __init__(self, path: str) -> None:
         self._path: Final = path
-        self._mutex = threading.Lock()
-        self._file: int | None = None
-        self._waits: dict[str, _Wait] = {}
-        self.era = 0  # ends with close() and with a fork; what was locked before is lost then
+        self._generation = Generation(path)
         _all[id(self)] = self
         if not _HAS_OFD:
             warnings.warn(
@@ -68,103 +88,276 @@ class FileLocks:
                 stacklevel=3,
             )
 
-    def acquire(self, key: str, timeout: float) -> Grip:
+    @property
+    def generation(self) -> Generation:
+        """What this process has opened since the last `close()`."""
+        generation = self._generation
+        if generation.pid != os.getpid():  # forked by C code, which does not call after_fork()
+            self.after_fork()
+            generation = self._generation
+        return generation
+
+    def waiting(self) -> set[str]:
+        """The keys for which a thread of this process waits, with a caller or without."""
+        refs = self._generation.waiters.valuerefs()  # one step, unlike the others
+        return {ref.key for ref in refs if ref() is not None}
+
+    def acquire(self, key: str, timeout: float) -> FileLockHandle:
         """Take `key`, waiting at most `timeout` seconds (0: not at all).
 
         Within one object the same key must not be asked for twice at the same time. Raises
         SessionLockTimeout.
         """
+        generation = self.generation
         if not _HAS_OFD:
-            return Grip(self, key, None, self.era)
-        place = _place_of(key)
-        with self._mutex:
-            if self._file is None:
-                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                self._file = os.open(self._path, flags, 0o600)
-            wait = self._waits.get(key)
-            if wait is None:
-                if _try(self._file, place):
-                    return Grip(self, key, place, self.era)
-                if not timeout:
-                    raise SessionLockTimeout("another process has it")
-                wait = self._waits[key] = _Wait(self, key, place, self._file)
-            wait.wanted = True
+            return FileLockHandle(self, generation, key, None)
+        handle = FileLockHandle(self, generation, key, generation.file())
         try:
-            wait.done.wait(timeout)
-        finally:  # an interrupt may come, too
-            with self._mutex:
-                wait.wanted = False
-                done = wait.done.is_set()
-                if done:
-                    self._waits.pop(key, None)
-        if not done:
-            raise SessionLockTimeout("another process has it")
-        if wait.error is not None:
-            raise wait.error
-        return Grip(self, key, place, wait.era)
+            if handle.take_at_once():
+                return handle
+            if not timeout:
+                raise SessionLockTimeout(_BUSY)
+        except BaseException:
+            handle.release()
+            raise
+        return self._wait(generation, handle, timeout)
 
-    def given(self, wait: _Wait) -> None:
-        """A waiting thread has its key: whoever wants it takes it now, or else it goes."""
-        with self._mutex:
-            wait.done.set()
-            if not wait.wanted:
-                self._waits.pop(wait.key, None)
-                if wait.error is None and wait.era == self.era:
-                    self.release(wait.place)
+    def _wait(
+        self, generation: Generation, handle: FileLockHandle, timeout: float
+    ) -> FileLockHandle:
+        deadline = time.monotonic() + timeout
+        caller = _Caller()
+        try:
+            waiter = generation.waiter(handle, caller)
+            if waiter is None:
+                return self._poll(handle, deadline)
+            # One that has ended gives nothing any more to whom it did not know.
+            caller.wait(0 if waiter.has_ended else timeout)
+        except BaseException:
+            if isinstance(given := caller.give_up(), FileLockHandle):
+                given.release()
+            raise
+        given = caller.give_up()
+        if isinstance(given, OSError):
+            raise given
+        if given is not None:
+            return given
+        return self._poll(FileLockHandle(self, generation, handle.key, generation.file()), deadline)
 
-    def release(self, place: _Place) -> None:
-        """Let the key at `place` go."""
-        if self._file is not None:
-            _set(self._file, place.leave)
+    def _poll(self, handle: FileLockHandle, deadline: float) -> FileLockHandle:
+        """Take the key without a thread, until `deadline`."""
+        pause = _SHORTEST_PAUSE
+        try:
+            while (left := deadline - time.monotonic()) > 0:
+                if not handle.claim():
+                    handle = handle.in_another_file()
+                if handle.take_step():
+                    return handle
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            raise SessionLockTimeout(_BUSY)
+        except BaseException:
+            handle.release()
+            raise
 
     def close(self) -> None:
         """Let all go."""
-        with self._mutex:
-            if self._file is not None:
-                # All bytes: a thread that waits has the same description open once more.
-                _set(self._file, _flock(fcntl.F_UNLCK, 0, 0))
-            self._leave()
+        generation, self._generation = self._generation, Generation(self._path)
+        if generation.pid == os.getpid():
+            generation.unlock()
+        generation.leave()
 
     def after_fork(self) -> None:
         """In a child: nothing of the parent's is ours, nor does any other thread live on."""
-        self._mutex = threading.Lock()
-        for wait in self._waits.values():
-            os.close(wait.file)
-        self._leave()  # which unlocks nothing: the parent has the same description
-
-    def _leave(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-        self._file = None
-        self._waits = {}
-        self.era += 1
+        generation, self._generation = self._generation, Generation(self._path)
+        generation.close_files()  # which unlocks nothing: the parent has the same ones
+        generation.leave()
 
 
-class Grip:
-    """A key that this process has."""
+class Generation:
+    """What one process has of the locks until it closes them: the open file, who has claimed what
+    in it, and the threads that wait."""
 
-    __slots__ = ("_era", "_key", "_locks", "_place")
+    def __init__(self, path: str) -> None:
+        self.path: Final = path
+        self.pid: Final = os.getpid()
+        self.waiters: Final[WeakValueDictionary[str, _Waiter]] = WeakValueDictionary()  # by key
+        self._main: Final[dict[str, LockFile]] = {}
+        self._files: Final[WeakValueDictionary[int, LockFile]] = WeakValueDictionary()
 
-    def __init__(self, locks: FileLocks, key: str, place: _Place | None, era: int) -> None:
+    def file(self) -> LockFile:
+        """The file for all keys, opened when it is first needed."""
+        # Of two who open it at once, both get the one that is noted first; the other one is closed.
+        return self._main.get("file") or self._main.setdefault("file", self.new_file())
+
+    def new_file(self) -> LockFile:
+        """The same file, opened once more, so that its locks exclude ours."""
+        file = LockFile(self.path)
+        self._files[id(file)] = file
+        return file
+
+    def waiter(self, handle: FileLockHandle, caller: _Caller) -> _Waiter | None:
+        """A thread that waits for the key of `handle`, for `caller` now; None if there is none, nor
+        can be. If it is a new one, the handle belongs to it from here on."""
+        waiter = self.waiters.get(handle.key)
+        if waiter is not None:
+            waiter.callers.append(caller)
+        elif handle.claim() and (slot := _slots.take()) is not None:
+            waiter = _Waiter(self, handle, slot, caller)
+            if not start_thread(waiter.run):
+                return None
+            self.waiters[handle.key] = waiter
+        return waiter
+
+    def unlock(self) -> None:
+        """Let all locks go."""
+        for file in self._open_files():
+            file.set(_flock(fcntl.F_UNLCK, 0, 0))
+
+    def close_files(self) -> None:
+        """Close all files, and keep the locks of whoever else has them open."""
+        for file in self._open_files():
+            file.close()
+
+    def leave(self) -> None:
+        """Keep nothing open that nobody uses any more."""
+        self._main.clear()
+        self.waiters.clear()
+
+    def _open_files(self) -> list[LockFile]:
+        return [file for ref in self._files.valuerefs() if (file := ref()) is not None]
+
+
+class LockFile(FileIO):
+    """The file, opened once. It is closed when nobody has it any more, so that its number is not
+    another file's while somebody could still unlock something by it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "a+", opener=partial(os.open, mode=0o600))
+        self.number: Final = self.fileno()  # which takes fcntl as long to ask for as to lock
+        #: By the place of their two bytes, the handles that alone may lock and unlock them.
+        self.claims: Final[dict[int, object]] = {}
+
+    def __del__(self) -> None:
+        self.close()  # FileIO's own way to do it complains
+
+    def set(self, request: bytes) -> None:
+        """Lock or unlock, without waiting."""
+        fcntl.fcntl(self.number, fcntl.F_OFD_SETLK, request)
+
+    def try_to(self, request: bytes) -> bool:
+        """Lock, if that is possible at once."""
+        try:
+            self.set(request)
+        except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves open
+            return False
+        return True
+
+    def wait_for(self, at: int) -> None:
+        """Lock one byte, when it is free."""
+        fcntl.fcntl(self.number, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
+
+
+class FileLockHandle:
+    """A key that this process has, or wants. The key is let go when this object is forgotten."""
+
+    __slots__ = ("_claim", "_file", "_generation", "_leaving", "_locks", "_range", "key")
+
+    def __init__(
+        self, locks: FileLocks, generation: Generation, key: str, file: LockFile | None
+    ) -> None:
+        self.key: Final = key
+        self._file: Final = file  # None: where nobody is kept out
         self._locks: Final = locks
-        self._key: Final = key
-        self._place = place  # None: where nobody is kept out, and once it was let go
-        self._era: Final = era
+        self._generation: Final = generation
+        self._leaving: Final[dict[str, object]] = {}
+        self._claim: Final = object()
+        if file is not None:
+            self._range: Final = _range_of(key)
+
+    def __del__(self) -> None:
+        try:
+            self._let_go()
+        except BaseException:
+            if hasattr(self, "_range"):  # else an exception came into __init__: it has nothing
+                self._let_go()  # one from outside came in: nobody else would do it
+                raise
+
+    def in_another_file(self) -> FileLockHandle:
+        """A handle of the same key, which the handles in the main file exclude."""
+        file = self._generation.new_file()
+        other = FileLockHandle(self._locks, self._generation, self.key, file)
+        other.claim()
+        return other
+
+    def claim(self) -> bool:
+        """Whether the key's bytes in this file are for this handle alone, until it is released."""
+        assert self._file is not None
+        return self._file.claims.setdefault(self._range.gate, self._claim) is self._claim
+
+    def take_at_once(self) -> bool:
+        """Take the key, if that is possible at once."""
+        file, at = self._file, self._range
+        assert file is not None
+        if file.claims.setdefault(at.gate, self._claim) is not self._claim:  # as claim(), sooner
+            return False
+        if not file.try_to(at.take):  # both bytes or none
+            return False
+        file.set(at.open)
+        return True
+
+    def take_step(self) -> bool:
+        """Go as far as one comes without waiting: to the gate, and to the key. True: it is ours."""
+        assert self._file is not None
+        # To have locked the gate is to be next, also by an earlier step.
+        if not self._file.try_to(self._range.take_gate) or not self._file.try_to(self._range.take):
+            return False
+        self._file.set(self._range.open)
+        return True
+
+    def take(self) -> None:
+        """Take the key, however long that takes."""
+        assert self._file is not None
+        self._file.wait_for(self._range.gate)
+        self._file.wait_for(self._range.gate + 1)
+        self._file.set(self._range.open)
 
     def check(self) -> None:
         """Raises SessionConflictError if the key is not ours any more."""
-        if self._locks.era != self._era:
+        generation = self._generation
+        if self._locks.generation is not generation or not self._is_ours():
             raise SessionConflictError(
-                f"session {self._key!r} was opened before its storage was closed, or before this "
-                f"process was forked: another process may have it now, so nothing was written. "
-                f"Open it again."
+                f"session {self.key!r} was closed, or opened before its storage was closed, or "
+                f"before this process was forked: another process may have it now, so nothing was "
+                f"written. Open it again."
             )
 
     def release(self) -> None:
-        """Let the key go; once, since it may soon be somebody else's of this process."""
-        place, self._place = self._place, None
-        if place is not None and self._locks.era == self._era:
-            self._locks.release(place)
+        """Let the key go. To do so again, also in between, does nothing."""
+        self._let_go()
+
+    def _is_ours(self) -> bool:
+        file = self._file
+        return file is None or file.claims.get(self._range.gate) is self._claim
+
+    def _let_go(self) -> None:
+        file = self._file
+        if file is None:
+            return
+        # The owner may do so in one thread while the collector does it in another one, which found
+        # both to be garbage. The second one must not touch what may be a new owner's by then.
+        attempt = object()
+        try:
+            if self._leaving.setdefault("by", attempt) is not attempt:
+                return
+            gate = self._range.gate
+            if file.claims.get(gate) is self._claim and self._generation.pid == os.getpid():
+                file.set(self._range.leave)
+                file.claims.pop(gate, None)
+        except BaseException:
+            if self._leaving.get("by") is attempt:
+                self._leaving.clear()  # to be done again
+            raise
 
 
 class _Store(Protocol):
@@ -177,31 +370,31 @@ Store = TypeVar("Store", bound=_Store)
 
 
 class LockedRecord(Generic[Store]):
-    """An OpenRecord (see base.py) of a storage that can load, save and delete; `grip` keeps other
+    """An OpenRecord (see base.py) of a storage that can load, save and delete; `handle` keeps other
     processes away meanwhile."""
 
-    __slots__ = ("_grip", "_key", "_storage", "record", "size")
+    __slots__ = ("_handle", "_key", "_storage", "record", "size")
 
     def __init__(
         self,
         storage: Store,
         key: str,
-        grip: Grip,
+        handle: FileLockHandle,
         load: Callable[[str], Record | None] | None = None,
     ) -> None:
-        self._storage: Final = storage
-        self._key: Final = key
-        self._grip: Final = grip
-        self.size: int | None = None  # bytes that were written last
         try:
+            self._storage: Final = storage
+            self._key: Final = key
+            self._handle: Final = handle
+            self.size: int | None = None  # bytes that were written last
             self.record: Final = storage.load(key) if load is None else load(key)
         except BaseException:
-            grip.release()
+            handle.release()
             raise
 
     def check(self) -> None:
         """Raises SessionConflictError if another process may have opened it."""
-        self._grip.check()
+        self._handle.check()
 
     def save(self, record: Record, /) -> None:
         """Store `record`, or remove what is stored if it is empty."""
@@ -218,55 +411,97 @@ class LockedRecord(Generic[Store]):
             if record is not None:
                 self.save(record)
         finally:
-            self._grip.release()
+            self._handle.release()
 
 
-class _Wait:
+class _Waiter:
     """A thread that waits for one key, for whoever in this process wants it."""
 
-    def __init__(self, locks: FileLocks, key: str, place: _Place, file: int) -> None:
-        self._locks: Final = locks
-        # Of its own: the number of a closed file is soon that of another one.
-        self.file: Final = os.dup(file)
-        self.key: Final = key
-        self.place: Final = place
-        self.era: Final = locks.era
-        self.wanted = True
-        self.done: Final = threading.Event()
-        self.error: BaseException | None = None
-        threading.Thread(target=self._run, daemon=True, name=f"wait for {key}").start()
+    __slots__ = ("__weakref__", "_generation", "_handle", "_slot", "callers", "has_ended")
 
-    def _run(self) -> None:
+    def __init__(
+        self, generation: Generation, handle: FileLockHandle, slot: Slot, caller: _Caller
+    ) -> None:
+        self._generation: Final = generation
+        self._handle: Final = handle
+        self._slot: Final = slot
+        self.callers: Final = deque([caller])
+        self.has_ended = False  # who comes to the callers after that, is not looked at
+
+    def run(self) -> None:
+        """Wait, in a thread of its own."""
+        outcome: _Outcome = None
         try:
-            _wait_for(self.file, self.place.gate)
-            try:
-                _wait_for(self.file, self.place.gate + 1)
-            finally:
-                _set(self.file, self.place.open)
-        except BaseException as error:
-            self.error = error
-        self._locks.given(self)
-        os.close(self.file)
+            self._handle.take()
+            outcome = self._handle
+        except OSError as error:
+            outcome = error
+        finally:
+            self._end(outcome)
+
+    def _end(self, outcome: _Outcome) -> None:
+        """Give `outcome` to one caller, and nothing to the others; or let the key go."""
+        self._generation.waiters.pop(self._handle.key, None)
+        self.has_ended = True
+        given = False
+        while self.callers:
+            given = self.callers.popleft().give(None if given else outcome) or given
+        if not given or outcome is not self._handle:
+            self._handle.release()
 
 
-class _Place(NamedTuple):
+_Outcome: TypeAlias = FileLockHandle | OSError | None
+
+
+class _Caller:
+    """Who waits for what a thread will give."""
+
+    __slots__ = ("_box", "_signal")
+
+    def __init__(self) -> None:
+        self._box: Final[dict[str, tuple[_Outcome]]] = {}  # who writes into it first, decides
+        self._signal: Final = threading.Lock()  # released when something was given
+        self._signal.acquire()
+
+    def wait(self, timeout: float) -> None:
+        """Until something was given, or for `timeout` seconds."""
+        self._signal.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+
+    def give(self, outcome: _Outcome) -> bool:
+        """In the thread: False if the caller has given up."""
+        mine = (outcome,)
+        given = self._box.setdefault("given", mine) is mine
+        self._signal.release()
+        return given
+
+    def give_up(self) -> _Outcome:
+        """What was given; if nothing was, nothing will be."""
+        return self._box.setdefault("given", _NOTHING)[0]
+
+
+_NOTHING: Final[tuple[_Outcome]] = (None,)
+
+
+class _Range(NamedTuple):
     """Where the two bytes of a key are, and what the kernel is asked about them."""
 
     gate: int
     take: bytes  # both bytes
+    take_gate: bytes
     open: bytes  # the gate
-    leave: bytes  # the key
+    leave: bytes  # both
 
 
 @lru_cache(maxsize=1024)  # of users who write one message after the other
-def _place_of(key: str) -> _Place:
+def _range_of(key: str) -> _Range:
     digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     gate = (int.from_bytes(digest) >> 3) << 1
-    return _Place(
+    return _Range(
         gate,
         take=_flock(fcntl.F_WRLCK, gate, 2),
+        take_gate=_flock(fcntl.F_WRLCK, gate),
         open=_flock(fcntl.F_UNLCK, gate),
-        leave=_flock(fcntl.F_UNLCK, gate + 1),
+        leave=_flock(fcntl.F_UNLCK, gate, 2),
     )
 
 
@@ -275,30 +510,12 @@ def _flock(how: int, at: int, length: int = 1) -> bytes:
     return _FLOCK.pack(how, 0, at, length, 0)
 
 
-def _try(file: int, place: _Place) -> bool:
-    """Take the key at `place`, if that is possible at once."""
-    try:
-        _set(file, place.take)  # both or none
-    except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves open
-        return False
-    _set(file, place.open)
-    return True
-
-
-def _set(file: int, request: bytes) -> None:
-    """Lock or unlock, without waiting."""
-    fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
-
-
-def _wait_for(file: int, at: int) -> None:
-    """Lock one byte, when it is free."""
-    fcntl.fcntl(file, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
-
-
-_all: Final[weakref.WeakValueDictionary[int, FileLocks]] = weakref.WeakValueDictionary()
+_slots: Final = Slots(_WAITERS)
+_all: Final[WeakValueDictionary[int, FileLocks]] = WeakValueDictionary()
 
 
 def _after_fork() -> None:
+    _slots.clear()
     for reference in _all.valuerefs():
         if (locks := reference()) is not None:
             locks.after_fork()

@@ -132,6 +132,8 @@ class Asked:
         try:
             came = bool(select.select([self._socket], [], [], _MOMENT)[0])
             came = came and _is_whole(self._socket.recv(_SMALL, socket.MSG_PEEK))
+        except TimeoutError:  # a signal handler's: neither call runs out of time
+            raise
         except (OSError, ValueError):  # it has failed; or its number is too high for select()
             came = False
         if not came:

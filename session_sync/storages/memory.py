@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Final
@@ -49,10 +49,14 @@ class MemoryStorage:
     ) -> None:
         self._ttl: Final = None if ttl is None else life_time(ttl)
         self._codec: Final = (codec or Codec()) if strict else None
-        self._records: dict[str, Record] = {}
-        # With a ttl: when each record expires. All live equally long, so the oldest comes first.
-        self._expiry: Final[OrderedDict[str, float]] = OrderedDict()
-        self._mutex: Final = threading.RLock()  # for what must change together with the records
+        # With a ttl, each with the time when it expires: both change in one step.
+        self._records: dict[str, Any] = {}  # a Record; with a ttl, a _Mortal
+        # With a ttl: the keys, by when their life time began. All live equally long, so those that
+        # expire first come first. It serves to find them; whether they have, their records say.
+        self._ages: Final[OrderedDict[str, None]] = OrderedDict()
+        self._mutex: Final = (
+            threading.RLock()
+        )  # for what must not be changed by two threads at once
 
     def get(self, key: str) -> Fields | None:
         """A copy of the fields, or None."""
@@ -65,8 +69,8 @@ class MemoryStorage:
 
     def delete(self, key: str) -> None:
         """Remove a session; no error if there is none."""
-        with self._mutex:
-            self._drop(key)
+        self._records.pop(key, None)
+        self._ages.pop(key, None)
 
     def has(self, key: str) -> bool:
         """Whether a session is stored."""
@@ -76,8 +80,13 @@ class MemoryStorage:
         """Start the life time of a session anew."""
         if self._ttl is not None:
             with self._mutex:
-                if key in self._records:
-                    self._start_life(key, self._ttl)
+                records = self._records
+                found = records.get(key)
+                if isinstance(found, _Mortal) and not found.has_expired():
+                    anew = _Mortal(found.record, time.monotonic() + self._ttl)
+                    if key in records and records[key] is found:  # see _drop()
+                        records[key] = anew
+                    self._note_age(key)
 
     def keys(self) -> Iterable[str]:
         """Every stored key."""
@@ -92,7 +101,8 @@ class MemoryStorage:
     def load(self, key: str) -> Record | None:
         """The stored record itself: nobody changes it, so it need not be copied."""
         if self._ttl is None:
-            return self._records.get(key)
+            record: Record | None = self._records.get(key)
+            return record
         record = self._find(key)
         if record is not None:
             self.touch(key)
@@ -106,8 +116,8 @@ class MemoryStorage:
             self._records[key] = record
             return
         with self._mutex:
-            self._records[key] = record
-            self._start_life(key, self._ttl)
+            self._records[key] = _Mortal(record, time.monotonic() + self._ttl)
+            self._note_age(key)
             self._sweep()
 
     def save_all(self, records: Mapping[str, Record], _opened: Mapping[str, Any]) -> bool:
@@ -115,32 +125,70 @@ class MemoryStorage:
         if self._codec is not None:
             for key, record in records.items():
                 self._codec.encode(record, key)
-        for key, record in records.items():
-            if record:
-                self.save(key, record)
-            else:
-                self.delete(key)
+        before = {key: self._records.get(key) for key in records}
+        try:
+            for key, record in records.items():
+                if record:
+                    self.save(key, record)
+                else:
+                    self.delete(key)
+        except BaseException:  # from outside: put back what was there
+            for key, was in before.items():
+                if was is None:
+                    self.delete(key)
+                else:
+                    self._records[key] = was
+            raise
         return True
 
     def _find(self, key: str) -> Record | None:
-        if self._ttl is not None and self._expiry.get(key, 0) <= time.monotonic():
-            return None
-        return self._records.get(key)
+        found: Any = self._records.get(key)
+        if isinstance(found, _Mortal):
+            found = None if found.has_expired() else found.record
+        record: Record | None = found
+        return record
 
-    def _start_life(self, key: str, ttl: float) -> None:
-        self._expiry[key] = time.monotonic() + ttl
-        self._expiry.move_to_end(key)
+    def _note_age(self, key: str) -> None:
+        self._ages.pop(key, None)
+        self._ages[key] = None
 
     def _sweep(self) -> None:
         """Remove what has expired; the longest untouched come first, so this looks no further."""
-        now = time.monotonic()
         with self._mutex:
-            while self._expiry and next(iter(self._expiry.values())) <= now:
-                self._drop(next(iter(self._expiry)))
+            while (key := self._eldest()) is not None:
+                found = self._records.get(key)
+                if isinstance(found, _Mortal) and not found.has_expired():
+                    return
+                if found is not None:
+                    self._drop(key, found)
+                if key not in self._records and key in self._ages:  # see _drop()
+                    del self._ages[key]
 
-    def _drop(self, key: str) -> None:
-        self._records.pop(key, None)
-        self._expiry.pop(key, None)
+    def _eldest(self) -> str | None:
+        for key in self._ages:
+            return key
+        return None
+
+    def _drop(self, key: str, found: object) -> None:
+        """Remove `found`, if nobody has stored something else under `key` meanwhile."""
+        records = self._records
+        # Nothing comes in between the look and the removal: there is no call, and it is on calls
+        # that CPython lets a signal handler or a finaliser run, or another thread.
+        if key in records and records[key] is found:
+            del records[key]
+
+
+class _Mortal:
+    """A record, and until when it lives; from time.monotonic()."""
+
+    __slots__ = ("end", "record")
+
+    def __init__(self, record: Record, end: float) -> None:
+        self.record: Final = record
+        self.end: Final = end
+
+    def has_expired(self) -> bool:
+        return self.end <= time.monotonic()
 
 
 class LruMemoryStorage(MemoryStorage):
@@ -168,46 +216,88 @@ class LruMemoryStorage(MemoryStorage):
         super().__init__(ttl, strict=strict, codec=codec)
         if maxsize < 1:
             raise ValueError(f"maxsize must be 1 or more, not {maxsize!r}")
-        # A session in use stands in _in_use and not in _idle, so that it cannot be chosen to go.
-        self._idle: Final = _Idle(maxsize, self._drop)
+        self._maxsize: Final = maxsize
         self._in_use: Final[set[str]] = set()
+        self._idle: _Idle | None = None  # None: it has to be made, of all that is not in use
+        self._news: Final[deque[str]] = deque()  # keys that have been used or unused since
+        self._is_noting = False
 
     def get(self, key: str) -> Fields | None:
         """A copy of the fields, or None."""
-        with self._mutex:
-            self._idle.get(key)  # a read is a use
+        self._note(key)  # a read is a use
         return super().get(key)
+
+    def delete(self, key: str) -> None:
+        """Remove a session; no error if there is none."""
+        super().delete(key)
+        self._note(key)
 
     def touch(self, key: str) -> None:
         """Start the life time of a session anew."""
-        with self._mutex:
-            self._idle.get(key)
         super().touch(key)
+        self._note(key)
 
     def load(self, key: str) -> Record | None:
         """The stored record; it stays until `unload`, however many others come."""
-        with self._mutex:
-            self._in_use.add(key)
-            self._idle.pop(key, None)
-        return super().load(key)
+        self._in_use.add(key)
+        record = super().load(key)
+        self._note(key)
+        return record
 
     def save(self, key: str, record: Record) -> None:
         """Store a record in one step."""
         super().save(key, record)
-        with self._mutex:
-            if key not in self._in_use:
-                self._idle[key] = True
+        self._note(key)
 
     def unload(self, key: str) -> None:
         """The session is no longer in use: it is the most recently used one now."""
-        with self._mutex:
-            self._in_use.discard(key)
-            if key in self._records:
-                self._idle[key] = True
+        self._in_use.discard(key)
+        self._note(key)
 
-    def _drop(self, key: str) -> None:
-        super()._drop(key)
-        self._idle.pop(key, None)
+    def _drop(self, key: str, found: object) -> None:
+        super()._drop(key, found)
+        self._news.append(key)
+
+    # What is stored and what is in use has changed in one step each. The order of use follows: a
+    # call that comes into the middle of that leaves it to the one beneath, and after an exception
+    # it is made anew, since cachetools' own books may be wrong then.
+
+    def _note(self, key: str) -> None:
+        """`key` has been used, or is not any more."""
+        self._news.append(key)
+        with self._mutex:
+            if self._is_noting:
+                return
+            self._is_noting = True
+            try:
+                self._note_all()
+            except BaseException:
+                self._idle = None
+                raise
+            finally:
+                self._is_noting = False
+
+    def _note_all(self) -> None:
+        idle = self._idle
+        if idle is None:
+            idle = _Idle(self._maxsize, self._evict)
+            self._news.extendleft(reversed(list(self._records)))
+            self._idle = idle
+        while self._news:
+            key = self._news.popleft()
+            if key in self._records and key not in self._in_use:
+                idle[key] = True  # the last one to go
+            else:
+                idle.pop(key, None)
+
+    def _evict(self, key: str) -> None:
+        """Forget the session that was used least recently."""
+        records = self._records
+        # Nothing comes in between, see _drop(); and what is news was used in between.
+        if key in records and key not in self._in_use and key not in self._news:
+            del records[key]
+        if key not in records and key in self._ages:
+            del self._ages[key]
 
 
 class _Idle(LRUCache[str, bool]):

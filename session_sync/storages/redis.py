@@ -12,17 +12,23 @@ import platform
 import re
 import secrets
 import sys
-import threading
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from session_sync.codec import Codec
-from session_sync.errors import SessionConflictError, SessionDecodeError, SessionLockTimeout
+from session_sync.errors import (
+    SessionConflictError,
+    SessionDecodeError,
+    SessionError,
+    SessionLockTimeout,
+)
 from session_sync.expiry import life_time
+from session_sync.storages.background import Slots
 from session_sync.storages.base import OpenRecord, Record, StoredEntry
 from session_sync.storages.leases import Lease, renewer
 
@@ -452,14 +458,7 @@ class RedisStorage:
         Raises SessionLockTimeout, saying who has it, after `timeout` seconds; then the place in the
         queue is kept for half a second. Raises SessionDecodeError if what lies there is not ours.
         """
-        opened, data = self._opened(key, timeout)
-        if data is not None:
-            try:
-                opened.record = self._codec.decode_record(data, key)
-            except BaseException:
-                opened.close(None)
-                raise
-        return self._kept(opened)
+        return self._kept(*self._opened(key, timeout))
 
     def open_unread(self, key: str, timeout: float, /) -> OpenRecord:
         """As `open_record`, whatever text lies there: it can be removed, also if it cannot be read.
@@ -467,7 +466,7 @@ class RedisStorage:
         What is no string raises SessionDecodeError all the same: nobody can have that open.
         """
         opened, _data = self._opened(key, timeout)
-        return self._kept(opened)
+        return self._kept(opened, None)
 
     def open_at_once(self, key: str, /) -> OpenRedisRecord | None:
         """As `open_record`, if the server answers at once and nobody else has `key` open; else
@@ -476,20 +475,23 @@ class RedisStorage:
         if here.lines is None or not self._warned or key in here.begun:
             return None
         opened = self._record(here, key)
-        asked = here.lines.send(self._open_script.request(opened, _place(0)))
-        if asked is not None and not asked.has_come():
-            here.begun[key] = opened, asked
-            return None
         try:
+            asked = here.lines.send(self._open_script.request(opened, _place(0)))
+            if asked is not None and not asked.has_come():
+                here.note_begun(opened, asked)
+                return None
             data = [] if asked is None else asked.answer()
             if isinstance(data, list):
                 raise SessionLockTimeout
             if data is not None:
                 opened.record = self._codec.decode_record(data, key)
-        except Exception:  # it is asked again, and that one may take its time to fail
+            renewer().keep(opened)
+        except (RedisError, SessionError):  # it is asked again, and may take its time to fail
             here.places.keep(key, opened.token)
             return None
-        renewer().keep(opened)
+        except BaseException:  # as in _opened()
+            here.places.keep(key, opened.token)
+            raise
         return opened
 
     def save_all(
@@ -518,9 +520,7 @@ class RedisStorage:
         if not self._warned:
             self._warn_of_eviction()
         here = self._in_process()
-        opened, asked = here.begun.pop(key, (None, None))
-        if opened is None:
-            opened = self._record(here, key)
+        opened, asked = here.pop_begun(key) or (self._record(here, key), None)
         try:
             return opened, self._take(opened, timeout, here, asked)
         except BaseException:
@@ -528,9 +528,15 @@ class RedisStorage:
             here.places.keep(key, opened.token)
             raise
 
-    def _kept(self, opened: OpenRedisRecord) -> OpenRedisRecord:
-        opened.renewed()  # the waiting does not count
-        renewer().keep(opened)
+    def _kept(self, opened: OpenRedisRecord, data: bytes | None) -> OpenRedisRecord:
+        try:
+            opened.renewed()  # the waiting does not count
+            renewer().keep(opened)
+            if data is not None:
+                opened.record = self._codec.decode_record(data, opened.key)
+        except BaseException:
+            opened.close(None)
+            raise
         return opened
 
     def _record(self, here: _InProcess, key: str) -> OpenRedisRecord:
@@ -771,8 +777,12 @@ class OpenRedisRecord(Lease):
                 self._asked = asked
                 return False
             closed = asked is not None and bool(asked.answer())
-        except Exception:  # it is asked again, and that one raises it
+        except (RedisError, SessionError):  # it is asked again, and that one raises it
             return False
+        except BaseException:  # from a hook for own types, or from outside
+            with suppress(RedisError):  # the lease runs out
+                self.close(None)
+            raise
         if closed:
             renewer().drop(self)
         return closed
@@ -799,6 +809,10 @@ class _InProcess:
 
     Waiting has connections of its own, a bounded number, so that closing never lacks one; they do
     not try again by themselves, and their time-out exceeds what they wait for.
+
+    A signal handler or a finaliser may call any of this in a thread that is inside: there is no
+    mutex, each step is one operation of a dict. Nor has anything to be given back after an
+    exception: a slot to wait is free when it is forgotten, and what was begun becomes too old.
     """
 
     def __init__(self, client: Client, lease: float) -> None:
@@ -808,13 +822,35 @@ class _InProcess:
         self.begun: Final[dict[str, tuple[OpenRedisRecord, Asked]]] = {}
         # Soon enough to try again to renew a lease; and well over what anybody blocks for.
         self._timeout: Final = max(2 * _LONGEST_BLOCK, min(lease / 3, 5.0))
-        self._waits: Final = threading.Semaphore(_WAITS)
-        self._mutex: Final = threading.Lock()
+        self._slots: Final = Slots(_WAITS)
         self._clients: Final[dict[tuple[object, ...], redis.Redis]] = {}
+
+    def note_begun(self, opened: OpenRedisRecord, asked: Asked) -> None:
+        """Let `open_record` go on with this; as long as nobody does, the connection is busy."""
+        for oldest in self.begun:  # one that nobody went on with goes when the next ones come
+            begun = self.begun[oldest]
+            if begun[0].due <= time.monotonic():
+                # Nothing comes in between the look and the removal: there is no call.
+                if oldest in self.begun and self.begun[oldest] is begun:
+                    del self.begun[oldest]
+                self.places.keep(oldest, begun[0].token)
+            break
+        self.begun[opened.key] = opened, asked
+
+    def pop_begun(self, key: str) -> tuple[OpenRedisRecord, Asked] | None:
+        """What was begun just now. An older answer tells of a lock that may be somebody else's by
+        now, and of data that may be older than theirs: then it is asked again, by the same token,
+        which is to open once."""
+        begun = self.begun.pop(key, None)
+        if begun is not None and begun[0].due <= time.monotonic():
+            self.places.keep(key, begun[0].token)
+            return None
+        return begun
 
     def wait(self, node: redis.Redis, name: bytes, token: bytes, seconds: float) -> None:
         """Until the key is kept for us, or for `seconds`, or less."""
-        if not self._waits.acquire(blocking=False):
+        slot = self._slots.take()
+        if slot is None:
             time.sleep(min(seconds, _POLL))
             return
         try:
@@ -822,64 +858,65 @@ class _InProcess:
             self.aside(node).blpop([name + b":wake:" + token], timeout=max(seconds, 0.01))
         except RedisError:
             time.sleep(min(seconds, _POLL))
-        finally:
-            self._waits.release()
 
     def aside(self, node: redis.Redis) -> redis.Redis:
         """A client for the same server as `node`."""
         pool = node.connection_pool
         options = dict(pool.connection_kwargs)
         address = tuple(options.get(name) for name in ("host", "port", "path"))
-        with self._mutex:
-            client = self._clients.get(address)
-            if client is None:
-                options.pop("retry_on_timeout", None)
-                options.update(
-                    socket_timeout=self._timeout,
-                    socket_connect_timeout=self._timeout,
-                    retry=Retry(NoBackoff(), 0),
-                    retry_on_error=[],
-                )
-                client = self._clients[address] = redis.Redis(
+        client = self._clients.get(address)
+        if client is None:
+            options.pop("retry_on_timeout", None)
+            options.update(
+                socket_timeout=self._timeout,
+                socket_connect_timeout=self._timeout,
+                retry=Retry(NoBackoff(), 0),
+                retry_on_error=[],
+            )
+            # Of two who make one at once, both get the first: the other one has not connected.
+            client = self._clients.setdefault(
+                address,
+                redis.Redis(
                     connection_pool=redis.ConnectionPool(
                         connection_class=pool.connection_class, **options
                     )
-                )
-            return client
+                ),
+            )
+        return client
 
     def close(self) -> None:
         if self.lines is not None:
             self.lines.close()
-        with self._mutex:
-            for client in self._clients.values():
+        for address in list(self._clients):
+            client = self._clients.pop(address, None)
+            if client is not None:
                 client.connection_pool.disconnect()
-            self._clients.clear()
 
 
 class _Places:
-    """The tokens with which this process waits, by key: whoever asks again keeps his place."""
+    """The tokens with which this process waits, by key: whoever asks again keeps his place. Without
+    a mutex, as _InProcess."""
 
     def __init__(self) -> None:
         self._token: Final = f"%x{secrets.token_hex(8)}@{_HOST}:{os.getpid()}".encode()
         self._numbers: Final = itertools.count()
-        self._mutex: Final = threading.Lock()
         self._tokens: Final[dict[str, tuple[bytes, float]]] = {}
 
     def pop(self, key: str) -> bytes:
         """A token that nobody else uses now: the one that was kept for `key`, or a new one."""
-        with self._mutex:
-            kept = self._tokens.pop(key, None)
+        kept = self._tokens.pop(key, None)
         return self._token % next(self._numbers) if kept is None else kept[0]
 
     def keep(self, key: str, token: bytes) -> None:
         """Whoever is next to ask for `key` gets `token`."""
         now = time.monotonic()
-        with self._mutex:
-            self._tokens[key] = token, now
-            if len(self._tokens) > _PLACES:
-                for other, (_, since) in list(self._tokens.items()):
-                    if since < now - _OLD_PLACE:
-                        del self._tokens[other]
+        tokens = self._tokens
+        tokens[key] = token, now
+        if len(tokens) > _PLACES:
+            for other in list(tokens):
+                # Nothing comes in between the look and the removal: there is no call.
+                if other in tokens and tokens[other][1] < now - _OLD_PLACE:
+                    del tokens[other]
 
 
 _HOST: Final = re.sub(r"[^\w.-]", "-", platform.node(), flags=re.ASCII)

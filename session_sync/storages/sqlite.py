@@ -6,6 +6,7 @@ This module knows records and their bytes; it knows no session.
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 import threading
 import time
@@ -14,10 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import get_ident
 from typing import Any, Final, Literal
 
 from ..codec import Codec
-from ..errors import SessionDecodeError, SessionLockTimeout
+from ..errors import SessionDeadlockError, SessionDecodeError, SessionLockTimeout
 from ..expiry import life_time
 from .base import OpenRecord, Record, StoredEntry
 from .filelocks import FileLocks, LockedRecord
@@ -51,6 +53,7 @@ _PAGE: Final = 4096  # bytes that SQLite writes at least
 _PAGES: Final = 500  # written at once, until one write goes the other way and may wait
 _LARGE: Final = 16 * _PAGE  # bytes of a record that is not written at once
 _PAUSE: Final = 1.0  # seconds between two sweeps
+_MOMENT: Final = 0.001  # seconds between two looks whether the process has forked
 
 
 class SQLiteStorage:
@@ -106,11 +109,11 @@ class SQLiteStorage:
         self._connections: Final = _Connections(_private(path), synchronous)
         self._prompt: Final = _Connections(self._connections.path, synchronous, waits=False)
         self._locks: Final = FileLocks(f"{self._connections.path}-locks")
-        grip = self._locks.acquire("$table", _TIMEOUT)  # four workers may begin at once
+        handle = self._locks.acquire("$table", _TIMEOUT)  # four workers may begin at once
         try:
             self._connections.make_table()
         finally:
-            grip.release()
+            handle.release()
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None.
@@ -129,6 +132,7 @@ class SQLiteStorage:
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
+        refuse_inside_transaction(self._connections.path)
         self._run(_DELETE, _stored(key))
 
     def has(self, key: str, /) -> bool:
@@ -190,6 +194,7 @@ class SQLiteStorage:
         data = self._codec.encode(record, key)
         now = time.time()
         expires = None if self._ttl is None else now + self._ttl
+        refuse_inside_transaction(self._connections.path)
         self._run(_UPSERT, _stored(key), data, expires)
         if self._is_sweeping_due(now):
             self._swept = now
@@ -212,14 +217,16 @@ class SQLiteStorage:
             each.check()
         cursor = self._connections.take()
         try:
-            with transaction(cursor.connection):
+            with transaction(cursor.connection, self._connections.path):
                 for key in records:
                     if key in data:
                         cursor.execute(_UPSERT, (_stored(key), data[key], expires))
                     else:
                         cursor.execute(_DELETE, (_stored(key),))
-        finally:
-            self._connections.give_back(cursor)
+        except BaseException:  # a transaction may still be open
+            self._connections.drop(cursor)
+            raise
+        self._connections.give_back(cursor)
         for key, each in opened.items():
             each.size = len(data[key]) if key in data else None
         return True
@@ -285,11 +292,20 @@ class SQLiteStorage:
         self, statement: str, *values: object, connections: _Connections | None = None
     ) -> list[Any]:
         connections = connections or self._connections
-        cursor = connections.take()
-        try:
-            return cursor.execute(statement, values).fetchall()
-        finally:
+        while True:
+            cursor = connections.take()
+            try:
+                rows = cursor.execute(statement, values).fetchall()
+            except sqlite3.Error as error:
+                connections.give_back(cursor)
+                if isinstance(error, sqlite3.ProgrammingError) and connections.is_shut(cursor):
+                    continue  # none of our statements does harm twice
+                raise
+            except BaseException:  # from outside: the statement may be half done
+                connections.drop(cursor)
+                raise
             connections.give_back(cursor)
+            return rows
 
 
 class _WouldWaitError(Exception):
@@ -305,14 +321,14 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
         """As `close`, if nothing in that has to wait; else False."""
         try:
             if record is not None:
-                self._grip.check()
+                self._handle.check()
                 self.size = self._storage.save_at_once(self._key, record)
         except _WouldWaitError:
             return False
         except BaseException:
-            self._grip.release()
+            self._handle.release()
             raise
-        self._grip.release()
+        self._handle.release()
         return True
 
 
@@ -340,7 +356,10 @@ def _bytes(value: object, key: str) -> bytes:
 
 class Connection(sqlite3.Connection):
     """A connection that closes itself when it is forgotten; else Python 3.13 complains that nobody
-    has closed it."""
+    has closed it. `owner` is the thread that used it last; it `is_shut` by that one's fork."""
+
+    owner = 0
+    is_shut = False
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
@@ -348,27 +367,51 @@ class Connection(sqlite3.Connection):
 
 
 @contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+def transaction(connection: sqlite3.Connection, path: str) -> Iterator[None]:
     """All that is done inside is done, or nothing is."""
+    refuse_inside_transaction(path)
+    thread = threading.get_ident()
     try:  # around the beginning, too: an interrupt may come as soon as it has begun
+        _writing[thread] = path
         connection.execute("BEGIN IMMEDIATE")
         yield
         connection.execute("COMMIT")
     except BaseException:
         connection.rollback()  # which does nothing if SQLite has done it
         raise
+    finally:
+        _writing.pop(thread, None)
+
+
+def refuse_inside_transaction(path: str) -> None:
+    """Raise SessionDeadlockError in a signal handler (or a finaliser) that wants to write to a file
+    where the thread that it has interrupted is in the middle of a transaction: SQLite would wait
+    for the end of that until it gives up."""
+    if _writing and _writing.get(threading.get_ident()) == path:
+        raise SessionDeadlockError(
+            f"a signal handler that has interrupted its own thread while that writes several "
+            f"sessions to {path} cannot write there: that thread would have to go on first. Let "
+            f"the handler set a flag, and use the session later."
+        )
+
+
+_writing: Final[dict[int, str]] = {}  # by thread, the file where it is in a transaction
 
 
 class _Connections:
     """Connections to one file, each used by one thread at a time, through the one cursor it has.
 
     SQLite keeps its locks by process, so no connection may be open while the process forks: the
-    child would take the parent's locks for its own. Before a fork the gate is shut and those in use
-    are waited for, which takes as long as one statement.
+    child would take the parent's locks for its own. Before a fork no more are made, and those in
+    use are waited for, which takes as long as one statement; not those of the thread that forks (in
+    a signal handler, say), which are closed beneath it, and its statement is done once more.
 
-    Who takes an idle one, or gives it back, does not pass the gate: that would cost as much as half
-    a statement. Whoever shuts it closes what is idle until nothing is left of all that were made;
-    and who gives one back looks only then whether it was shut, so one of the two sees the other.
+    Who takes an idle one, or gives it back, passes no gate: that would cost as much as half a
+    statement. Whoever makes one notes that first and then looks whether somebody forks, who looks
+    the other way round, so one of the two sees the other. There is no mutex that a signal handler
+    or a finaliser could wait for. What an exception cuts loose (a connection, one that is just
+    being made, a fork) is known by weak references or for a limited time, so nobody waits for it
+    for ever; and a connection goes back only if its statement has ended.
     """
 
     def __init__(self, path: str, synchronous: str, waits: bool = True) -> None:
@@ -376,27 +419,38 @@ class _Connections:
         self._synchronous: Final = synchronous
         self._waits: Final = waits  # for other processes, and for the disk at a checkpoint
         self._idle: Final[deque[sqlite3.Cursor]] = deque()
-        self._made: Final[weakref.WeakSet[sqlite3.Connection]] = weakref.WeakSet()
-        self._gate = threading.Condition()
-        self._is_shut = False
+        self._made: Final[weakref.WeakValueDictionary[int, Connection | _Making]] = (
+            weakref.WeakValueDictionary()
+        )
+        self._forks: Final[dict[int, float]] = {}  # by thread: until when they are waited for
         _all[id(self)] = self
 
     def take(self) -> sqlite3.Cursor:
-        """The cursor of a connection, for one statement, after which it has to be given back."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            with self._gate:
-                while self._is_shut:
-                    self._gate.wait()
+        """The cursor of a connection, for one statement, after which it has to be given back or
+        dropped."""
+        while True:
+            try:
+                cursor = self._idle.pop()
+            except IndexError:
                 return self._connect().cursor()
+            connection: Any = cursor.connection
+            connection.owner = get_ident()
+            if not connection.is_shut:
+                return cursor
 
     def give_back(self, cursor: sqlite3.Cursor) -> None:
         """Let others use it."""
         self._idle.append(cursor)
-        if self._is_shut:  # looked at after the append, see above
-            with self._gate:
-                self._gate.notify_all()
+
+    def is_shut(self, cursor: sqlite3.Cursor) -> bool:
+        """Whether a fork in this thread has closed it; it is then not handed out any more."""
+        return bool(getattr(cursor.connection, "is_shut", False))
+
+    def drop(self, cursor: sqlite3.Cursor) -> None:
+        """Close it: something came in between."""
+        connection = cursor.connection
+        self._made.pop(id(connection), None)
+        connection.close()
 
     def make_table(self) -> None:
         """Make the table, if the file is new.
@@ -406,8 +460,10 @@ class _Connections:
         cursor = self.take()
         try:
             self._make_table(cursor)
-        finally:
-            self.give_back(cursor)
+        except BaseException:
+            self.drop(cursor)
+            raise
+        self.give_back(cursor)
 
     def _make_table(self, cursor: sqlite3.Cursor) -> None:
         ((ours,),) = cursor.execute("PRAGMA application_id").fetchall()
@@ -426,7 +482,7 @@ class _Connections:
         if ours == _OURS and version == _VERSION:
             return
         cursor.execute("PRAGMA journal_mode = wal")
-        with transaction(cursor.connection):
+        with transaction(cursor.connection, self.path):
             for statement in (_TABLE, _INDEX):
                 cursor.execute(statement)
             cursor.execute(f"PRAGMA application_id = {_OURS}")
@@ -434,13 +490,20 @@ class _Connections:
 
     def close(self) -> None:
         """Close those that are not in use."""
-        while self._idle:
-            with suppress(IndexError):  # somebody else took the last one
-                connection = self._idle.pop().connection
-                self._made.discard(connection)
-                connection.close()
+        while True:
+            try:
+                cursor = self._idle.pop()
+            except IndexError:
+                return
+            self.drop(cursor)
 
     def _connect(self) -> Connection:
+        making = _Making()
+        self._made[id(making)] = making
+        while self._is_forking():
+            self._made.pop(id(making), None)
+            time.sleep(_MOMENT)
+            self._made[id(making)] = making
         connection = sqlite3.connect(
             self.path,
             timeout=_TIMEOUT if self._waits else 0,
@@ -448,44 +511,76 @@ class _Connections:
             check_same_thread=False,  # one thread at a time has it
             factory=Connection,
         )
+        connection.owner = making.owner
+        self._made[id(connection)] = connection
         # What is no text would be named in the error of who reads it as text, with its value.
         connection.text_factory = bytes
         connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         if not self._waits:
             connection.execute("PRAGMA wal_autocheckpoint = 0")
-        self._made.add(connection)
         return connection
 
     # -- around a fork
 
+    def _is_forking(self) -> bool:
+        now = time.monotonic()
+        return any(end > now for end in list(self._forks.values()))
+
     def shut(self) -> None:
         """Close all connections, those in use as soon as they are not."""
-        self._gate.acquire()
-        self._is_shut = True
-        self.close()
-        while self._made:
-            self._gate.wait()
+        me = get_ident()
+        end = time.monotonic() + 2 * _TIMEOUT
+        self._forks[me] = end
+        while True:
             self.close()
+            for made in self._in_use():
+                if made.owner == me:  # beneath this call, or cut loose
+                    self._made.pop(id(made), None)
+                    made.is_shut = True
+                    made.close()
+            if not self._made or time.monotonic() > end:
+                return
+            time.sleep(_MOMENT)
+
+    def _in_use(self) -> list[Connection | _Making]:
+        return [made for ref in self._made.valuerefs() if (made := ref()) is not None]
 
     def open_again(self) -> None:
         """Go on, in the parent."""
-        self._is_shut = False
-        self._gate.notify_all()
-        self._gate.release()
+        self._forks.pop(get_ident(), None)
 
     def begin_anew(self) -> None:
-        """Go on, in the child: whoever stood at the gate is not in this process."""
-        self._is_shut = False
-        self._gate = threading.Condition()
+        """Go on, in the child: whoever forks or connects is not in this process."""
+        self._forks.clear()
+        self._made.clear()
+
+
+class _Making:
+    """A connection that is being made, by the thread `owner`."""
+
+    __slots__ = ("__weakref__", "is_shut", "owner")
+
+    def __init__(self) -> None:
+        self.owner: Final = get_ident()
+        self.is_shut = False
+
+    def close(self) -> None:
+        """Nothing is open yet."""
 
 
 _all: Final[weakref.WeakValueDictionary[int, _Connections]] = weakref.WeakValueDictionary()
 
 
 def _each(act: Callable[[_Connections], None]) -> None:
+    failed = None
     for reference in _all.valuerefs():
         if (connections := reference()) is not None:
-            act(connections)
+            try:
+                act(connections)
+            except BaseException as error:  # the others must not stay shut
+                failed = error
+    if failed is not None:
+        raise failed  # Python writes it on stderr
 
 
 if hasattr(os, "register_at_fork"):
@@ -502,7 +597,30 @@ def _private(path: str | os.PathLike[str]) -> str:
     folder = os.path.dirname(absolute)
     if not os.path.isdir(folder):
         os.makedirs(folder, mode=0o700, exist_ok=True)
-    # A new one only: to close an existing one would drop SQLite's locks on it (see disk.py).
-    with suppress(FileExistsError):
-        os.close(os.open(absolute, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    make_file(absolute)
     return absolute
+
+
+def make_file(path: str) -> None:
+    """Make an empty file that is closed to everybody else, if there is none.
+
+    It has its name only when it is closed again: to close a file drops all locks on it that this
+    process has through SQLite, and another thread, or a nested call, may open it at once.
+    """
+    if os.path.lexists(path):
+        return
+    new = f"{path}-new-{secrets.token_hex(8)}"
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+    try:
+        os.close(os.open(new, flags, 0o600))
+        os.link(new, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if isinstance(error, TimeoutError) or not os.path.lexists(new):
+            raise
+        with suppress(FileExistsError):  # a file system without links
+            os.close(os.open(path, flags, 0o600))
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(new)

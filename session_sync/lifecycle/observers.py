@@ -1,4 +1,4 @@
-"""What observers are told of the sessions of a manager, and what the log says of them.
+"""What observers are told of the sessions of a manager, and what is written to the log.
 
 A manager without observers makes plain scopes, in which none of this is.
 """
@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-from .errors import is_control_flow
-from .locks import Hold
-from .scope import Options, SessionScope
-from .session import BaseSession
-from .steps import Steps, Take
-from .storages.base import Record
+from ..errors import is_control_flow
+from ..locks.watch import WaitReport
+from ..session import BaseSession
+from ..storages.base import Record
+from .entry import SessionScope
+from .flow import Acquire, Flow
+from .options import Options
 
 S = TypeVar("S", bound=BaseSession)
 
@@ -42,6 +43,11 @@ class SessionEvent:
         error: what the handler raised, or what failed when it was saved; `on_wait`: why it could
             not be had. Else None. Its message names no value of the session, unless it is the
             handler's own.
+        waiters: `on_wait`: how many callers and updates wait for the session at this moment. 0 in
+            an event that tells that a wait has ended, and in all other ones.
+        holder: with `waiters`: the thread or task that holds the session, in words; None if it is
+            kept for an update that waits for a worker thread.
+        held: with `holder`: for how many seconds it has been held.
     """
 
     key: str
@@ -51,6 +57,9 @@ class SessionEvent:
     written: bool = False
     bytes: int | None = None
     error: BaseException | None = None
+    waiters: int = 0
+    holder: str | None = None
+    held: float = 0.0
 
 
 Observer: TypeAlias = Callable[[SessionEvent], object]
@@ -83,6 +92,41 @@ class Observers(NamedTuple):
             end = type(event.error).__name__
             logger.debug("not opened %r: waited %.6f s, %s", event.key, event.waited, end)
         _tell(self.on_wait, event)
+
+
+class WaitReporter:
+    """What is told when callers wait for a session for too long: the log, and `on_wait`.
+
+    `seconds` is after what time the first report is made.
+    """
+
+    def __init__(self, seconds: float, observers: Observers, prefix: str) -> None:
+        self.seconds: Final = seconds
+        self._observers: Final = observers
+        self._prefix: Final = prefix
+
+    def run_out(self, report: WaitReport, /) -> None:
+        """Callers still wait."""
+        holder = report.holder
+        logger.warning(
+            "%d waiting for session %r, for %.1f s so far: %s",
+            report.waiters,
+            report.key,
+            report.waited,
+            "it is kept for an update that waits for a free worker thread; give the bot more "
+            "threads, or look for handlers that hang"
+            if holder is None
+            else f"{holder} has held it for {report.held:.1f} s. If that handler hangs, none of "
+            f"these updates is handled; one that goes on for long calls session.release()",
+        )
+        event = SessionEvent(
+            key=report.key.removeprefix(self._prefix),
+            waited=report.waited,
+            waiters=report.waiters,
+            holder=holder,
+            held=report.held,
+        )
+        _tell(self._observers.on_wait, event)
 
 
 def _figures(event: SessionEvent) -> tuple[str, float, float]:
@@ -122,42 +166,35 @@ class ObservedScope(SessionScope[S]):
     )
 
     def __init__(
-        self, options: Options[S], key: str, name: str, update: Any, observers: Observers
+        self, options: Options[S], key: str, full_key: str, update: Any, observers: Observers
     ) -> None:
-        super().__init__(options, key, name, update)
+        self._loaded: float | None = None  # while it is open; first: the finaliser looks at it
+        super().__init__(options, key, full_key, update)
         self._observers: Final = observers
         # Before it is entered: a telebot's update has its scope while it is in the queue.
         self._asked = self._ours = time.perf_counter()
-        self._loaded: float | None = None  # while it is open
         self._found = self._has_put = False
         self._size: int | None = None
         self._error: BaseException | None = None
 
     # -- opening
 
-    def opens_at_once(self) -> bool:
-        return self._opens(super().opens_at_once)
-
-    def opens_here(self) -> bool:
-        return self._opens(super().opens_here)
-
-    def _opens(self, open_now: Callable[[], bool]) -> bool:
+    def open_now(self, may_block: bool) -> bool:
         self._asks()
         try:
-            return open_now()
+            return super().open_now(may_block)
         except BaseException as error:
             self._has_failed(error)
             raise
 
-    def opening(self, passes: bool) -> Steps:
+    def opening(self, passes: bool) -> Flow:
         self._asks()
         try:
-            locks = self.options.door.locks
-            self.hold = self.hold or locks.try_acquire(self.name)
-            if self.hold is None:
+            handle = self.handle = self.handle or self.new_handle()
+            if not (handle.is_held or handle.try_acquire()):
                 try:
-                    timeout = self.options.queue_timeout
-                    self.hold = yield Take(locks, self.name, timeout, passes)
+                    options = self.options
+                    yield Acquire(handle, options.queue_timeout, passes, options.patience)
                 finally:
                     self._ours = time.perf_counter()
             yield from super().opening(passes)
@@ -165,7 +202,7 @@ class ObservedScope(SessionScope[S]):
             self._has_failed(error)
             raise
 
-    def _waiting_for_another_process(self) -> Steps:
+    def _waiting_for_another_process(self) -> Flow:
         try:
             yield from super()._waiting_for_another_process()
         finally:
@@ -174,11 +211,11 @@ class ObservedScope(SessionScope[S]):
     def _asks(self) -> None:
         """From here on it waits; for longer already, if its key was waited for in a queue."""
         self._ours = time.perf_counter()
-        if self.hold is None:
+        if self.handle is None:
             self._asked = self._ours
 
-    def _hand_out(self, hold: Hold, record: Record | None) -> None:
-        super()._hand_out(hold, record)
+    def _hand_out(self, record: Record | None) -> None:
+        super()._hand_out(record)
         if self._ours - self._asked >= _NOTICEABLE:
             self._has_waited(None)
         self._loaded = time.perf_counter()
@@ -200,17 +237,16 @@ class ObservedScope(SessionScope[S]):
 
     # -- writing
 
-    def _put(self, record: Record) -> None:
-        puts = self._to_write(record) is not None
-        super()._put(record)
+    def put(self, record: Record) -> None:
+        puts = self.to_write(record) is not None
+        super().put(record)
         self._has_put |= puts
 
-    def _has_written(self, record: Record | None) -> None:
-        super()._has_written(record)
+    def has_written(self, record: Record | None) -> None:
+        super().has_written(record)
         if record is not None:
             self._has_put = True
-            opened = getattr(self, "_opened", None)  # in a store that blocks
-            self._size = getattr(opened, "size", None)
+            self._size = getattr(self.opened, "size", None)
 
     # -- closing
 
@@ -219,15 +255,9 @@ class ObservedScope(SessionScope[S]):
             self._error = error
         super().discard(error)
 
-    def closes_at_once(self) -> bool:
-        return self._closes(super().closes_at_once)
-
-    def closes_here(self) -> bool:
-        return self._closes(super().closes_here)
-
-    def _closes(self, close_now: Callable[[], bool]) -> bool:
+    def close_now(self, may_block: bool) -> bool:
         try:
-            closed = close_now()
+            closed = super().close_now(may_block)
         except BaseException as error:
             self._has_closed(error)
             raise
@@ -235,9 +265,9 @@ class ObservedScope(SessionScope[S]):
             self._has_closed(self._error)
         return closed
 
-    def closing(self) -> Steps:
+    def closing(self, may_block: bool) -> Flow:
         try:
-            yield from super().closing()
+            yield from super().closing(may_block)
         except BaseException as error:
             self._has_closed(error)
             raise

@@ -9,14 +9,19 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, TypeVar
 
-from .scope import SavingTogether, Scope, SessionScope
-from .session import BaseSession
-from .steps import arun, run
+from ..locks.lock import LockHandle
+from ..session import BaseSession, Fields
+from ..storages.base import Record
+from .backend import Backend
+from .entry import SessionScope
+from .flow import Acquire, Flow, arun_flow, run_flow
+from .scope import Scope
+from .threads import CallBlocking, closers
 
 S = TypeVar("S", bound=BaseSession)
 
 
-class Several:
+class ScopeStack:
     """Scopes that are entered one after the other, and left the other way round: all of them,
     whatever fails in one."""
 
@@ -74,30 +79,110 @@ def _details(
     return (None, None, None) if error is None else (type(error), error, error.__traceback__)
 
 
-def close_all(scopes: Iterable[Scope[Any]]) -> list[BaseException]:
-    """Close scopes that others have left; what fails is not raised but returned."""
-    failures: list[BaseException] = []
-    for scope in scopes:
-        try:
-            run(scope.closing())
-        except BaseException as failure:
-            failures.append(failure)
-    return failures
-
-
 async def aclose_all(scopes: Iterable[Scope[Any]]) -> list[BaseException]:
-    """The same in a coroutine."""
+    """Close scopes that others have left; what fails is not raised but returned."""
     failures: list[BaseException] = []
     rest = iter(scopes)
     for scope in rest:
         try:
-            await arun(scope.closing())
+            await arun_flow(scope.closing(may_block=False))
         except GeneratorExit:  # thrown away: it can await nothing any more
-            close_all(rest)
+            for other in rest:
+                other.abandon()
             raise
         except BaseException as failure:
             failures.append(failure)
     return failures
+
+
+class AtomicFlush:
+    """The end of a block around several sessions of one store: what has changed in them is written
+    before any of them is closed, all of it or, where the store can, nothing.
+
+    Those that were joined are left to the scopes that they belong to, and those that were released
+    to what has released them. It holds the write locks of all of them, so no flush is on its way
+    meanwhile. What fails leaves all of them as they were before.
+    """
+
+    def __init__(self, scopes: Iterable[SessionScope[Any]]) -> None:
+        self._fields: Final[dict[Scope[Any], Fields]] = {}
+        for scope in scopes:
+            if scope.joined is None and not scope.closed and scope.fields is not None:
+                self._fields[scope] = scope.fields
+        self._kept: Final[dict[Scope[Any], Record]] = {}
+        self._records: Final[dict[Scope[Any], Record]] = {}
+        self._written: Final[set[Scope[Any]]] = set()
+
+    def flow(self) -> Flow:
+        """Write."""
+        if len(self._fields) < 2:
+            return  # to close one is to write it
+        guards = [scope.write_guard() for scope in self._fields]
+        flow = self._writing_under([guard.handle for guard in guards])
+        for guard in guards:
+            flow = guard.around(flow)
+        yield from flow
+
+    def _writing_under(self, locks: Sequence[LockHandle]) -> Flow:
+        try:
+            for lock in locks:
+                if not lock.try_acquire():
+                    yield Acquire(lock, None)
+            yield from self._writing()
+        except BaseException:
+            self._take_back()
+            raise
+
+    def _writing(self) -> Flow:
+        self._kept.update((s, fields.kept) for s, fields in self._fields.items() if fields.open)
+        for scope, kept in self._kept.items():
+            record = self._fields[scope].take_changes()
+            if record is not kept and scope.to_write(record) is not None:
+                self._records[scope] = record
+        if not self._records:
+            return
+        backend = next(iter(self._records)).options.backend
+        if backend.blocking:
+            call = CallBlocking(closers, self._write, backend)
+            for scope in self._records:
+                scope.call = call
+            yield call
+            for scope in self._records:
+                scope.call = None
+        else:
+            self._write(backend)
+
+    def _write(self, backend: Backend) -> None:
+        records = {scope.full_key: record for scope, record in self._records.items()}
+        opened = {}
+        for scope in self._records:
+            if backend.blocking and scope.opened is not None:
+                opened[scope.full_key] = scope.opened
+        if backend.save_all(records, opened):
+            for scope, record in self._records.items():
+                scope.has_written(record)
+            self._written.update(self._records)
+            return
+        for scope, record in self._records.items():
+            try:
+                if scope.full_key in opened:
+                    scope.write(opened[scope.full_key], record, last=False)
+                else:
+                    scope.put(record)
+            except BaseException as error:
+                if self._written:
+                    keys = ", ".join(repr(scope.key) for scope in self._written)
+                    error.add_note(f"already written, by a store that takes one at a time: {keys}")
+                raise
+            self._written.add(scope)
+
+    def _take_back(self) -> None:
+        for scope, kept in self._kept.items():
+            if scope not in self._written:  # else it was cancelled, and yet written
+                self._fields[scope].not_saved(kept)
+        for scope, fields in self._fields.items():
+            if not scope.closed:
+                fields.roll_back()
 
 
 class SessionScopes(Generic[S]):
@@ -115,13 +200,13 @@ class SessionScopes(Generic[S]):
 
     def __init__(self, scopes: Sequence[SessionScope[S]]) -> None:
         self._scopes: Final = tuple(scopes)
-        self._several: Final = Several(sorted(self._scopes, key=lambda scope: scope.name))
+        self._stack: Final = ScopeStack(sorted(self._scopes, key=lambda scope: scope.full_key))
 
     def __enter__(self) -> tuple[S, ...]:
         try:
-            sessions = self._several.enter()
+            sessions = self._stack.enter()
         except BaseException as error:
-            _raise_first([error, *self._several.leave(error)])
+            _raise_first([error, *self._stack.leave(error)])
         return tuple(sessions[scope] for scope in self._scopes)
 
     def __exit__(
@@ -133,10 +218,10 @@ class SessionScopes(Generic[S]):
         failures: list[BaseException] = []
         try:
             if self._is_saved(error):
-                run(SavingTogether(self._scopes).steps())
+                run_flow(AtomicFlush(self._scopes).flow())
         except BaseException as failure:
             failures.append(failure)
-        failures += self._several.leave(failures[0] if failures else error)
+        failures += self._stack.leave(failures[0] if failures else error)
         try:
             if failures:
                 _raise_first(failures)
@@ -145,9 +230,9 @@ class SessionScopes(Generic[S]):
 
     async def __aenter__(self) -> tuple[S, ...]:
         try:
-            sessions = await self._several.aenter()
+            sessions = await self._stack.aenter()
         except BaseException as error:
-            _raise_first([error, *await self._several.aleave(error)])
+            _raise_first([error, *await self._stack.aleave(error)])
         return tuple(sessions[scope] for scope in self._scopes)
 
     async def __aexit__(
@@ -159,10 +244,10 @@ class SessionScopes(Generic[S]):
         failures: list[BaseException] = []
         try:
             if self._is_saved(error):
-                await arun(SavingTogether(self._scopes).steps())
+                await arun_flow(AtomicFlush(self._scopes).flow())
         except BaseException as failure:
             failures.append(failure)
-        failures += await self._several.aleave(failures[0] if failures else error)
+        failures += await self._stack.aleave(failures[0] if failures else error)
         try:
             if failures:
                 _raise_first(failures)

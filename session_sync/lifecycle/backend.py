@@ -1,7 +1,8 @@
-"""The scope's way into any storage, whatever the storage can do; and the locks that go with it.
+"""A storage with all its optional abilities filled in, and the locks that go with it.
 
 The lock table belongs to the store: two managers that are given one store object exclude each
-other, because both get the same door.
+other, because both get the same backend. This module knows storages and records; it knows no
+session.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from .errors import SessionDecodeError
-from .locks import LockTable
-from .storages.base import (
+from ..errors import SessionDecodeError
+from ..locks.table import StoreLocks
+from ..storages.base import (
     AtomicStorage,
     KVStorage,
     OpenRecord,
@@ -28,7 +29,7 @@ from .storages.base import (
 _METHODS: Final = ("get", "set", "delete", "has")
 
 
-class Door:
+class Backend:
     """What a scope needs of a storage.
 
     One that may wait for a disk or a network (`blocking`) is opened for each session: `open` gives
@@ -38,7 +39,7 @@ class Door:
 
     def __init__(self, storage: KVStorage[Any]) -> None:
         self.storage: Final = storage
-        self.locks: Final = LockTable()
+        self.locks: Final = StoreLocks()
         self.shared: Final = isinstance(storage, SharedStorage)
         self.blocking: Final[bool] = self.shared or getattr(storage, "blocking", True)
         way = storage if isinstance(storage, RecordStorage) else _WholeMapping(storage)
@@ -47,7 +48,7 @@ class Door:
         self.save: Final = way.save
         self.delete: Final = way.delete
         self._open: Final = storage.open_record if isinstance(storage, SharedStorage) else None
-        self._open_at_once: Final = (
+        self._open_nowait: Final = (
             storage.open_at_once if isinstance(storage, PromptStorage) else None
         )
         self._save_all: Final = storage.save_all if isinstance(storage, AtomicStorage) else None
@@ -56,15 +57,15 @@ class Door:
         """Open what is stored under `key`; raises SessionLockTimeout after `timeout` seconds."""
         return _Alone(self, key) if self._open is None else self._open(key, timeout)
 
-    def open_at_once(self, key: str) -> OpenRecord | None:
+    def open_nowait(self, key: str) -> OpenRecord | None:
         """The same, if that can be done without waiting; else None."""
-        return None if self._open_at_once is None else self._open_at_once(key)
+        return None if self._open_nowait is None else self._open_nowait(key)
 
     def save_all(self, records: Mapping[str, Record], opened: Mapping[str, OpenRecord]) -> bool:
         """Save several records, all or none; False if the storage cannot, and nothing was done."""
         return self._save_all is not None and self._save_all(records, opened)
 
-    def close_at_once(self, opened: OpenRecord, record: Record | None) -> bool:
+    def close_nowait(self, opened: OpenRecord, record: Record | None) -> bool:
         """Close a record, if that can be done without waiting."""
         close: Callable[[Record | None], bool] | None = getattr(opened, "close_at_once", None)
         return close is not None and close(record)
@@ -73,28 +74,28 @@ class Door:
 class _Alone:
     """A record of a storage that knows of no other processes."""
 
-    def __init__(self, door: Door, key: str) -> None:
-        self._door: Final = door
+    def __init__(self, backend: Backend, key: str) -> None:
+        self._backend: Final = backend
         self._key: Final = key
         try:
-            self.record: Final = door.load(key)
+            self.record: Final = backend.load(key)
         except BaseException:
             self.close(None)
             raise
 
     def save(self, record: Record) -> None:
         if record:
-            self._door.save(self._key, record)
+            self._backend.save(self._key, record)
         else:
-            self._door.delete(self._key)
+            self._backend.delete(self._key)
 
     def close(self, record: Record | None) -> None:
         try:
             if record is not None:
                 self.save(record)
         finally:
-            if self._door.unload is not None:
-                self._door.unload(self._key)
+            if self._backend.unload is not None:
+                self._backend.unload(self._key)
 
 
 class _WholeMapping:
@@ -123,11 +124,11 @@ class _WholeMapping:
         self._storage.set(key, dict(record))
 
 
-_doors: WeakValueDictionary[int, Door] = WeakValueDictionary()
+_backends: WeakValueDictionary[int, Backend] = WeakValueDictionary()
 
 
-def door_of(storage: KVStorage[Any]) -> Door:
-    """The one door of this storage object.
+def backend_of(storage: KVStorage[Any]) -> Backend:
+    """The one backend of this storage object.
 
     Raises TypeError if it lacks one of the four methods or has it as a coroutine function.
     """
@@ -144,6 +145,6 @@ def door_of(storage: KVStorage[Any]) -> Door:
                 f"from threads, so it needs a synchronous method (async handlers are served "
                 f"all the same, and the event loop is not blocked)"
             )
-    # A door holds its storage, so the id of a storage that has a door is not given away again.
-    # setdefault: two managers made at the same time get the same door.
-    return _doors.get(id(storage)) or _doors.setdefault(id(storage), Door(storage))
+    # A backend holds its storage, so the id of a storage that has one is not given away again.
+    # setdefault: two managers made at the same time get the same backend.
+    return _backends.get(id(storage)) or _backends.setdefault(id(storage), Backend(storage))

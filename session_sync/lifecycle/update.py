@@ -1,18 +1,23 @@
-"""The sessions that one update has at once, `session` and `chat_session`: what both rooms do about
-them. They are opened in one order, and closed all, whatever fails in one of them.
+"""What one update has open: its sessions, `session` and `chat_session`, for both integrations.
+
+They are opened in one order, and closed all, whatever fails in one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from .manager import SessionManager
+from ..locks.tickets import Tickets
+from ..session import BaseSession, Fields
+from .entry import SessionScope
 from .observers import logger
-from .scope import Scope, SessionScope
-from .scopes import Several
-from .session import BaseSession, Fields
+from .scope import Scope
+from .transaction import ScopeStack
+
+if TYPE_CHECKING:
+    from ..manager import SessionManager
 
 #: What `install` got: whose sessions the updates of a bot have, `session` first.
 Managers: TypeAlias = "tuple[SessionManager[Any], ...]"
@@ -34,7 +39,7 @@ def managers_of(
     return (sessions,) if chat_session is None else (sessions, chat_session)
 
 
-class Bags(Several):
+class UpdateScope(ScopeStack):
     """The scopes of one update as one `with` or `async with`.
 
     Why two updates never wait for each other in a circle. Of one store, they take their keys in the
@@ -71,7 +76,7 @@ class Bags(Several):
             self.enter()
             return self._hand_out()
         except BaseException as error:
-            _free_what_is_held(self.in_order)
+            release_all(self.in_order)
             raise_all(self.leave(error), NOT_CLOSED)
             raise
 
@@ -101,7 +106,7 @@ class Bags(Several):
 
     def _hand_out(self) -> Sequence[BaseSession | None]:
         self.is_new = self._delivery is None or self._delivery.lets_in(self.in_order)
-        self.sessions = [None if scope is None else scope.session for scope in self.scopes]
+        self.sessions = [None if scope is None else scope.scope.session() for scope in self.scopes]
         return self.sessions
 
     def opened(self) -> Sequence[Scope[Any] | None]:
@@ -169,23 +174,33 @@ def _put_in_order(scopes: list[SessionScope[Any]]) -> None:
         if here is not there:
             raise TypeError(
                 f"session and chat_session are one for this update, both managers having the key "
-                f"{first.name!r} in one store, and it cannot be a {here.__name__} and a "
+                f"{first.full_key!r} in one store, and it cannot be a {here.__name__} and a "
                 f"{there.__name__}: give one of them a prefix or another get_storage_key"
             )
-    elif first.options.door is second.options.door:
+    elif first.options.backend is second.options.backend:
         scopes.sort(key=_name)
 
 
 def _name(scope: SessionScope[Any]) -> str:
-    return scope.name
+    return scope.full_key
 
 
-def _free_what_is_held(scopes: list[SessionScope[Any]]) -> None:
-    """Let go of the keys that were taken for scopes before they were entered, and never will be."""
+def tickets_for(scopes: Sequence[SessionScope[Any]]) -> Tickets:
+    """The tickets of an update that has not begun. The scopes own them, and release them."""
+    tickets = []
     for scope in scopes:
-        if scope.hold is not None and not scope.members:
-            hold, scope.hold = scope.hold, None
-            hold.release()
+        ticket = scope.options.backend.locks.ticket(scope.full_key)
+        scope.handle = ticket  # which is not left alone: the update that waits keeps the scope
+        tickets.append(ticket)
+    return Tickets(tickets)
+
+
+def release_all(scopes: Sequence[SessionScope[Any]]) -> None:
+    """Unlock the keys of scopes that were not entered, and never will be."""
+    for scope in scopes:
+        if scope.handle is not None and not scope.members:
+            scope.handle.release()
+            scope.handle = None
 
 
 #: Where both fail.

@@ -1,0 +1,1 @@
+"""One life cycle for every session: lock, load, hand out, save, unlock."""

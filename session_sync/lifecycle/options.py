@@ -1,0 +1,38 @@
+"""What all scopes of one manager have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from ..locks.watch import Patience
+from ..migrations import Migrations
+from ..schema import Schema
+from ..session import BaseSession
+from .backend import Backend
+
+S = TypeVar("S", bound=BaseSession)
+
+
+@dataclass(frozen=True, slots=True)
+class Options(Generic[S]):
+    """What all scopes of one manager have in common."""
+
+    session_type: type[S]
+    schema: Schema
+    migrations: Migrations | None  # None: sessions of any version are left as they are
+    migrate_eagerly: bool
+    backend: Backend
+    initial: Callable[[Any], Mapping[str, Any] | None] | None
+    lazy: bool
+    lock_timeout: float | None
+    queue_timeout: float | None  # the part of it that is spent behind others of this process
+    patience: Patience | None  # what is told when that takes long
+    save_on_error: bool
+    dedupe: int  # how many updates a session remembers
+    #: Whether a session can be opened without a flow, unless another caller has it.
+    opens_now: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "opens_now", not self.migrate_eagerly)

@@ -1,0 +1,794 @@
+"""One life cycle: lock, load, hand out, flush, unlock; for `with` and for `async with`.
+
+A scope knows a backend and the options of its manager; it knows nothing of updates or frameworks,
+and nothing of what is open around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import weakref
+from contextlib import suppress
+from typing import Any, Final, Generic, TypeVar
+
+from ..containers import freeze
+from ..errors import (
+    SessionAwaitError,
+    SessionClosedError,
+    SessionLockTimeout,
+    is_control_flow,
+)
+from ..expiry import Ttl
+from ..locks.callers import Caller, current_caller
+from ..locks.lock import NO_QUEUES, LockHandle, hand_on, locked
+from ..locks.queue import KeyQueue
+from ..repeats import has_only_updates
+from ..session import BaseSession, Fields
+from ..storages.base import OpenRecord, Record, record_of
+from .flow import Acquire, AcquireInsisting, Flow, arun_flow, run_flow
+from .options import Options
+from .threads import CallBlocking, call_store, closers, openers, waiters
+
+S = TypeVar("S", bound=BaseSession)
+_NO_FIELDS: Final = record_of({})
+_SHORT_WAIT: Final = 1.0  # seconds
+_SHORTER_WAIT: Final = 0.05  # seconds, where others want the same thread
+
+# The locks of a scope alone: what writes, what loads it if it is lazy, what closes it unsaved.
+_WRITE: Final = "write"
+_LOAD: Final = "load"
+_GIVE_UP: Final = "give up"
+
+# What is in `members`: this while the scope is open, and a token of each member, first this one.
+OPEN: Final = object()
+FIRST: Final = object()
+_DESERTED: Final = [OPEN]
+# And this in a lazy one that has ended: whoever takes it out closes it, if it is loaded by then.
+_TO_CLOSE: Final = object()
+
+
+class Scope(Generic[S]):
+    """The time for which one key is locked and its session open.
+
+    It is opened by one SessionScope and may be joined by others; it ends when the last of them
+    leaves, or at a `release()`. Each member puts a token of its own into `members`, where `OPEN`
+    is for as long as the scope may be joined. To join is to put the token in and then to look for
+    `OPEN`; to leave is to take the token out and then, if only `OPEN` is left, that as well.
+    Whoever takes out `OPEN` has ended the scope, so it ends once. One that finds a token there
+    afterwards, of a member that came in between and saw `OPEN`, puts it back.
+
+    Who may write: the one that holds the write lock of the scope, the end of the scope included.
+    So no flush overtakes a later one, and none comes after the end. The store's lock (`opened`) and
+    the key's (`handle`) are given up inside of the write lock, too.
+
+    What was interrupted. A scope writes its handle and its open record down before it uses them,
+    and forgets them after they were given up. Whatever comes between (an exception from outside, a
+    coroutine that is thrown away), its finaliser gives up what is left, and writes nothing.
+    """
+
+    reference: Any  # a weak one to itself, from the beginning on
+    callers: list[Caller]  # those in it, first the one that opened it
+    opener: Caller
+
+    __slots__ = (
+        "__weakref__",
+        "_lost",
+        "_on_loop",
+        "_session",
+        "_stored",
+        "_written",
+        "call",
+        "callers",
+        "closed",
+        "fields",
+        "full_key",
+        "handle",
+        "held",
+        "is_loaded",
+        "key",
+        "members",
+        "opened",
+        "opener",
+        "options",
+        "queues",
+        "reference",
+        "update",
+    )
+
+    def __init__(self, options: Options[S], key: str, full_key: str, update: Any) -> None:
+        self.handle: LockHandle | None = None  # first: the finaliser looks at it
+        self.opened: OpenRecord | None = None  # in a store that blocks
+        self.options: Final = options
+        self.key: Final = key
+        self.full_key: Final = full_key
+        self.update: Any = update  # until it closes
+        self._session: weakref.ref[S] | None = None  # weak, so that no cycle keeps a lost scope
+        self.fields: Fields | None = None  # from loading on
+        self.is_loaded = not options.lazy  # whether the session may be touched once it is there
+        self.closed = False
+        self.members: list[object] = []  # before it begins, and after it has ended
+        self._written: Record | None = None  # the last record that has reached a store that blocks
+        # The locks of the scope alone: it is their table (see LockHandle).
+        self.held: Final[dict[str, LockHandle]] = {}
+        self.queues: dict[str, KeyQueue[LockHandle]] = NO_QUEUES
+        self._on_loop = False
+        self._lost = ""  # what kept the last changes from being stored
+        self.call: CallBlocking | None = None  # the one that is on its way
+
+    def name_of(self, _key: str, /) -> str:
+        """The session key that messages name, where one of the locks of the scope is waited for."""
+        return self.full_key
+
+    # -- opening
+
+    def open_now(self, may_block: bool) -> bool:
+        """Lock and load without a flow; False if that is not possible, and nothing was loaded.
+
+        | store        | `may_block` (a thread)           | not (a coroutine)        |
+        |--------------|----------------------------------|--------------------------|
+        | in memory    | done here, unless the key is held                           |
+        | that blocks  | done here, unless the key is     | False: the flow calls it |
+        |              | held, here or elsewhere          | in a thread              |
+        """
+        options = self.options
+        backend = options.backend
+        if not options.opens_now or (backend.blocking and not may_block):
+            return False
+        try:
+            handle = self.handle
+            if handle is None:  # else it has the key of a ticket, or has waited for the key
+                handle = self.handle = LockHandle(backend.locks, self.full_key, current_caller())
+                handle.owner = self.reference
+            if not (handle.try_acquire() or handle.is_held):
+                return False
+            if not backend.blocking:
+                self._hand_out(backend.load(self.full_key))
+            elif not self._open_store_now():
+                return False
+        except BaseException:
+            self._close_unsaved()
+            raise
+        return True
+
+    def new_handle(self) -> LockHandle:
+        """A claim to the key of this scope."""
+        handle = LockHandle(self.options.backend.locks, self.full_key, current_caller())
+        handle.owner = self.reference
+        return handle
+
+    def _open_store_now(self) -> bool:
+        try:
+            call_store(self._open_store, 0)
+        except SessionLockTimeout:
+            if self.opened is not None:  # it was not the store that raised this
+                raise
+            return False  # another process has it; what waits for that keeps the handle
+        assert self.opened is not None
+        self._hand_out(self.opened.record)
+        return True
+
+    def opening(self, passes: bool) -> Flow:
+        """Lock and load. `passes`: see LockHandle.acquire."""
+        options = self.options
+        try:
+            handle = self.handle = self.handle or self.new_handle()
+            if not (handle.try_acquire() or handle.is_held):
+                yield Acquire(handle, options.queue_timeout, passes, options.patience)
+            if options.backend.blocking:
+                yield from self._opening_store()
+            else:
+                self._hand_out(options.backend.load(self.full_key))
+            if options.migrate_eagerly:
+                yield from self._writing(last=False)
+        except BaseException as error:
+            yield from self._giving_up(error)
+            raise
+
+    def _opening_store(self) -> Flow:
+        call = self.call = CallBlocking(
+            openers, self._open_store, 0, nowait=self._open_store_nowait
+        )
+        try:
+            yield call
+        except SessionLockTimeout:
+            if self.opened is not None:
+                raise
+            yield from self._waiting_for_another_process()
+        self.call = None
+        assert self.opened is not None
+        self._hand_out(self.opened.record)
+
+    def _waiting_for_another_process(self) -> Flow:
+        """In short waits, so that a coroutine which is cancelled meanwhile soon ends; and with
+        threads of their own, since it may take as long as another process's handler does."""
+        timeout = self.options.lock_timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while self.opened is None:
+            left = deadline - time.monotonic()
+            short = _SHORTER_WAIT if waiters.is_crowded else _SHORT_WAIT
+            wait = max(0.0, min(left, short))
+            limit = None if timeout is None else max(0.0, left)
+            call = self.call = CallBlocking(waiters, self._open_store, wait, deadline=limit)
+            try:
+                yield call
+            except SessionLockTimeout as error:
+                if self.opened is not None or time.monotonic() >= deadline:
+                    raise SessionLockTimeout(
+                        f"the session {self.full_key!r} was not unlocked within {timeout:g} s: "
+                        f"{error}. Let that handler call session.release() before it goes on for "
+                        f"long, or give the manager a longer lock_timeout."
+                    ) from None
+
+    def _open_store(self, timeout: float) -> None:
+        # Noted at once: nothing takes a result where a coroutine was thrown away meanwhile.
+        self.opened = self.options.backend.open(self.full_key, timeout)
+
+    def _open_store_nowait(self, _timeout: float) -> bool:
+        self.opened = self.options.backend.open_nowait(self.full_key)
+        return self.opened is not None
+
+    def _hand_out(self, record: Record | None) -> None:
+        options = self.options
+        migrations = options.migrations
+        self._stored = record is not None
+        if record is None:
+            self.fields = self._missing(_NO_FIELDS)
+        elif migrations is None or migrations.are_done(record):
+            self.fields = Fields(self.key, record, options.schema)
+        else:
+            newest = migrations.newest(self.key, record, options.schema)
+            self.fields = Fields(self.key, newest, options.schema)
+            self.fields.save_as_it_is()
+        if options.initial is not None and has_only_updates(self.fields.record):
+            self.fields = self._missing(self.fields.record)
+        handle = self.handle
+        assert handle is not None
+        if options.lazy:  # from here on, whatever waits for the key waits for all who are in it
+            handle.callers = self.callers
+        else:
+            self.callers = handle.callers
+            self.opener = handle.callers[0]
+
+    def session(self) -> S:
+        """The session: one object, for as long as a handler has it."""
+        session = None if self._session is None else self._session()
+        if session is None:
+            session = self.options.session_type(self)
+            self._session = weakref.ref(session)
+        return session
+
+    def _missing(self, record: Record) -> Fields:
+        """The fields of a session that is not stored yet, and will not be until they change. All
+        that `record` has is what the session remembers."""
+        initial, schema = self.options.initial, self.options.schema
+        given = initial(self.update) if initial is not None else None
+        fields = Fields(self.key, record, schema)
+        if not given:
+            return fields
+        for name, value in given.items():
+            fields.set(name, _copy(value))
+        fields = Fields(self.key, fields.take_changes(), schema)
+        fields.begun = fields.record
+        return fields
+
+    # -- writing, always under the write lock
+
+    def flushing(self) -> Flow:
+        """Write what has changed since the last flush, or wait until the end has written it.
+
+        Raises SessionClosedError if the scope ended meanwhile, and what was changed is not stored.
+        """
+        if self.fields is None:
+            return
+        write = self.write_guard()
+        yield from write.around(self._flushing(self.fields, write.handle))
+
+    def _flushing(self, fields: Fields, write: LockHandle) -> Flow:
+        if not write.try_acquire():
+            yield Acquire(write, None)
+        if fields.open:
+            yield from self._writing(last=False)
+            self._lost = ""
+        elif self._lost:
+            raise SessionClosedError(
+                f"session {self.key!r} was closed before flush() could write it, and its last "
+                f"changes were not saved ({self._lost} was raised); do what has to be stored "
+                f"again in a new scope"
+            )
+
+    def close_now(self, may_block: bool) -> bool:
+        """Write and unlock without a flow; False if that is not possible, and nothing was done.
+
+        | store        | `may_block` (a thread)           | not (a coroutine)        |
+        |--------------|----------------------------------|--------------------------|
+        | in memory    | done here, unless a flush is on its way                     |
+        | that blocks  | the same                         | False                    |
+        """
+        backend = self.options.backend
+        if backend.blocking and not may_block:
+            return False
+        # The write lock with the handle of the key: there is only one that ends the scope, and all
+        # that waits for it waits for the callers in it.
+        handle = self.handle
+        if handle is None or self.held.setdefault(_WRITE, handle) is not handle:
+            return False
+        try:
+            try:
+                if backend.blocking:
+                    self._write_last()
+                else:
+                    self._write_in_memory(last=True)
+            except Exception:
+                raise
+            except BaseException:  # an interrupt; what others in it have changed is not to be lost
+                if not backend.blocking:
+                    self._write_in_memory(last=True)
+                raise
+            self.unlock()
+            self._release_the_end(handle)
+        except BaseException as error:
+            self._lost = type(error).__name__
+            try:
+                with suppress(Exception):  # the first error is the one to be raised
+                    self._close_unsaved()  # an interrupt may have come before the store was closed
+            finally:
+                self._release_the_end(handle)
+            raise
+        return True
+
+    def _release_the_end(self, handle: LockHandle) -> None:
+        if self.held.get(_WRITE) is handle:
+            del self.held[_WRITE]
+        if self.queues:
+            locked(hand_on, self, _WRITE)
+
+    def closing(self, may_block: bool) -> Flow:
+        """Write and unlock."""
+        if self.close_now(may_block):
+            return
+        write = self.write_guard()
+        acquire = AcquireInsisting(write.renew)
+        yield from write.around(self._closing(acquire, write.handle))
+        if acquire.cancelled is not None:
+            raise acquire.cancelled
+
+    def _closing(self, acquire: AcquireInsisting, write: LockHandle) -> Flow:
+        try:
+            if not write.try_acquire():
+                yield acquire
+            if self.handle is not None:  # else another one has closed it meanwhile
+                yield from self._writing(last=True)
+                self.unlock()
+        except BaseException as error:
+            self._lost = type(error).__name__
+            yield from self._giving_up(error)
+            raise
+
+    def write_guard(self) -> Guard:
+        """The owner of a claim to the write lock, with which nothing was done yet."""
+        return Guard(self, _WRITE)
+
+    def _write_last(self) -> None:
+        """Write to a store that blocks, and close the record there."""
+        fields, opened = self.fields, self.opened
+        assert fields is not None
+        assert opened is not None
+        kept = fields.kept
+        fields.close()  # first: a change that comes now would be lost
+        record = fields.take_changes()
+        call_store(self.write, opened, None if record is kept else record, True)
+
+    def _write_in_memory(self, last: bool) -> None:
+        fields = self.fields
+        assert fields is not None
+        if last:
+            fields.close()  # first: a change that comes now would be lost
+        kept = fields.kept
+        record = fields.take_changes()
+        if record is kept:
+            return
+        try:
+            self.put(record)
+        except BaseException:
+            fields.not_saved(kept)
+            raise
+
+    def put(self, record: Record) -> None:
+        """Write to a store in memory."""
+        if record:
+            self.options.backend.save(self.full_key, record)
+            self._stored = True
+        elif self._stored:
+            self.options.backend.delete(self.full_key)
+            self._stored = False
+
+    def _writing(self, last: bool) -> Flow:
+        if not self.options.backend.blocking:
+            self._write_in_memory(last)
+            return
+        fields, opened = self.fields, self.opened
+        assert fields is not None
+        assert opened is not None
+        kept = fields.kept
+        if last:
+            fields.close()  # first: a change that comes now would be lost
+        record = fields.take_changes()
+        changed = record is not kept
+        if not (changed or last):
+            return
+        self._written = None
+        args = (opened, record if changed else None, last)
+        try:
+            call = self.call = CallBlocking(closers, self.write, *args, nowait=self._write_nowait)
+            yield call
+        except BaseException:
+            if changed and self._written is not record:  # else it was cancelled, and yet written
+                fields.not_saved(kept)
+            raise
+        self.call = None
+
+    def write(self, opened: OpenRecord, record: Record | None, last: bool) -> None:
+        """Write to a store that blocks, if there is something to write; the `last` one closes."""
+        record = self.to_write(record)
+        if last:
+            try:
+                opened.close(record)
+            except Exception:  # it has let others in all the same; of an interrupt nobody knows
+                self.opened = None
+                raise
+        elif record is not None:
+            opened.save(record)
+        self.has_written(record)
+        if last:
+            self.opened = None
+
+    def _write_nowait(self, opened: OpenRecord, record: Record | None, last: bool) -> bool:
+        record = self.to_write(record)
+        try:
+            done = last and self.options.backend.close_nowait(opened, record)
+        except Exception:  # as above
+            self.opened = None
+            raise
+        if done:
+            self.has_written(record)
+            self.opened = None
+        return done
+
+    def to_write(self, record: Record | None) -> Record | None:
+        """None if there is nothing to write, nor anything to remove."""
+        return record if record or self._stored else None
+
+    def has_written(self, record: Record | None) -> None:
+        """The store has `record`, if it is one."""
+        if record is not None:
+            self._stored = bool(record)
+            self._written = record
+
+    def keeps(self, error: BaseException) -> bool:
+        """Whether what a handler has changed is saved although it raised `error`."""
+        # GeneratorExit: a coroutine thrown away half-way, which may not await a flush any more.
+        keep = self.options.save_on_error and not isinstance(error, GeneratorExit)
+        return keep or is_control_flow(error)
+
+    def discard(self, error: BaseException) -> None:
+        """A handler failed: forget what changed since the last flush, if the options say so."""
+        if self.fields is not None and not self.closed and not self.keeps(error):
+            self.fields.roll_back()
+            self._lost = type(error).__name__
+
+    # -- unlocking
+
+    def unlock(self) -> None:
+        """Give the key to the next one."""
+        handle, fields = self.handle, self.fields
+        if fields is not None and fields.open:
+            fields.close()
+        if handle is None:
+            return
+        backend = self.options.backend
+        try:
+            if backend.unload is not None and not backend.blocking:
+                backend.unload(self.full_key)
+        finally:
+            if not self.is_loaded:  # a lazy one that failed to load, so it can be loaded again
+                self.fields = None
+            handle.release()
+            self.handle = None
+
+    def _giving_up(self, error: BaseException) -> Flow:
+        """Unlock after `error`, and write nothing."""
+        if isinstance(error, GeneratorExit):  # nothing awaits the steps of this any more
+            self.abandon()
+        elif (self.call is None or not self.call.is_on_its_way) and self.opened is None:
+            self.unlock()  # else, a thread may open it yet, although this did not wait for that
+        else:
+            yield CallBlocking(closers, self._close_unsaved)
+
+    def _close_unsaved(self) -> None:
+        """Close what is open, and write nothing; to be called again after an interrupt. A record is
+        never closed by two at a time, so this has a lock; whoever finds it taken leaves it to the
+        one that has it."""
+        lock = LockHandle(self, _GIVE_UP, current_caller())
+        if not lock.try_acquire():
+            return
+        try:
+            if self.call is not None:
+                self.call.join()
+                self.call = None
+            opened = self.opened
+            try:
+                if opened is not None:
+                    opened.close(None)
+            finally:
+                self.opened = None
+                self.unlock()
+        finally:
+            lock.release()
+
+    def abandon(self) -> None:
+        """Give up from within a finaliser, which may run between any two lines of any thread. So it
+        takes no mutex, and calls nothing that may: neither a storage nor the task that waits next
+        for the key."""
+        handle = self.handle
+        if handle is None or _GIVE_UP in self.held:
+            return
+        self.closed = True  # a thread may still have it for a moment: nobody is to join it
+        handle.callers[:] = []  # the one that opened it has gone on, and may wait for it itself
+        backend = self.options.backend
+        is_alone = self.full_key not in backend.locks.queues
+        if is_alone and self.opened is None and self.call is None and backend.unload is None:
+            self.unlock()
+        else:
+            give_up = self._give_up
+            # To a collection, the weak reference to this scope is dead by now; so that nobody takes
+            # the key before the store is closed, this call has it, for as long as there is one.
+            handle.owner = weakref.ref(give_up)
+            closers.run_soon(give_up)
+
+    def _give_up(self) -> None:
+        """In a thread that nobody interrupts."""
+        handle = self.handle
+        if handle is not None:
+            handle.owner = None  # from here on the key is not lost
+            self._close_unsaved()
+
+    def __del__(self) -> None:
+        # Entered and never left (an interrupt came between, say): else the key would stay locked.
+        # And if one came before it was even made, it has no handle.
+        if getattr(self, "handle", None) is not None:
+            self.abandon()
+
+    # -- who is in it
+
+    def join(self, token: object) -> bool:
+        """One more is to come in; False if the scope has ended. Then it has to `leave` all the
+        same, and perhaps to close what the last one believed to leave to it."""
+        self.members.append(token)
+        return OPEN in self.members
+
+    def arrive(self, caller: Caller) -> None:
+        """`caller` has joined: whatever waits for the key waits for it, too."""
+        self.callers.append(caller)
+
+    def depart(self, caller: Caller) -> None:
+        """`caller` goes on outside; no error if it has departed."""
+        with suppress(ValueError):  # after a `release()` of another one, too
+            self.callers.remove(caller)
+
+    def leave(self, token: object = FIRST, caller: Caller | None = None) -> bool:
+        """One less, and the end of the scope if that was the last one: True if whoever leaves now
+        has to close it. To leave again does nothing."""
+        members = self.members
+        try:
+            members.remove(token)
+        except ValueError:
+            return False
+        if caller is not None and members != _DESERTED:
+            self.depart(caller)
+        while members == _DESERTED:
+            try:
+                members.remove(OPEN)
+            except ValueError:
+                return False
+            if not members:
+                return self._ended()
+            members.insert(0, OPEN)  # another one came in between
+        return False
+
+    @property
+    def has_members(self) -> bool:
+        """Whether code is in it that has not left; after a `release()` it may be over all the
+        same."""
+        return any(token is not _TO_CLOSE for token in self.members)
+
+    def end(self) -> bool:
+        """The end of the scope, whoever is still in it; True as in `leave`."""
+        caller = current_caller()
+        try:
+            if not self._takes(OPEN):
+                return False
+            ended = self._ended()
+            # Whatever waits for the key from here on waits for the caller of this, and no other.
+            self.callers[:] = [caller]
+            return ended
+        except BaseException:  # an interrupt; what it has ended nobody would close
+            if not self.closed and OPEN not in self.members:
+                self.members.insert(0, OPEN)
+            raise
+
+    def _takes(self, token: object) -> bool:
+        """Take a token out, as the only one that does."""
+        try:
+            self.members.remove(token)
+        except ValueError:
+            return False
+        return True
+
+    def _ended(self) -> bool:
+        self.closed = True
+        if not self.options.lazy:
+            self.update = None
+            return True
+        self.members.append(_TO_CLOSE)
+        if _LOAD not in self.held:  # else it is just being loaded
+            self.update = None
+        return self.is_loaded and self._takes(_TO_CLOSE)
+
+    # -- a lazy session, loaded once, by whatever asks first
+
+    def begin_lazily(self) -> None:
+        """Begin with a session that is not loaded yet."""
+        self.callers = [current_caller()]
+        self.opener = self.callers[0]
+
+    def load_now(self, may_block: bool) -> bool:
+        """`loading` without a flow; False if that is not possible, and nothing was done."""
+        load = Guard(self, _LOAD)
+        try:
+            try:
+                return load.handle.try_acquire() and self._load_now(may_block)
+            finally:
+                load.release()
+        except BaseException:
+            load.release()  # once more: see Guard.around
+            raise
+
+    def _load_now(self, may_block: bool) -> bool:
+        if self.closed or self.is_loaded:  # others may have loaded it meanwhile
+            return False
+        if not self.open_now(may_block):
+            return False
+        if self._has_ended_while_it_was_loaded() and not self.close_now(may_block):
+            self.members.append(_TO_CLOSE)
+            return False
+        return True
+
+    def loading(self, may_block: bool) -> Flow:
+        """Lock and load a lazy session, once."""
+        load = Guard(self, _LOAD)
+        yield from load.around(self._loading(may_block, load.handle))
+
+    def _loading(self, may_block: bool, load: LockHandle) -> Flow:
+        if not load.try_acquire():
+            yield Acquire(load, self.options.queue_timeout)
+        if self.is_loaded:
+            if self.closed and self._takes(_TO_CLOSE):
+                yield from self.closing(may_block)
+            return
+        if self.closed:
+            raise SessionClosedError(
+                f"the session {self.key!r} was closed before it was ever loaded"
+            )
+        if not self.open_now(may_block):
+            yield from self.opening(self.is_inside())
+        if self._has_ended_while_it_was_loaded():
+            yield from self.closing(may_block)
+
+    def _has_ended_while_it_was_loaded(self) -> bool:
+        """It is loaded now; True if a thread that does not know of this one has ended the scope,
+        and left its closing to this one."""
+        self.is_loaded = True
+        if not self.closed:
+            return False
+        self.update = None
+        return self._takes(_TO_CLOSE)
+
+    # -- what the session asks (session.Lifecycle)
+
+    def load(self) -> None:
+        if self._on_event_loop():
+            raise SessionAwaitError(
+                f"the lazy session {self.key!r} was touched before it was loaded; in async code "
+                f"write `session = await session` first (`await context.session` in PTB, `await "
+                f"message.session` in telebot), so that the event loop goes on meanwhile"
+            )
+        if not self.load_now(may_block=True):
+            run_flow(self.loading(may_block=True))
+
+    async def aload(self) -> None:
+        if not self.load_now(may_block=False):
+            await arun_flow(self.loading(may_block=False))
+
+    def is_inside(self) -> bool:
+        """Whether this code runs inside a handler or another scope."""
+        return False
+
+    def flush(self) -> None:
+        self._refuse_to_block("flush", "aflush")
+        run_flow(self.flushing())
+
+    async def aflush(self) -> None:
+        await arun_flow(self.flushing())
+
+    def release(self) -> None:
+        self._refuse_to_block("release", "arelease")
+        try:
+            if self.end():
+                run_flow(self.closing(may_block=True))
+        except BaseException:
+            # An interrupt may have come before anything was written, perhaps in a thread that is
+            # not the handler's: what that has changed is not to be lost for it.
+            if self.handle is not None and self.is_loaded and OPEN not in self.members:
+                self.closed = True
+                run_flow(self.closing(may_block=True))
+            raise
+
+    async def arelease(self) -> None:
+        if self.end():
+            await arun_flow(self.closing(may_block=False))
+
+    def _on_event_loop(self) -> bool:
+        return self._on_loop and asyncio._get_running_loop() is not None
+
+    def _refuse_to_block(self, name: str, instead: str) -> None:
+        if self.options.backend.blocking and self._on_event_loop():
+            raise SessionAwaitError(
+                f"session.{name}() would block the event loop while the storage writes "
+                f"{self.key!r}; write `await session.{instead}()`"
+            )
+
+
+class Guard:
+    """The owner of a lock inside a scope: releases it at the end, and if that was interrupted, when
+    it is collected."""
+
+    __slots__ = ("_name", "_scope", "handle")
+
+    def __init__(self, scope: Scope[Any], name: str) -> None:
+        self._scope: Final = scope
+        self._name: Final = name
+        self.renew()
+
+    def renew(self) -> LockHandle:
+        """A claim with which nothing was done yet, instead of the one that was released."""
+        self.handle = LockHandle(self._scope, self._name, current_caller())
+        return self.handle
+
+    def around(self, flow: Flow) -> Flow:
+        """Do `flow`, and release the lock."""
+        try:
+            try:
+                yield from flow
+            finally:
+                self.release()
+        except BaseException:
+            # Once more, since an interrupt may have come before that did anything; and while that
+            # is on its way, it keeps this guard, and the same thread may want the lock.
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the lock to the next one; to be called again does no harm."""
+        self.handle.release()
+
+    def __del__(self) -> None:
+        handle = getattr(self, "handle", None)  # an interrupt may have come before it had one
+        if handle is not None:
+            handle.release()
+
+
+def _copy(value: Any) -> Any:
+    """A value that shares no container with what `initial` returned."""
+    return Ttl(freeze(value.value), value.seconds) if isinstance(value, Ttl) else freeze(value)

@@ -1,0 +1,166 @@
+"""Which callers wait for which locks, and whether one more wait would close a circle.
+
+This module knows what waits and what it waits for; it does not know how locks change hands. All of
+it is called under the mutex of the queues (see lock.py), so it sees every wait that has begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple, Protocol
+from weakref import WeakSet
+
+from .callers import Caller
+
+
+class Wait(Protocol):
+    """A caller that waits for a lock, in the middle of its work."""
+
+    number: int  # under which it stands in Waits
+
+    @property
+    def caller(self) -> Caller:
+        """The one that waits."""
+        ...
+
+    @property
+    def blocking(self) -> bool:
+        """Whether its thread is blocked meanwhile."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The key of the session that it waits for."""
+        ...
+
+    def holders(self) -> Sequence[Caller]:
+        """Those that have the lock now."""
+        ...
+
+    def ahead(self) -> Sequence[Caller]:
+        """Those that wait for the lock ahead of this one."""
+        ...
+
+
+class _Step(NamedTuple):
+    """One wait on the way round a possible circle: what waits, and the wait that led here."""
+
+    wait: Wait
+    before: _Step | None
+
+
+class Waits:
+    """All waits of the process.
+
+    A circle is closed only by a caller that begins to wait, for a caller that is given a lock does
+    not wait. Callers that begin are looked at one at a time, under the mutex of the queues, so the
+    last one sees the whole circle.
+
+    There are two exceptions, of callers that are given a lock and cannot go on: a coroutine whose
+    loop stands still, because the loop's thread waits; and a thread whose wait was interrupted by a
+    signal handler that waits in its turn. While there is one of them, those that wait for a lock
+    ahead of a caller count as its holders do: the circle that such a one will close is seen before.
+    """
+
+    def __init__(self) -> None:
+        # A caller may have several: a signal handler waits while its thread does. Weakly: what a
+        # loop that is thrown away has left here must not keep all that the waiting task knows.
+        self._by_caller: Final[dict[int, WeakSet[Wait]]] = {}
+        self._stuck: Final[WeakSet[Wait]] = WeakSet()  # that keep others in this from going on
+
+    def add(self, wait: Wait) -> None:
+        """Note a wait that begins."""
+        wait.number = _number(wait.caller, wait.blocking)
+        waits = self._by_caller.setdefault(wait.number, WeakSet())
+        waits.add(wait)
+        if len(waits) > 1 or (wait.blocking and wait.caller.loop is not None):
+            self._stuck.add(wait)
+
+    def remove(self, wait: Wait) -> None:
+        """Forget a wait that has ended; no error if it is not there."""
+        waits = self._by_caller.get(wait.number)
+        if waits is not None:
+            waits.discard(wait)
+            if not waits:
+                self._by_caller.pop(wait.number, None)
+        self._stuck.discard(wait)
+
+    def clear(self) -> None:
+        """Forget all, in a forked child."""
+        self._by_caller.clear()
+        self._stuck.clear()
+
+    def reason_against(self, wait: Wait) -> str:
+        """Why `wait`, which now begins, could never end; empty if it can."""
+        loop = wait.caller.loop if wait.blocking else None  # it would stand still meanwhile
+        if loop is not None and any(
+            caller.loop is loop for caller in (*wait.holders(), *wait.ahead())
+        ):
+            return (
+                f"a blocking `with` for the session {wait.name!r} on the event loop's own thread "
+                f"can never succeed: a coroutine of this loop holds it or waits for it ahead of "
+                f"this one. Use `async with sessions.session_scope(...)`."
+            )
+        circle = self._circle(wait)
+        return "" if circle is None else _describe(circle)
+
+    def _circle(self, wait: Wait) -> _Step | None:
+        """The last wait of a circle that `wait` closes, if it closes one."""
+        with_queue = bool(self._stuck)  # else those ahead go on as soon as the holders do
+        steps = [_Step(wait, None)]
+        seen = {wait}
+        for step in steps:  # which grows meanwhile
+            callers = list(step.wait.holders())
+            if with_queue:
+                callers += step.wait.ahead()
+            for caller in callers:
+                if wait.caller.stops(caller, wait.blocking):
+                    return step
+                for other in self._of(caller):
+                    if other not in seen:
+                        seen.add(other)
+                        steps.append(_Step(other, step))
+        return None
+
+    def _of(self, caller: Caller) -> Iterator[Wait]:
+        """What keeps `caller` from moving: its own waits, and those that block its thread."""
+        task = caller.task
+        if task is not None:
+            for wait in list(self._by_caller.get(id(task), ())):
+                if wait.caller.task is task:
+                    yield wait
+        yield from list(self._by_caller.get(id(caller.thread), ()))
+
+
+def _number(caller: Caller, blocking: bool) -> int:
+    task = None if blocking else caller.task
+    return id(caller.thread if task is None else task)
+
+
+def _describe(last: _Step) -> str:
+    """The circle in words, each caller with what it holds and what it waits for."""
+    waits: list[Wait] = []
+    step: _Step | None = last
+    while step is not None:
+        waits.append(step.wait)
+        step = step.before
+    waits.reverse()
+    held = [waits[-1].name, *(wait.name for wait in waits[:-1])]
+    names = ["this task" if _is_task(waits[0]) else "this thread"]
+    names += [str(wait.caller) for wait in waits[1:]]
+    parts = [
+        f"{name} holds {key!r} and waits for {wait.name!r}"
+        for name, key, wait in zip(names, held, waits, strict=True)
+    ]
+    return (
+        f"deadlock: {'; '.join(parts)}. Open the sessions of several users in the same order "
+        f"everywhere, or all at once with session_scopes(...)."
+    )
+
+
+def _is_task(wait: Wait) -> bool:
+    return not wait.blocking and wait.caller.task is not None
+
+
+#: The waits of this process.
+waits: Final = Waits()

@@ -1,0 +1,60 @@
+"""Threads in the background, where one can be started, and slots in a bounded number.
+
+Nothing here waits, has a mutex, or has to be given back: a signal handler, a finaliser or an
+exception may come between any two lines.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable
+from typing import Final
+from weakref import WeakValueDictionary
+
+
+def start_thread(target: Callable[[], object], name: str = "") -> bool:
+    """Call `target` in a thread that does not keep the process from ending; False if none can be
+    started: there are as many as the system allows, or the interpreter is about to end.
+
+    Not with threading.Thread, whose `start` has a mutex and waits for the new thread, and which
+    keeps all that a thread was to do if that is interrupted. One that is to have a `name` is known
+    to threading from then on, also when it has ended.
+    """
+    try:
+        _thread.start_new_thread(_begin, (target, name))
+    except RuntimeError as error:
+        if "new thread" not in str(error):  # it was raised by a signal handler
+            raise
+        return False
+    return True
+
+
+def _begin(target: Callable[[], object], name: str) -> None:
+    if name:
+        threading.current_thread().name = name
+    target()
+
+
+class Slot:
+    """Taken for as long as this object lives."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Slots:
+    """At most `limit` slots at a time."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit: Final = limit
+        self._taken: Final[WeakValueDictionary[int, Slot]] = WeakValueDictionary()
+
+    def take(self) -> Slot | None:
+        """A slot; None if all are taken."""
+        slot = Slot()
+        self._taken[id(slot)] = slot  # before looking: so two at once are not one too many
+        return slot if len(self._taken) <= self._limit else None
+
+    def clear(self) -> None:
+        """Forget who has one: in a forked child, where no thread of the parent goes on."""
+        self._taken.clear()
