@@ -1,0 +1,34 @@
+"""Random schedules in memory; on each store, for SESSION_SYNC_TORTURE=<seconds>, if that is set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SECONDS = float(os.environ.get("SESSION_SYNC_TORTURE", "3"))
+STORES = ["memory", "lru"]
+if "SESSION_SYNC_TORTURE" in os.environ:
+    STORES += ["sqlite", "disk", "redis"]
+NEEDS = {"disk": "diskcache", "redis": "redis"}
+
+
+@pytest.mark.timeout(SECONDS + 600)  # it has a watchdog of its own, which says more
+@pytest.mark.parametrize("store", STORES)
+def test_nothing_is_lost_and_nothing_stays_locked(store: str) -> None:
+    if store in NEEDS:
+        pytest.importorskip(NEEDS[store], reason=f"needs the extra {store!r}")
+    if store == "redis" and shutil.which("redis-server") is None:
+        pytest.skip("needs redis-server")
+    program = Path(__file__).with_name("torture.py")
+    command = [sys.executable, str(program), "--stores", store, "--seconds", str(SECONDS)]
+    root = str(program.parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
