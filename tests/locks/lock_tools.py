@@ -220,7 +220,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._tracer = sys.gettrace()
-        sys._getframe().f_trace_opcodes = True  # before settrace(): CPython 3.12 looks only there
+        if sys.version_info[:2] == (3, 12):  # which looks only in settrace()
+            sys._getframe().f_trace_opcodes = True
         sys.settrace(self._call)
         return self
 

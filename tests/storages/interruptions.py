@@ -53,6 +53,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._before = sys.gettrace()
+        if sys.version_info[:2] == (3, 12):  # which looks only in settrace()
+            sys._getframe().f_trace_opcodes = True
         sys.settrace(self._trace_call)
         return self
 
@@ -70,7 +72,8 @@ class Interruption:
             nonlocal last
             if event == "opcode":
                 before, last = last, frame.f_lasti
-                if has_looked_out(code, before, last):
+                # No line: code of CPython's own, as where it closes a generator.
+                if frame.f_lineno is not None and has_looked_out(code, before, last):
                     self._pass()
             return trace
 
@@ -85,6 +88,7 @@ class Interruption:
 
 def everywhere(act: Callable[[], object], *modules: ModuleType) -> Iterator[Interruption]:
     """An interruption for each place, until one has not happened."""
+    yield Interruption(0, act, modules)  # CPython 3.13 shows instructions from the second time on
     for number in itertools.count(1):
         interruption = Interruption(number, act, modules)
         yield interruption
