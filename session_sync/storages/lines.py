@@ -11,6 +11,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import redis
@@ -21,6 +22,20 @@ from redis.exceptions import ResponseError
 _MOMENT: Final = 0.0005  # seconds in which a server that is near answers
 _PAUSE: Final = 0.05  # seconds for which nobody waits in place, after one who did in vain
 _SMALL: Final = 16_384  # bytes, which every connection takes without waiting
+
+
+class _Line(list[Any]):
+    """A connection that is in use, until it is taken out.
+
+    If whoever used it was interrupted, it is closed. (redis-py closes one that is lost as well, but
+    only when the garbage is collected.)
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        while self:
+            self.pop().disconnect()
 
 
 class Lines:
@@ -48,34 +63,39 @@ class Lines:
     def ask(self, request: bytes) -> Any:
         """The answer to one request."""
         line = self._kept()
-        if line is not None:
+        if line:
             try:
                 return self._ask(line, request)
             except redis.ConnectionError:
                 pass
-        return self._ask(self._pool.connection_class(**self._pool.connection_kwargs), request)
+        new = _Line([self._pool.connection_class(**self._pool.connection_kwargs)])
+        return self._ask(new, request)
 
     def send(self, request: bytes) -> Asked | None:
         """Send one request, if nothing has to be waited for; else None, and nothing was done."""
         if len(request) > _SMALL or time.monotonic() < self._in_vain:
             return None
         line = self._kept()
-        if line is None:
+        if not line:
             return None
-        on: object = getattr(line, "_sock", None)  # redis-py has no public name for it
+        on: object = getattr(line[0], "_sock", None)  # redis-py has no public name for it
         # TLS has a buffer that nobody can look into; a health check waits for an answer.
-        if not isinstance(on, socket.socket) or isinstance(on, ssl.SSLSocket) or _is_checked(line):
-            self._idle.append(line)
+        if (
+            not isinstance(on, socket.socket)
+            or isinstance(on, ssl.SSLSocket)
+            or _is_checked(line[0])
+        ):
+            self._idle.append(line.pop())
             return None
         try:
-            line.send_packed_command([request])
+            line[0].send_packed_command([request])
         except redis.RedisError:
             return None  # which redis-py has disconnected
         return Asked(self, line, on, request)
 
-    def answer(self, line: Any) -> Any:
+    def answer(self, line: _Line) -> Any:
         """The answer to what was asked on `line`."""
-        return self._keeping(line, line.read_response)
+        return self._keeping(line, line[0].read_response)
 
     def was_in_vain(self) -> None:
         """Somebody has waited in place: the server is busy, or not as near as that."""
@@ -83,36 +103,39 @@ class Lines:
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
-        while (line := self._kept()) is not None:
-            line.disconnect()
+        while line := self._kept():
+            line.pop().disconnect()
 
-    def _kept(self) -> Any:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
+    def _kept(self) -> _Line:
+        """A connection that was kept; empty if there is none."""
+        line = _Line()
+        with suppress(IndexError):
+            line.append(self._idle.pop())
+        return line
 
-    def _ask(self, line: Any, request: bytes) -> Any:
+    def _ask(self, line: _Line, request: bytes) -> Any:
+        connection = line[0]
+
         def attempt() -> Any:
-            line.send_packed_command([request])  # which connects, if need be
-            return line.read_response()
+            connection.send_packed_command([request])  # which connects, if need be
+            return connection.read_response()
 
         def insist() -> Any:
-            return line.retry.call_with_retry(attempt, lambda _error: line.disconnect())
+            return connection.retry.call_with_retry(attempt, lambda _: connection.disconnect())
 
         return self._keeping(line, insist)
 
-    def _keeping(self, line: Any, answer_of: Callable[[], Any]) -> Any:
+    def _keeping(self, line: _Line, answer_of: Callable[[], Any]) -> Any:
         """What `answer_of` gets on `line`, which is kept if that is an answer."""
         try:
             answer = answer_of()
         except ResponseError:
-            self._idle.append(line)
+            self._idle.append(line.pop())
             raise
         except BaseException:
-            line.disconnect()
+            line.pop().disconnect()
             raise
-        self._idle.append(line)
+        self._idle.append(line.pop())
         return answer
 
 
@@ -121,7 +144,7 @@ class Asked:
 
     __slots__ = ("_line", "_lines", "_request", "_socket")
 
-    def __init__(self, lines: Lines, line: Any, on: socket.socket, request: bytes) -> None:
+    def __init__(self, lines: Lines, line: _Line, on: socket.socket, request: bytes) -> None:
         self._lines: Final = lines
         self._line: Final = line
         self._socket: Final = on

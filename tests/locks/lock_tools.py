@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dis
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import interruptions
 from conftest import Threads
 
 import session_sync.locks
@@ -202,50 +202,22 @@ class Interrupted(Exception):  # noqa: N818 # it is no error
     """What a signal handler raises."""
 
 
-class Interruption:
+class Interruption(interruptions.Interruption):
     """A signal whose handler raises, at one of the places where CPython looks for signals while
-    code of the locks runs in this thread: where a function begins or goes on, after a call, and
-    where a loop turns back.
+    code of the locks runs in this thread.
 
-    `after` is how many of these places it lets go by. Afterwards `came` says whether it came.
+    `after` is how many of these places it lets go by. Afterwards `happened` says whether it came.
     """
 
-    _LOOKS = frozenset({"RESUME", "CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD"})
-
     def __init__(self, after: int) -> None:
-        self._left = after
-        self._at: dict[FrameType, str] = {}  # the last instruction
-        self._tracer: Any = None
-        self.came = False
+        super().__init__(after + 1, _interrupt, _FILES)
 
-    def __enter__(self) -> Interruption:
-        self._tracer = sys.gettrace()
-        if sys.version_info[:2] == (3, 12):  # which looks only in settrace()
-            sys._getframe().f_trace_opcodes = True
-        sys.settrace(self._call)
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._tracer)
-        self._at.clear()
+def _interrupt() -> None:
+    raise Interrupted
 
-    def _call(self, frame: FrameType, _event: str, _arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(FOLDER) or self.came:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        self._at[frame] = "RESUME"
-        return self._step
 
-    def _step(self, frame: FrameType, event: str, _arg: object) -> Any:
-        if event == "opcode" and not self.came:
-            before = self._at.get(frame)
-            self._at[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if before in self._LOOKS and frame.f_lineno is not None:  # no code of CPython's own
-                self._left -= 1
-                if self._left < 0:
-                    self.came = True
-                    raise Interrupted
-        return self._step
+_FILES = frozenset(map(str, Path(FOLDER).glob("*.py")))
 
 
 class Guest:

@@ -1,0 +1,144 @@
+"""Something happens at each place of a program, one after the other, where CPython lets it happen.
+
+Signal handlers, exceptions set by another thread and (from Python 3.12 on) the garbage collector
+come after an instruction that looks out for them: a call, a jump back, or a function's first one.
+
+Not for contextlib: CPython 3.11 crashes now and then if a tracer raises in there.
+"""
+
+from __future__ import annotations
+
+import dis
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Container, Iterator
+from functools import cache
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+if sys.version_info >= (3, 12):
+    from sys import monitoring
+
+    _TOOL = 4  # none of those that CPython gives a name
+    # The first two for RESUME, which is not shown as an instruction.
+    _EVENTS = (
+        monitoring.events.PY_START,
+        monitoring.events.PY_RESUME,
+        monitoring.events.INSTRUCTION,
+    )
+
+LOOKS_OUT = ("CALL", "RESUME", "JUMP_BACKWARD", "POP_JUMP_BACKWARD")
+
+
+class OutsideError(Exception):
+    """What a signal handler raises."""
+
+
+def raise_outside() -> None:
+    raise OutsideError
+
+
+@cache
+def instructions(code: CodeType) -> dict[int, str]:
+    return {each.offset: each.opname for each in dis.get_instructions(code)}
+
+
+def has_looked_out(code: CodeType, before: int, now: int) -> bool:
+    """Whether `before`, the instruction that has just been executed, looks out at its end: not if
+    it has raised, so that a handler begins `now`. There is no help against an exception before the
+    first line of a finaliser: Python would not call it again."""
+    if before < 0 or instructions(code)[now] == "PUSH_EXC_INFO":
+        return False
+    name = instructions(code)[before]
+    return name.startswith(LOOKS_OUT) and (code.co_name, name) != ("__del__", "RESUME")
+
+
+class Interruption:
+    """Calls `act` at the `number`-th place that this thread passes in one of these files.
+
+    Afterwards `happened` says whether it did.
+    """
+
+    def __init__(self, number: int, act: Callable[[], object], files: Container[str]) -> None:
+        self.happened = False
+        self._left = number
+        self._act = act
+        self._files = files
+        self._last: dict[FrameType, int] = {}  # the instruction that each frame has come to
+
+    def __enter__(self) -> Interruption:
+        self._begin()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._end()
+        self._last.clear()
+
+    def _step(self, frame: FrameType, now: int) -> None:
+        before = self._last.get(frame, -1)
+        self._last[frame] = now
+        # No line: code of CPython's own, as where it closes a generator.
+        if frame.f_lineno is None or not has_looked_out(frame.f_code, before, now):
+            return
+        self._left -= 1
+        if self._left == 0:
+            self.happened = True
+            self._act()
+
+    if sys.version_info >= (3, 12):
+        # A tracer of sys.settrace() is not shown the instructions of code that runs with it for the
+        # first time, or for the first time since it ran without.
+
+        def _begin(self) -> None:
+            self._thread = threading.get_ident()
+            monitoring.use_tool_id(_TOOL, __name__)
+            for event in _EVENTS:
+                monitoring.register_callback(_TOOL, event, self._instruction)
+            monitoring.restart_events()
+            monitoring.set_events(_TOOL, sum(_EVENTS))
+
+        def _end(self) -> None:
+            monitoring.set_events(_TOOL, 0)
+            for event in _EVENTS:
+                monitoring.register_callback(_TOOL, event, None)
+            monitoring.free_tool_id(_TOOL)
+
+        def _instruction(self, code: CodeType, offset: int) -> object:
+            if code.co_filename not in self._files:
+                return monitoring.DISABLE
+            if threading.get_ident() == self._thread:
+                self._step(sys._getframe(1), offset)
+            return None
+
+    else:
+
+        def _begin(self) -> None:
+            self._before = sys.gettrace()
+            sys.settrace(self._call)
+
+        def _end(self) -> None:
+            sys.settrace(self._before)
+
+        def _call(self, frame: FrameType, _event: str, _arg: Any) -> Any:
+            if frame.f_code.co_filename not in self._files:
+                return None
+            frame.f_trace_lines, frame.f_trace_opcodes = False, True
+            self._last[frame] = frame.f_lasti  # RESUME, which is not shown
+            return self._opcode
+
+        def _opcode(self, frame: FrameType, event: str, _arg: Any) -> Any:
+            if event == "opcode":
+                self._step(frame, frame.f_lasti)
+            return self._opcode
+
+
+def everywhere(act: Callable[[], object], *modules: ModuleType) -> Iterator[Interruption]:
+    """An interruption for each place, until one has not happened."""
+    files = {module.__file__ or "" for module in modules}
+    for number in itertools.count(1):
+        interruption = Interruption(number, act, files)
+        yield interruption
+        if not interruption.happened:
+            assert number > 3, "nothing was interrupted"
+            return
