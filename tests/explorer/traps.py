@@ -7,6 +7,7 @@ fewer places than that.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import dis
 import os
@@ -237,8 +238,15 @@ class AtStart(Trap):
     raises = (RuntimeError,)
 
     def install(self) -> None:
-        self._real = real = threading._start_new_thread  # type: ignore[attr-defined]
+        self._real = [getattr(module, name) for module, name in _STARTS]
+        for (module, name), real in zip(_STARTS, self._real, strict=True):
+            setattr(module, name, self._instead_of(real))
 
+    def remove(self) -> None:
+        for (module, name), real in zip(_STARTS, self._real, strict=True):
+            setattr(module, name, real)
+
+    def _instead_of(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def start(*args: Any, **kwargs: Any) -> Any:
             if _is_from_core():
                 here = self._is_here()
@@ -247,10 +255,17 @@ class AtStart(Trap):
                     raise RuntimeError("can't start new thread")
             return real(*args, **kwargs)
 
-        threading._start_new_thread = start  # type: ignore[attr-defined]
+        return start
 
-    def remove(self) -> None:
-        threading._start_new_thread = self._real  # type: ignore[attr-defined]
+
+# Where the core, and `threading` for it, finds what starts a thread.
+_STARTS = [
+    (_thread, "start_new_thread"),
+    (
+        threading,
+        "_start_joinable_thread" if sys.version_info >= (3, 13) else "_start_new_thread",
+    ),
+]
 
 
 def _is_from_core() -> bool:
