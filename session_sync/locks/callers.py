@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Final
 
 
@@ -63,6 +64,11 @@ def current_caller() -> Caller:
     loop = asyncio._get_running_loop()
     caller = _this_thread.caller
     return caller if loop is None else Caller(caller.thread, loop)
+
+
+def names_of(callers: Sequence[Caller]) -> str:
+    """Those that hold a lock, in words."""
+    return " and ".join(map(str, list(callers))) or "a task that has ended"
 
 
 class _ThisThread(threading.local):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from ..errors import SessionDeadlockError, SessionLockTimeout
-from .callers import Caller, current_caller
+from .callers import Caller, current_caller, names_of
 from .deadlock import waits
 from .queue import KeyQueue
 from .watch import Patience, watch
@@ -548,8 +548,7 @@ def describe_holder(table: Table, key: str) -> str:
         return "no caller holds it, and those that wait for it belong to event loops that stopped"
     if not holder.begun:
         return "it is kept for a task that waits for a worker thread"
-    callers = " and ".join(map(str, holder.callers)) or "a task that has ended"
-    return f"{callers} has held it for {time.monotonic() - holder.since:.1f} s"
+    return f"{names_of(holder.callers)} has held it for {time.monotonic() - holder.since:.1f} s"
 
 
 def after_fork() -> None:

@@ -11,7 +11,7 @@ import time
 import weakref
 from typing import Final, NamedTuple
 
-from .callers import current_caller
+from .callers import current_caller, names_of
 from .lock import LockHandle, Ticket, after_fork, hand_on, locked
 from .queue import KeyQueue
 from .watch import watch
@@ -123,8 +123,7 @@ class Locks:
         handle = self._table.held.get(self._prefix + key)
         if handle is None or not handle.begun:
             return None
-        name = " and ".join(map(str, list(handle.callers))) or "a task that has ended"
-        return LockHolder(name, time.monotonic() - handle.since)
+        return LockHolder(names_of(handle.callers), time.monotonic() - handle.since)
 
 
 _tables: Final[list[weakref.ref[StoreLocks]]] = []

@@ -57,7 +57,7 @@ class Tickets:
         `call` is called again."""
         redeemed = locked(self._redeem)
         if redeemed:
-            self._call = None  # likewise
+            self._call = None  # which leads back to these tickets: no cycle stays
         return redeemed
 
     def call_again(self) -> None:

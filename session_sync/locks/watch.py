@@ -16,6 +16,8 @@ from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol
 
+from .callers import names_of
+
 _LOOK: Final = 1.0  # seconds
 
 
@@ -155,7 +157,7 @@ def _report(table: Any, key: str, queue: _Queue, now: float) -> None:
             key=key,
             waiters=len(waiting),
             waited=now - queue.since,
-            holder=None if begun is None else " and ".join(map(str, begun.callers)),
+            holder=None if begun is None else names_of(begun.callers),
             held=0.0 if begun is None else now - begun.since,
         )
     )

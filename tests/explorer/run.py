@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-from explore import KINDS, Job, explore, explore_pairs, repeat  # noqa: E402
+from explore import KINDS, Job, explore, explore_pairs, repeat  # noqa: E402 # found by this path
 from scenes import SCENES, Scene  # noqa: E402
 
 

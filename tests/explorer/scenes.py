@@ -140,8 +140,7 @@ def time_out(w: World) -> None:
     """A waiter gives up while the key is given on."""
 
     def holder() -> None:
-        done = lambda: w.is_past("waiter")  # noqa: E731
-        w.add("k", lambda s: w.pause(until=done))
+        w.add("k", lambda s: w.pause(until=lambda: w.is_past("waiter")))
 
     w.thread("holder", holder)
     w.thread("waiter", lambda: w.add("k"))
@@ -157,8 +156,7 @@ def time_out(w: World) -> None:
 )
 def time_out_of_a_task(w: World) -> None:
     def holder() -> None:
-        done = lambda: w.is_past("waiter")  # noqa: E731
-        w.add("k", lambda s: w.pause(until=done))
+        w.add("k", lambda s: w.pause(until=lambda: w.is_past("waiter")))
 
     w.thread("holder", holder)
     w.loop("waiter", task=lambda: w.aadd("k"))
@@ -229,7 +227,10 @@ def _join(w: World, name: str) -> None:
 @scene("handler one", others="two next", stores=EVERY)
 def handler_leaves_before_joiners(w: World) -> None:
     """Threads of a handler join its scope, and leave after it."""
-    give = lambda s: w.give("context", contextvars.copy_context(), "one", "two")  # noqa: E731
+
+    def give(_session: object) -> None:
+        w.give("context", contextvars.copy_context(), "one", "two")
+
     w.thread("handler", lambda: w.add("k", give, room="outer"))
     w.thread("one", lambda: _join(w, "one"))
     w.thread("two", lambda: _join(w, "two"))
@@ -395,8 +396,10 @@ def lazy_load_by_two(w: World) -> None:
     w.thread("handler", handler)
     w.thread("one", touch)
     w.thread("two", touch)
-    # A signal handler may have counted meanwhile.
-    counted = lambda: range(w.ended["k"] + w.joined["k"] + 1)  # noqa: E731
+
+    def counted() -> range:  # a signal handler may have counted meanwhile
+        return range(w.ended["k"] + w.joined["k"] + 1)
+
     w.checks.append(lambda: w.equal("what was read", (set(read) - {*counted()}, set())))
 
 

@@ -278,7 +278,7 @@ def test_a_place_in_the_queue_that_is_thrown_away_under_the_mutex_is_left(
     def begin() -> None:
         loop = asyncio.new_event_loop()
         loop.set_exception_handler(lambda *_: None)
-        loop.create_task(take_async(table, timeout=None))  # noqa: RUF006
+        loop.create_task(take_async(table, timeout=None))  # noqa: RUF006 # it is thrown away
         loop.run_until_complete(until_async(lambda: queued(table) == 1))
         loop.close()
 

@@ -185,7 +185,7 @@ def test_a_time_out_in_a_hook_comes_out_and_the_key_is_free(
         with pytest.raises(TimeoutError, match="the handler's time is up"):
             with sessions.session_scope("key") as session:
                 hooks.append(ring)
-                session.share  # noqa: B018
+                session.share  # noqa: B018 # it is read
         assert hooks == []
     with sessions.session_scope("key") as session:
         assert dict(session) == {"share": Fraction(2, 3)}
@@ -245,7 +245,7 @@ def test_a_time_out_in_a_class_of_the_program(cls: Any, stored: Any) -> None:
     for _ in range(2):
         with pytest.raises(TimeoutError, match="the handler's time is up"):
             with sessions.session_scope("key") as session:
-                session.value  # noqa: B018
+                session.value  # noqa: B018 # it is read
     assert storage.get("key") == {"value": stored}
     with sessions.session_scope("key") as session:
         session.value = None
@@ -273,7 +273,7 @@ def test_a_time_out_in_a_validator_of_pydantic() -> None:
     sessions = SessionManager(Bag, storage=storage, lock_timeout=2)
     with pytest.raises(TimeoutError, match="the handler's time is up"):
         with sessions.session_scope("key") as session:
-            session.value  # noqa: B018
+            session.value  # noqa: B018 # it is read
 
 
 # -- functions of the program

@@ -35,11 +35,11 @@ class Interrupt(BaseException):
     """Raised out of whatever runs, as Ctrl-C does."""
 
 
-class Alarm(TimeoutError):  # noqa: N818
+class Alarm(TimeoutError):  # noqa: N818 # named after the signal
     """The same, as a time-out: an Exception, which careless code swallows."""
 
 
-class Boom(Exception):  # noqa: N818
+class Boom(Exception):  # noqa: N818 # a handler's, whatever it is
     """A handler fails."""
 
 

@@ -175,9 +175,9 @@ def prepare_process() -> Unraisable:
     warnings.simplefilter("ignore")
     sys.set_int_max_str_digits(0)
     with contextlib.suppress(ImportError):
-        import telebot  # noqa: F401
+        import telebot  # noqa: F401 # imported before the freeze
 
-        import session_sync.telebot  # noqa: F401
+        import session_sync.telebot  # noqa: F401 # likewise
     gc.collect()
     gc.freeze()
     return Unraisable()
