@@ -128,7 +128,7 @@ class SessionScope(Scope[S]):
         except AttributeError:  # an interrupt came before it was made
             return
         if handle is not None:
-            self.abandon()
+            Scope.__del__(self)
         elif self.members and self._turn is not None:
             if self.joined is not None:
                 self._interrupted(ends=False)
@@ -249,9 +249,14 @@ class SessionScope(Scope[S]):
         has done all itself, and nothing is left to do."""
         scope = self.joined or self
         token = FIRST if self.joined is None else self._token
-        if ends or scope.leave(token):
-            scope.abandon()
-        elif self.joined is not None:
+        if ends:
+            scope.close_soon()
+        elif self.joined is None:
+            if scope.leave(token):
+                scope.abandon()
+        elif scope.leave(token) or not scope.members:  # or was interrupted when it was the last
+            scope.close_soon()
+        else:
             scope.depart(self._caller)
 
     def _end_turn(self) -> None:

@@ -11,6 +11,7 @@ import math
 import time
 import weakref
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from ..containers import freeze
@@ -74,6 +75,7 @@ class Scope(Generic[S]):
 
     __slots__ = (
         "__weakref__",
+        "_ends_soon",
         "_lost",
         "_on_loop",
         "_session",
@@ -100,6 +102,7 @@ class Scope(Generic[S]):
     def __init__(self, options: Options[S], key: str, full_key: str, update: Any) -> None:
         self.handle: LockHandle | None = None  # first: the finaliser looks at it
         self.opened: OpenRecord | None = None  # in a store that blocks
+        self._ends_soon = False  # a thread was told to close it
         self.options: Final = options
         self.key: Final = key
         self.full_key: Final = full_key
@@ -312,27 +315,25 @@ class Scope(Generic[S]):
         # The write lock with the handle of the key: there is only one that ends the scope, and all
         # that waits for it waits for the callers in it.
         handle = self.handle
-        if handle is None or self.held.setdefault(_WRITE, handle) is not handle:
+        if handle is None:
             return False
         try:
-            try:
-                if backend.blocking:
-                    self._write_last()
-                else:
-                    self._write_in_memory(last=True)
-            except Exception:
-                raise
-            except BaseException:  # an interrupt; what others in it have changed is not to be lost
-                if not backend.blocking:
-                    self._write_in_memory(last=True)
-                raise
+            if self.held.setdefault(_WRITE, handle) is not handle:
+                return False
+            if backend.blocking:
+                self._write_last()
+            else:
+                self._write_in_memory(last=True)
             self.unlock()
             self._release_the_end(handle)
         except BaseException as error:
             self._lost = type(error).__name__
             try:
-                with suppress(Exception):  # the first error is the one to be raised
-                    self._close_unsaved()  # an interrupt may have come before the store was closed
+                if isinstance(error, Exception):
+                    with suppress(Exception):  # the first error is the one to be raised
+                        self._close_unsaved()
+                else:  # an interrupt, of which those that have left it before know nothing
+                    self.close_soon()
             finally:
                 self._release_the_end(handle)
             raise
@@ -346,8 +347,11 @@ class Scope(Generic[S]):
 
     def closing(self, may_block: bool) -> Flow:
         """Write and unlock."""
-        if self.close_now(may_block):
-            return
+        if not self.close_now(may_block):
+            yield from self._closing_in_turn()
+
+    def _closing_in_turn(self) -> Flow:
+        """The same, where another one may be closing it: the second one finds nothing to do."""
         write = self.write_guard()
         acquire = AcquireInsisting(write.renew)
         yield from write.around(self._closing(acquire, write.handle))
@@ -359,7 +363,8 @@ class Scope(Generic[S]):
             if not write.try_acquire():
                 yield acquire
             if self.handle is not None:  # else another one has closed it meanwhile
-                yield from self._writing(last=True)
+                if self.opened is not None or not self.options.backend.blocking:
+                    yield from self._writing(last=True)  # else that is what one has done
                 self.unlock()
         except BaseException as error:
             self._lost = type(error).__name__
@@ -378,7 +383,13 @@ class Scope(Generic[S]):
         kept = fields.kept
         fields.close()  # first: a change that comes now would be lost
         record = fields.take_changes()
-        call_store(self.write, opened, None if record is kept else record, True)
+        self._written = None
+        try:
+            call_store(self.write, opened, None if record is kept else record, True)
+        except BaseException:
+            if self._written is not record:
+                fields.not_saved(kept)
+            raise
 
     def _write_in_memory(self, last: bool) -> None:
         fields = self.fields
@@ -532,7 +543,7 @@ class Scope(Generic[S]):
         takes no mutex, and calls nothing that may: neither a storage nor the task that waits next
         for the key."""
         handle = self.handle
-        if handle is None or _GIVE_UP in self.held:
+        if handle is None or self._ends_soon or _GIVE_UP in self.held:
             return
         self.closed = True  # a thread may still have it for a moment: nobody is to join it
         handle.callers[:] = []  # the one that opened it has gone on, and may wait for it itself
@@ -546,6 +557,26 @@ class Scope(Generic[S]):
             # the key before the store is closed, this call has it, for as long as there is one.
             handle.owner = weakref.ref(give_up)
             closers.run_soon(give_up)
+            self._ends_soon = True
+
+    def close_soon(self) -> None:
+        """Write and unlock in another thread: the last one that was in it was interrupted, and what
+        the others have changed is not to be lost for that. A finaliser may call this."""
+        handle = self.handle
+        if handle is None or self.fields is None or self._ends_soon:
+            return
+        self.closed = True  # all of this as in `abandon`
+        self.callers[:] = []
+        close = partial(self._close_for_others)
+        handle.owner = weakref.ref(close)
+        closers.run_soon(close)
+        self._ends_soon = True
+
+    def _close_for_others(self) -> None:
+        handle = self.handle
+        if handle is not None:
+            handle.owner = None
+            run_flow(self._closing_in_turn())  # some other one may just end it properly
 
     def _give_up(self) -> None:
         """In a thread that nobody interrupts."""
@@ -557,8 +588,12 @@ class Scope(Generic[S]):
     def __del__(self) -> None:
         # Entered and never left (an interrupt came between, say): else the key would stay locked.
         # And if one came before it was even made, it has no handle.
-        if getattr(self, "handle", None) is not None:
+        if getattr(self, "handle", None) is None:
+            return
+        if self.closed or FIRST in self.members:
             self.abandon()
+        else:  # whoever opened it has left it to one that was lost
+            self.close_soon()
 
     # -- who is in it
 
@@ -579,12 +614,10 @@ class Scope(Generic[S]):
 
     def leave(self, token: object = FIRST, caller: Caller | None = None) -> bool:
         """One less, and the end of the scope if that was the last one: True if whoever leaves now
-        has to close it. To leave again does nothing."""
+        has to close it. To leave again completes what was interrupted."""
         members = self.members
-        try:
+        with suppress(ValueError):  # it has left, or was interrupted before it came any further
             members.remove(token)
-        except ValueError:
-            return False
         if caller is not None and members != _DESERTED:
             self.depart(caller)
         while members == _DESERTED:
@@ -730,9 +763,8 @@ class Scope(Generic[S]):
         except BaseException:
             # An interrupt may have come before anything was written, perhaps in a thread that is
             # not the handler's: what that has changed is not to be lost for it.
-            if self.handle is not None and self.is_loaded and OPEN not in self.members:
-                self.closed = True
-                run_flow(self.closing(may_block=True))
+            if OPEN not in self.members:
+                self.close_soon()
             raise
 
     async def arelease(self) -> None:
