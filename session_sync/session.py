@@ -472,10 +472,12 @@ class Fields:
         held = self.live.get(name, MISSING)
         if held is MISSING:
             return name not in self.record
-        default = held.current() if held.__class__ is Held else held
+        if held.__class__ is not Held:
+            return False
+        default = held.current()
         if default is None:
             return True
-        if held.__class__ is not Held or not _is_absent(default):
+        if not _is_absent(default):
             return False
         shape, unchanged = self.schema.shapes[name], default.frozen
         return self._freeze(name, default.value, unchanged, shape)[0] is unchanged

@@ -19,7 +19,7 @@ import pytest
 telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 pytest.importorskip("aiohttp", reason="needs aiohttp")
 
-from conftest import Threads, callback_query, message, poll  # noqa: E402
+from conftest import Threads, callback_query, message, poll, run_client  # noqa: E402
 from telebot import asyncio_helper, types  # noqa: E402
 from telebot.async_telebot import AsyncTeleBot  # noqa: E402
 from telebot.asyncio_filters import AdvancedCustomFilter, SimpleCustomFilter  # noqa: E402
@@ -104,7 +104,7 @@ def make_bot(sessions: SessionManager[Any], **options: Any) -> Any:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, 60))
+    run_client(asyncio.wait_for(main, 60))
 
 
 def updates(*raw: dict[str, Any]) -> list[Any]:

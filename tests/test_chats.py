@@ -15,7 +15,7 @@ telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 pytest.importorskip("aiohttp", reason="needs aiohttp")
 pytest.importorskip("telegram", reason="needs the extra 'ptb'")
 
-from conftest import Threads, stop_telebot  # noqa: E402
+from conftest import Threads, run_client, stop_telebot  # noqa: E402
 from telebot import apihelper, asyncio_helper  # noqa: E402
 from telebot.async_telebot import AsyncTeleBot  # noqa: E402
 from telegram.ext import Application, MessageHandler, filters  # noqa: E402
@@ -125,7 +125,7 @@ def async_telebot_runs(
         await bot.ahandle(message, message.session)
 
     threads.start(
-        lambda: asyncio.run(
+        lambda: run_client(
             client.infinity_polling(timeout=1, request_timeout=20, logger_level=None)
         )
     )
@@ -160,7 +160,7 @@ def ptb_runs(api: OfflineBotAPI, sessions: SessionManager[Any], **options: Any) 
             await app.updater.stop()
             await app.stop()
 
-    threads.start(lambda: asyncio.run(main()))
+    threads.start(lambda: run_client(main()))
     assert begun.wait(SOON)
     try:
         yield bot

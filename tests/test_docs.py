@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib
 import inspect
@@ -17,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import stop_telebot
+from conftest import run_client, stop_telebot
 from pages import DOCS, FENCE, PAGES, ROOT, Snippet, python_of, snippets, title
 
 import session_sync
@@ -45,7 +44,7 @@ def execute(page: Path, snippet: Snippet, namespace: dict[str, Any]) -> str:
             code = code.replace(polling[0], "_chat(application)")
             code = code.replace("Application.builder()", "Application.builder().base_url(_url)")
             first = int(polling["number"] or 1)
-            namespace["_chat"] = lambda application: asyncio.run(ptb_chat(application, api, first))
+            namespace["_chat"] = lambda application: run_client(ptb_chat(application, api, first))
             namespace["_url"] = api.base_url
         stack.enter_context(contextlib.redirect_stdout(printed))
         lines = "\n" * (snippet.line - 1) + code

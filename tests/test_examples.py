@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_client
 
 from session_sync import SessionManager, StorageKey
 from session_sync.testing import OfflineBotAPI
@@ -150,7 +150,7 @@ def test_the_form_can_be_filled_in_at_one_go(ptb_form: Any) -> None:
                 await application.stop()
 
     with OfflineBotAPI(longest_poll=0.1) as api:
-        said = asyncio.run(main(api))
+        said = run_client(main(api))
     name, age = "What is your name?", "How old are you?"
     assert said == [name, age, "Done. Nice to meet you, Alex!", "Alex, 33"]
 

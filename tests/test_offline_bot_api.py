@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from conftest import stop_telebot
+from conftest import run_client, stop_telebot
 
 from session_sync.testing import OfflineBotAPI, Upload, chats
 
@@ -929,7 +929,7 @@ def test_ptb_polls_and_answers(patient: OfflineBotAPI) -> None:
             await app.updater.stop()
             await app.stop()
 
-    asyncio.run(main())
+    run_client(main())
 
 
 def test_ptb_serves_a_webhook(patient: OfflineBotAPI) -> None:
@@ -952,7 +952,7 @@ def test_ptb_serves_a_webhook(patient: OfflineBotAPI) -> None:
             await app.updater.stop()
             await app.stop()
 
-    asyncio.run(main())
+    run_client(main())
 
 
 def free_port() -> int:

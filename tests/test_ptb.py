@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import callback_query, message, poll
+from conftest import callback_query, message, poll, run_client
 
 from session_sync import (
     DiskStorage,
@@ -803,7 +803,7 @@ def test_it_works_however_updates_come(
             if app.updater.running:
                 await app.updater.stop()
 
-    asyncio.run(main())
+    run_client(main())
     assert stored(in_memory) == {"counter": 5, "seen": ["0", "1", "2", "3", "4"]}
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 from conftest import Threads
+from waiting import until
 
 import session_sync
 from session_sync import (
@@ -91,7 +92,7 @@ class Server:
                 return bool(client.ping())
             return False
 
-        wait_until(answers)
+        until(answers)
 
     def client(self, **options: Any) -> Any:
         return redis.Redis(port=self.port, **self._connection, **options)
@@ -102,14 +103,6 @@ class Server:
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
-
-
-def wait_until(true: Callable[[], object]) -> None:
-    """For what lies in another process, and tells nobody when it has happened."""
-    end = time.monotonic() + SOON
-    while not true():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -580,7 +573,7 @@ class TestLease:
         storages = [make(lease=lease) for lease in (0.4, 0.5)]
         opened = [storages[n % 2].open_record(f"key:{n}", 0) for n in range(40)]
         ends = time.monotonic() + 1
-        wait_until(lambda: time.monotonic() > ends)  # leases that nobody renews are over by now
+        until(lambda: time.monotonic() > ends)  # leases that nobody renews are over by now
         assert len(list(client.scan_iter("*:lock"))) == 40
         names = [thread.name for thread in threading.enumerate()]
         assert names.count("session_sync-renew") == 1
@@ -652,9 +645,9 @@ class TestLease:
         opened = make(proxy.client(), lease=0.5).open_record("key", 0)
         for _ in range(3):
             proxy.lose_next_answer()
-            wait_until(lambda: proxy._before_cut is None)
+            until(lambda: proxy._before_cut is None)
         ends = time.monotonic() + 0.6
-        wait_until(lambda: time.monotonic() > ends)
+        until(lambda: time.monotonic() > ends)
         opened.close(record_of({"a": 1}))
 
     @pytest.mark.parametrize("lease", [0, -1, 0.05, float("nan"), float("inf")])
@@ -679,7 +672,7 @@ class TestNothingIsLeft:
             threads.start(work, make(lease=0.3))
         threads.join()
         assert all(client.pttl(name) != -1 for name in helpers(client))
-        wait_until(lambda: not helpers(client))
+        until(lambda: not helpers(client))
         assert sorted(client.scan_iter()) == [b"{key:0}", b"{key:1}", b"{key:2}"]
 
     def test_of_those_who_gave_up(self, make: Make, client: Any) -> None:
@@ -687,7 +680,7 @@ class TestNothingIsLeft:
         with pytest.raises(SessionLockTimeout):
             make(lease=0.5).open_record("key", 0.1)
         opened.close(None)
-        wait_until(lambda: not helpers(client))
+        until(lambda: not helpers(client))
 
     def test_in_this_process(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "_PLACES", 10)
@@ -740,7 +733,7 @@ class TestConnections:
             put(storage, "key", n=0)
             assert connections(client) > before
             storage.close()
-            wait_until(lambda: connections(client) == before)
+            until(lambda: connections(client) == before)
 
     def test_that_were_interrupted_answer_nobody_else(
         self, make: Make, monkeypatch: pytest.MonkeyPatch
@@ -1557,7 +1550,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
         nodes = re.search(r"cluster_known_nodes'?:\W*(\d)", info)
         return bool(re.search(r"cluster_state'?:\W*ok", info) and nodes and nodes[1] == "3")
 
-    wait_until(lambda: all(map(ready, clients)))
+    until(lambda: all(map(ready, clients)))
     for client in clients:
         client.close()
     yield nodes

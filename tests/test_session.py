@@ -185,6 +185,17 @@ def test_a_session_does_what_a_dict_does(sessions: Sessions) -> None:
     assert stored(sessions) == {"tags": ["new"], "a": 1, "b": 2, "c": 3, "d": 4}
 
 
+def test_a_none_is_a_field_like_any_other(in_memory: Sessions) -> None:
+    with in_memory.session_scope(KEY) as session:
+        session.update(a=1, b=None)
+        assert session.popitem() == ("b", None)
+        session.b = None
+    with in_memory.session_scope(KEY) as session:
+        assert session.popitem() == ("b", None)
+        assert session.popitem() == ("a", 1)
+    assert stored(in_memory) == {}
+
+
 def test_what_is_not_there_raises_as_with_a_dict_or_an_object(in_memory: Sessions) -> None:
     with in_memory.session_scope(KEY) as session:
         with pytest.raises(KeyError, match="draft"):

@@ -18,6 +18,7 @@ from ..containers import freeze
 from ..errors import (
     SessionAwaitError,
     SessionClosedError,
+    SessionError,
     SessionLockTimeout,
     is_control_flow,
 )
@@ -78,6 +79,7 @@ class Scope(Generic[S]):
         "_ends_soon",
         "_lost",
         "_on_loop",
+        "_refused",
         "_session",
         "_stored",
         "_written",
@@ -118,6 +120,7 @@ class Scope(Generic[S]):
         self.queues: dict[str, KeyQueue[LockHandle]] = NO_QUEUES
         self._on_loop = False
         self._lost = ""  # what kept the last changes from being stored
+        self._refused = False  # the store has raised as it was given the last record
         self.call: CallBlocking | None = None  # the one that is on its way
 
     def name_of(self, _key: str, /) -> str:
@@ -329,10 +332,10 @@ class Scope(Generic[S]):
         except BaseException as error:
             self._lost = type(error).__name__
             try:
-                if isinstance(error, Exception):
+                if self._cannot_be_saved(error):
                     with suppress(Exception):  # the first error is the one to be raised
                         self._close_unsaved()
-                else:  # an interrupt, of which those that have left it before know nothing
+                else:
                     self.close_soon()
             finally:
                 self._release_the_end(handle)
@@ -368,8 +371,16 @@ class Scope(Generic[S]):
                 self.unlock()
         except BaseException as error:
             self._lost = type(error).__name__
-            yield from self._giving_up(error)
+            if self._cannot_be_saved(error):
+                yield from self._giving_up(error)
+            else:
+                self.close_soon()
             raise
+
+    def _cannot_be_saved(self, error: BaseException) -> bool:
+        """Whether `error`, as the scope ends, is for a reason. Else it is an interrupt of the last
+        one in it, of which those that have left it before know nothing; once, that is."""
+        return self._refused or self._ends_soon or isinstance(error, (SessionError, GeneratorExit))
 
     def write_guard(self) -> Guard:
         """The owner of a claim to the write lock, with which nothing was done yet."""
@@ -380,11 +391,11 @@ class Scope(Generic[S]):
         fields, opened = self.fields, self.opened
         assert fields is not None
         assert opened is not None
-        kept = fields.kept
+        kept = record = fields.kept
         fields.close()  # first: a change that comes now would be lost
-        record = fields.take_changes()
         self._written = None
         try:
+            record = fields.take_changes()
             call_store(self.write, opened, None if record is kept else record, True)
         except BaseException:
             if self._written is not record:
@@ -397,23 +408,26 @@ class Scope(Generic[S]):
         if last:
             fields.close()  # first: a change that comes now would be lost
         kept = fields.kept
-        record = fields.take_changes()
-        if record is kept:
-            return
         try:
-            self.put(record)
+            record = fields.take_changes()
+            if record is not kept:
+                self.put(record)
         except BaseException:
             fields.not_saved(kept)
             raise
 
     def put(self, record: Record) -> None:
         """Write to a store in memory."""
-        if record:
-            self.options.backend.save(self.full_key, record)
-            self._stored = True
-        elif self._stored:
-            self.options.backend.delete(self.full_key)
-            self._stored = False
+        try:
+            if record:
+                self.options.backend.save(self.full_key, record)
+            elif self._stored:
+                self.options.backend.delete(self.full_key)
+        except Exception:
+            assert self.fields is not None
+            self._refused = not self.fields.open
+            raise
+        self._stored = bool(record)
 
     def _writing(self, last: bool) -> Flow:
         if not self.options.backend.blocking:
@@ -422,20 +436,20 @@ class Scope(Generic[S]):
         fields, opened = self.fields, self.opened
         assert fields is not None
         assert opened is not None
-        kept = fields.kept
+        kept = record = fields.kept
         if last:
             fields.close()  # first: a change that comes now would be lost
-        record = fields.take_changes()
-        changed = record is not kept
-        if not (changed or last):
-            return
         self._written = None
-        args = (opened, record if changed else None, last)
         try:
+            record = fields.take_changes()
+            changed = record is not kept
+            if not (changed or last):
+                return
+            args = (opened, record if changed else None, last)
             call = self.call = CallBlocking(closers, self.write, *args, nowait=self._write_nowait)
             yield call
         except BaseException:
-            if changed and self._written is not record:  # else it was cancelled, and yet written
+            if self._written is not record:  # else it was cancelled, and yet written
                 fields.not_saved(kept)
             raise
         self.call = None
@@ -447,7 +461,7 @@ class Scope(Generic[S]):
             try:
                 opened.close(record)
             except Exception:  # it has let others in all the same; of an interrupt nobody knows
-                self.opened = None
+                self._refused, self.opened = True, None
                 raise
         elif record is not None:
             opened.save(record)
@@ -460,7 +474,7 @@ class Scope(Generic[S]):
         try:
             done = last and self.options.backend.close_nowait(opened, record)
         except Exception:  # as above
-            self.opened = None
+            self._refused, self.opened = True, None
             raise
         if done:
             self.has_written(record)
@@ -512,8 +526,8 @@ class Scope(Generic[S]):
         """Unlock after `error`, and write nothing."""
         if isinstance(error, GeneratorExit):  # nothing awaits the steps of this any more
             self.abandon()
-        elif (self.call is None or not self.call.is_on_its_way) and self.opened is None:
-            self.unlock()  # else, a thread may open it yet, although this did not wait for that
+        elif self.opened is None:
+            self.unlock()
         else:
             yield CallBlocking(closers, self._close_unsaved)
 
@@ -545,7 +559,6 @@ class Scope(Generic[S]):
         handle = self.handle
         if handle is None or self._ends_soon or _GIVE_UP in self.held:
             return
-        self.closed = True  # a thread may still have it for a moment: nobody is to join it
         handle.callers[:] = []  # the one that opened it has gone on, and may wait for it itself
         backend = self.options.backend
         is_alone = self.full_key not in backend.locks.queues
@@ -553,8 +566,8 @@ class Scope(Generic[S]):
             self.unlock()
         else:
             give_up = self._give_up
-            # To a collection, the weak reference to this scope is dead by now; so that nobody takes
-            # the key before the store is closed, this call has it, for as long as there is one.
+            # To a collection, the weak reference to this scope is dead by now. So that nobody takes
+            # the key before the store is closed, its owner is this call, for as long as it exists.
             handle.owner = weakref.ref(give_up)
             closers.run_soon(give_up)
             self._ends_soon = True
@@ -565,8 +578,8 @@ class Scope(Generic[S]):
         handle = self.handle
         if handle is None or self.fields is None or self._ends_soon:
             return
-        self.closed = True  # all of this as in `abandon`
-        self.callers[:] = []
+        self.closed = True  # it may have been interrupted before that
+        self.callers[:] = []  # this and the rest as in `abandon`
         close = partial(self._close_for_others)
         handle.owner = weakref.ref(close)
         closers.run_soon(close)

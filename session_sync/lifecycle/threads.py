@@ -87,25 +87,21 @@ class CallBlocking:
                 return
         call = self._call = _ThreadedCall(self.run)
         try:
-            pool.submit(call)
-        except NoThreadError:
-            if not pool.insists:
-                raise
-            call.run()
-        except BaseException:  # it was interrupted, perhaps after the call had begun
+            try:
+                pool.submit(call)
+            except NoThreadError:
+                if not pool.insists:
+                    raise
+                call.run()
+            if pool.seconds < _MOMENT:
+                call.wait_a_moment()
+            await call.end(self._deadline)
+        except GeneratorExit:  # thrown away, by a finaliser, which must not wait
+            raise
+        except BaseException:  # it was interrupted, perhaps while the call is on its way
             call.withdraw()
             raise
-        if pool.seconds < _MOMENT:
-            call.wait_a_moment()
-        try:
-            await call.end(self._deadline)
-        finally:
-            pool.seconds = call.seconds
-
-    @property
-    def is_on_its_way(self) -> bool:
-        """Whether a thread may be doing it, or may yet."""
-        return self._call is not None and not self._call.has_ended
+        pool.seconds = call.seconds
 
     def join(self) -> None:
         """Wait, in a thread, until the call has ended, or prevent it from beginning."""

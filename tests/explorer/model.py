@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -50,7 +50,7 @@ class World:
         self.problems: list[str] = []
         self.outcomes: dict[str, str] = {}  # of actors that raised something
         self.checks: list[Callable[[], None]] = []
-        self._inside: dict[str, list[str]] = {}
+        self._inside: dict[str, list[_Visit]] = {}
         self._taken: set[tuple[str, str]] = set()
         self._mutex = threading.Lock()
 
@@ -94,7 +94,12 @@ class World:
         except BaseException as error:
             if not self._ends_early():
                 self._note(name, error)
+        known = weakref.ref(loop)
         del loop
+        if self._ends_early():
+            self.shared.clear()  # which knows the tasks
+            self._forget_visits()
+            self._collect(known)
         self._afterwards(name)
 
     def _finish(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -161,6 +166,22 @@ class World:
         if is_victim and self.was_interrupted():
             for key in sorted(self.keys):
                 self._save_later(key)
+
+    def _forget_visits(self) -> None:
+        """Of the tasks that this thread has thrown away, with their loop or after it was closed: a
+        collection may close their scopes first, and then end the handlers in them."""
+        me = threading.get_ident()
+        with self._mutex:
+            for visits in self._inside.values():
+                visits[:] = [visit for visit in visits if visit.thread != me]
+
+    def _collect(self, loop: weakref.ref[asyncio.AbstractEventLoop]) -> None:
+        """What was thrown away, although a thread may just have had a look at it."""
+        end = time.monotonic() + SOON
+        while loop() is not None and time.monotonic() < end:
+            with self.run.looking:
+                gc.collect()
+            time.sleep(0)
 
     def _save_later(self, key: str) -> None:
         try:
@@ -377,15 +398,18 @@ class _Visit:
     """The time that a handler is inside a session."""
 
     def __init__(self, world: World, room: str, owner: str) -> None:
-        self._world, self._room, self._owner = world, room, owner
+        self._world, self._room, self.owner = world, room, owner
+        self.thread = threading.get_ident()
 
     def __enter__(self) -> None:
-        with self._world._mutex:
-            inside = self._world._inside.setdefault(self._room, [])
-            inside.append(self._owner)
-            if self._world.is_exclusive and len(set(inside)) > 1:
-                self._world.problems.append(f"{' and '.join(inside)} are in {self._room} together")
+        world = self._world
+        with world._mutex:
+            inside = world._inside.setdefault(self._room, [])
+            inside.append(self)
+            owners = [visit.owner for visit in inside]
+            if world.is_exclusive and len(set(owners)) > 1:
+                world.problems.append(f"{' and '.join(owners)} are in {self._room} together")
 
     def __exit__(self, *_: object) -> None:
-        with self._world._mutex:
-            self._world._inside[self._room].remove(self._owner)
+        with self._world._mutex, suppress(ValueError):  # it was forgotten
+            self._world._inside[self._room].remove(self)

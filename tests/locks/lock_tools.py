@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import interruptions
 from conftest import Threads
+from waiting import SOON, until_async
 
 import session_sync.locks
 from session_sync import SessionManager
@@ -22,26 +22,8 @@ from session_sync.locks.deadlock import waits
 from session_sync.locks.lock import LockHandle
 from session_sync.locks.table import LockTable
 
-SOON = 20.0  # seconds until a test that waits for something in vain gives up
-
 #: Where the code under test is.
 FOLDER = str(Path(session_sync.locks.__file__).parent)
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Let other threads run until something about them can be seen."""
-    give_up = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < give_up, "this never came to be"
-        time.sleep(0)
-
-
-async def until_async(condition: Callable[[], object]) -> None:
-    """Let other tasks (and threads) run until something about them can be seen."""
-    give_up = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < give_up, "this never came to be"
-        await asyncio.sleep(0)
 
 
 def take(

@@ -13,7 +13,6 @@ import lock_tools
 import pytest
 from conftest import Threads
 from lock_tools import (
-    SOON,
     Loop,
     StandingLoop,
     queued,
@@ -22,9 +21,8 @@ from lock_tools import (
     take_async,
     take_elsewhere,
     take_unowned,
-    until,
-    until_async,
 )
+from waiting import SOON, until, until_async
 
 from session_sync import SessionDeadlockError, SessionLockTimeout, SessionManager
 from session_sync.locks.deadlock import Waits, waits

@@ -11,17 +11,8 @@ from typing import Any
 import lock_tools
 import pytest
 from conftest import Threads
-from lock_tools import (
-    SOON,
-    is_unlocked,
-    queued,
-    table_of,
-    take,
-    take_async,
-    take_unowned,
-    until,
-    until_async,
-)
+from lock_tools import is_unlocked, queued, table_of, take, take_async, take_unowned
+from waiting import SOON, until, until_async
 
 from session_sync import SessionLockTimeout, SessionManager
 from session_sync.locks.lock import ThreadWaiter

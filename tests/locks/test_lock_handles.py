@@ -13,18 +13,8 @@ from typing import Any
 import lock_tools
 import pytest
 from conftest import Threads
-from lock_tools import (
-    SOON,
-    Loop,
-    is_unlocked,
-    queued,
-    table_of,
-    take,
-    take_async,
-    take_elsewhere,
-    until,
-    until_async,
-)
+from lock_tools import Loop, is_unlocked, queued, table_of, take, take_async, take_elsewhere
+from waiting import SOON, until, until_async
 
 from session_sync import MemoryStorage, SessionLockTimeout, SessionManager
 from session_sync.locks.lock import LockHandle

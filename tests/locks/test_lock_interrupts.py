@@ -17,7 +17,6 @@ import lock_tools
 import pytest
 from conftest import Threads
 from lock_tools import (
-    SOON,
     Guest,
     Interrupted,
     Interruption,
@@ -26,8 +25,8 @@ from lock_tools import (
     queued,
     take,
     take_unowned,
-    until,
 )
+from waiting import SOON, until
 
 from session_sync import SessionDeadlockError, SessionLockTimeout
 from session_sync.locks import lock

@@ -13,7 +13,6 @@ import lock_tools
 import pytest
 from conftest import Threads
 from lock_tools import (
-    SOON,
     StandingLoop,
     is_unlocked,
     queued,
@@ -21,9 +20,8 @@ from lock_tools import (
     take_async,
     take_elsewhere,
     take_unowned,
-    until,
-    until_async,
 )
+from waiting import SOON, until, until_async
 
 from session_sync import SessionLockTimeout
 from session_sync.locks import lock
@@ -123,15 +121,16 @@ def test_a_stopped_waiter_whose_time_is_up_leaves(
 
 
 def test_a_time_out_says_that_only_stopped_loops_wait(
-    table: LockTable, threads: Threads, standing: StandingLoop
+    table: LockTable, threads: Threads, standing: StandingLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = take_elsewhere(table, threads)
-    task = standing.wait_for(table, timeout=0.001)
+    task = standing.wait_for(table, timeout=SOON)
     release()
 
-    ready = standing.loop._ready  # type: ignore[attr-defined]
+    ready, time = standing.loop._ready, standing.loop.time  # type: ignore[attr-defined]
     (look,) = ready
     ready.clear()  # its time is up before it looks
+    monkeypatch.setattr(standing.loop, "time", lambda: time() + SOON)
     with pytest.raises(SessionLockTimeout, match="belong to event loops that stopped"):
         standing.go_on(task)
     look._run()

@@ -15,14 +15,8 @@ from typing import Any
 
 import lock_tools
 import pytest
-from lock_tools import (
-    assert_nothing_is_left,
-    queued,
-    table_of,
-    take,
-    take_async,
-    until_async,
-)
+from lock_tools import assert_nothing_is_left, queued, table_of, take, take_async
+from waiting import until_async
 
 from session_sync import SessionManager
 from session_sync.locks import table as table_module

@@ -9,16 +9,8 @@ from typing import Any
 import lock_tools
 import pytest
 from conftest import Threads
-from lock_tools import (
-    SOON,
-    assert_nothing_is_left,
-    queued,
-    table_of,
-    take_async,
-    take_unowned,
-    until,
-    until_async,
-)
+from lock_tools import assert_nothing_is_left, queued, table_of, take_async, take_unowned
+from waiting import SOON, until, until_async
 
 from session_sync import MemoryStorage, SessionManager
 from session_sync.locks.table import LockHolder

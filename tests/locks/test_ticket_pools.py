@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from conftest import Threads
-from lock_tools import SOON, assert_nothing_is_left, table_of, take
+from lock_tools import assert_nothing_is_left, table_of, take
+from waiting import SOON
 
 from session_sync import SessionManager
 from session_sync.lifecycle.current import in_handler

@@ -10,15 +10,8 @@ from typing import Any
 import lock_tools
 import pytest
 from conftest import Threads
-from lock_tools import (
-    SOON,
-    Loop,
-    is_unlocked,
-    queued,
-    take,
-    take_async,
-    until,
-)
+from lock_tools import Loop, is_unlocked, queued, take, take_async
+from waiting import SOON, until
 
 from session_sync import SessionLockTimeout
 from session_sync.locks import lock

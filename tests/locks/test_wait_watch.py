@@ -16,7 +16,8 @@ from typing import Any
 import lock_tools
 import pytest
 from conftest import Threads
-from lock_tools import SOON, queued, take, until
+from lock_tools import queued, take
+from waiting import SOON, until
 
 from session_sync import SessionLockTimeout
 from session_sync.locks import lock as lock_module

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import pytest
 from conftest import Threads
 from interruptions import OutsideError, everywhere, raise_outside
+from waiting import until
 
 from session_sync import SessionConflictError, SessionLockTimeout, SQLiteStorage
 from session_sync.storages import background, filelocks
@@ -82,13 +83,6 @@ def is_waiter(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 # -- exceptions

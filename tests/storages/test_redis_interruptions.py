@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from interruptions import OutsideError, everywhere, raise_outside
+from waiting import SOON, until
 
 pytest.importorskip("redis", reason="needs the extra 'redis'")
 import redis
@@ -19,7 +20,6 @@ from session_sync.storages import redis as redis_module
 from session_sync.storages.base import record_of
 from session_sync.storages.lines import Asked
 
-SOON = 20.0
 LEASE = 0.1
 HERE = (redis_module, lines, leases, background)
 
@@ -132,7 +132,7 @@ def test_what_was_begun_long_ago_is_asked_again(
         assert storage.open_at_once("key") is None
     here = storage._in_process()
     opened, asked = here.begun["key"]
-    assert asked.has_come()
+    until(asked.has_come)
     with pytest.raises(SessionLockTimeout):
         other.open_record("key", 0)
     client.delete("{key}:lock")  # as the end of the lease does

@@ -1,0 +1,214 @@
+"""Ends of scopes that others come into: an interrupt, a joiner, a flush, another end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Threads
+from interruptions import OutsideError, everywhere, raise_outside
+from waiting import SOON, until
+
+from session_sync import LruMemoryStorage, SessionClosedError, SessionLockTimeout, SessionManager
+from session_sync.lifecycle import entry, flow, scope
+from session_sync.lifecycle import threads as pools
+
+KEY = "user:1"
+
+
+class OwnStorage:
+    """The four methods, which may block for all that is known of them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def set(self, key: str, value: Any) -> None:
+        self.values[key] = value
+
+    def delete(self, key: str) -> None:
+        self.values.pop(key, None)
+
+    def has(self, key: str) -> bool:
+        return key in self.values
+
+
+def is_free(sessions: SessionManager[Any]) -> bool:
+    return len(sessions.locks) == 0
+
+
+def raise_in_task() -> None:
+    """Else asyncio itself loses it, and with it whatever its callback was about to do."""
+    if asyncio.current_task() is not None:
+        raise OutsideError
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # never awaited
+def test_a_flush_that_was_interrupted_writes_nothing_later() -> None:
+    """Not over what the next handler has stored."""
+
+    class Slow(OwnStorage):
+        def __init__(self) -> None:
+            super().__init__()
+            self.go_on, self.writing = threading.Event(), 0
+
+        def set(self, key: str, value: Any) -> None:
+            self.writing += 1
+            if "b" not in value:
+                self.go_on.wait(0.01)  # whoever interrupts a flush has to wait for this
+            super().set(key, value)
+            self.writing -= 1
+
+    async def handle(interruption: contextlib.AbstractContextManager[Any]) -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            with interruption:
+                await session.aflush()
+
+    for interruption in everywhere(raise_in_task, pools, flow):
+        storage = Slow()
+        sessions: SessionManager[Any] = SessionManager(storage=storage)
+        pools.closers.seconds = 0.0  # so that it waits for a moment in place
+        with contextlib.suppress(OutsideError):
+            asyncio.run(handle(interruption))
+        with sessions.session_scope(KEY) as session:
+            session.b = 2
+        storage.go_on.set()
+        until(lambda storage=storage: not storage.writing)
+        assert storage.values[KEY].get("b") == 2
+
+
+def test_a_flush_that_waits_for_an_end_that_fails_says_that_nothing_was_saved(
+    threads: Threads,
+) -> None:
+    class Failing(OwnStorage):
+        def set(self, key: str, value: Any) -> None:
+            begun.set()
+            assert go_on.wait(SOON)
+            raise OSError("the disk is full")
+
+    def flush() -> None:
+        assert begun.wait(SOON)
+        with pytest.raises(SessionClosedError, match=r"closed before flush\(\).*OSError"):
+            session.flush()
+
+    def let_go() -> None:
+        assert begun.wait(SOON)
+        until(lambda: session._lifecycle.queues)  # it waits for the end
+        go_on.set()
+
+    begun, go_on = threading.Event(), threading.Event()
+    sessions: SessionManager[Any] = SessionManager(storage=Failing())
+    with pytest.raises(OSError, match="full"), sessions.session_scope(KEY) as session:
+        session.a = 1
+        threads.start(flush)
+        threads.start(let_go)
+    threads.join()
+
+
+def test_the_last_one_that_leaves_closes_it_though_one_joins_just_then(threads: Threads) -> None:
+    """Whatever place of the one's leaving the other one comes at: not only when both are
+    collected."""
+    kept: list[Any] = []
+    inside, go_on = threading.Event(), threading.Event()
+    context = contextvars.Context()
+
+    def join() -> None:
+        kept.append(sessions.session_scope(KEY))
+        with kept[-1] as session:
+            inside.set()
+            assert go_on.wait(SOON)
+            session.b = 1
+
+    def let_one_join() -> None:
+        threads.start(lambda: context.run(join))
+        until(lambda: inside.is_set() or sessions.locks.waiters(KEY))
+
+    for interruption in everywhere(let_one_join, scope, entry):
+        sessions: SessionManager[Any] = SessionManager()
+        inside.clear()
+        go_on.clear()
+        kept.append(sessions.session_scope(KEY))
+        kept[-1].__enter__().a = 1
+        context = contextvars.copy_context()
+        with interruption:
+            kept[-1].__exit__(None, None, None)
+        go_on.set()
+        threads.join()
+        expected = {"a": 1, "b": 1} if interruption.happened else {"a": 1}
+        assert sessions.storage.get(KEY) == expected
+        assert is_free(sessions)
+
+
+def test_what_others_have_changed_is_stored_though_the_last_one_is_interrupted(
+    threads: Threads,
+) -> None:
+    """The handler has ended without an error; a thread of its, which joined it, has not."""
+
+    def join(interruption: contextlib.AbstractContextManager[Any]) -> None:
+        joined = sessions.session_scope(KEY)
+        joined.__enter__()
+        inside.set()
+        assert go_on.wait(SOON)
+        with contextlib.suppress(OutsideError), interruption:
+            joined.__exit__(None, None, None)
+
+    inside, go_on = threading.Event(), threading.Event()
+    for storage_type in (OwnStorage, LruMemoryStorage):
+        for interruption in everywhere(raise_outside, scope, entry):
+            sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+            inside.clear()
+            go_on.clear()
+            with sessions.session_scope(KEY) as session:
+                context = contextvars.copy_context()
+                threads.start(lambda c=context, i=interruption: c.run(join, i))
+                assert inside.wait(SOON)
+                session.a = 1
+            del session
+            go_on.set()
+            threads.join()
+            until(lambda sessions=sessions: is_free(sessions))
+            assert sessions.storage.get(KEY) == {"a": 1}
+
+
+def test_a_key_that_a_finaliser_gives_up_belongs_to_nobody_until_the_store_has_closed_it() -> None:
+    """The threads that close are all busy, and the scope itself is gone."""
+
+    def enter() -> None:
+        sessions.session_scope(KEY).__enter__()
+
+    gate = threading.Event()
+    sessions: SessionManager[Any] = SessionManager(storage=LruMemoryStorage(), lock_timeout=0.05)
+    try:
+        for _ in range(16):
+            pools.closers.run_soon(lambda: gate.wait(SOON) and None)
+        contextvars.Context().run(enter)
+        gc.collect()
+        with pytest.raises(SessionLockTimeout), sessions.session_scope(KEY):
+            pass
+    finally:
+        gate.set()
+    until(lambda: is_free(sessions))
+
+
+@pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+def test_a_scope_that_is_closed_a_second_time_writes_nothing(
+    storage_type: Callable[[], Any],
+) -> None:
+    """Two may come to close it, if one of them was interrupted before it knew better."""
+    sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+    with sessions.session_scope(KEY) as session:
+        session.a = 1
+    with sessions.session_scope(KEY) as later:
+        later.b = 2
+    session._lifecycle.fields.live["late"] = 3  # a thread was just about to change it
+    flow.run_flow(session._lifecycle.closing(may_block=True))
+    assert sessions.storage.get(KEY) == {"a": 1, "b": 2}
