@@ -12,10 +12,10 @@ import dis
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import cache
 from types import CodeType, FrameType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 if sys.version_info >= (3, 12):
     from sys import monitoring
@@ -37,6 +37,9 @@ class OutsideError(Exception):
 
 def raise_outside() -> None:
     raise OutsideError
+
+
+AnyInterruption = TypeVar("AnyInterruption", "Interruption", "LineInterruption")
 
 
 @cache
@@ -135,10 +138,50 @@ class Interruption:
 
 def everywhere(act: Callable[[], object], *modules: ModuleType) -> Iterator[Interruption]:
     """An interruption for each place, until one has not happened."""
+    return _until_one_has_not_happened(lambda n, files: Interruption(n, act, files), modules)
+
+
+def _until_one_has_not_happened(
+    make: Callable[[int, set[str]], AnyInterruption], modules: Iterable[ModuleType]
+) -> Iterator[AnyInterruption]:
     files = {module.__file__ or "" for module in modules}
     for number in itertools.count(1):
-        interruption = Interruption(number, act, files)
+        interruption = make(number, files)
         yield interruption
         if not interruption.happened:
             assert number > 3, "nothing was interrupted"
             return
+
+
+class LineInterruption:
+    """Calls `act` before the `number`-th line that this thread comes to in one of these files: also
+    where CPython would let nothing happen, but another interpreter might."""
+
+    def __init__(self, number: int, act: Callable[[], object], files: Container[str]) -> None:
+        self.happened = False
+        self._left = number
+        self._act = act
+        self._files = files
+
+    def __enter__(self) -> LineInterruption:
+        self._before = sys.gettrace()
+        sys.settrace(self._step)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        sys.settrace(self._before)
+
+    def _step(self, frame: FrameType, event: str, _arg: Any) -> Any:
+        if frame.f_code.co_filename not in self._files:
+            return None
+        if event == "line":
+            self._left -= 1
+            if self._left == 0:
+                self.happened = True
+                self._act()
+        return self._step
+
+
+def every_line(act: Callable[[], object], *modules: ModuleType) -> Iterator[LineInterruption]:
+    """The same for each line."""
+    return _until_one_has_not_happened(lambda n, files: LineInterruption(n, act, files), modules)

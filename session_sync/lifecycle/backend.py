@@ -34,7 +34,8 @@ class Backend:
 
     One that may wait for a disk or a network (`blocking`) is opened for each session: `open` gives
     an OpenRecord, after waiting for other processes if it is `shared`. One that never waits needs
-    no such object: `load`, `save` (a whole record), `delete` and `unload`.
+    no such object: `load`, `save` (a whole record), `delete` and `unload`. What a `prompt` one has
+    to be asked for can often be done at once (`open_nowait`, `close_nowait`).
     """
 
     def __init__(self, storage: KVStorage[Any]) -> None:
@@ -48,6 +49,7 @@ class Backend:
         self.save: Final = way.save
         self.delete: Final = way.delete
         self._open: Final = storage.open_record if isinstance(storage, SharedStorage) else None
+        self.prompt: Final = isinstance(storage, PromptStorage)
         self._open_nowait: Final = (
             storage.open_at_once if isinstance(storage, PromptStorage) else None
         )

@@ -54,7 +54,7 @@ class SessionScope(Scope[S]):
             session = self.scope.session()
             current.set(self.reference)
         except BaseException:
-            self._interrupted(ends=False)
+            self._has_not_entered()
             raise
         return session
 
@@ -64,15 +64,13 @@ class SessionScope(Scope[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        ends = False
         try:
-            ends = self._leaves(error)
-            if ends:
+            if self._leaves(error):
                 scope = self.joined or self
                 if not scope.close_now(may_block=True):
                     run_flow(scope.closing(may_block=True))
         except BaseException:
-            self._interrupted(ends)
+            self._interrupted(error)
             raise
         finally:
             if self._turn is not None:
@@ -91,7 +89,7 @@ class SessionScope(Scope[S]):
             session = self.scope.session()
             current.set(self.reference)
         except BaseException:
-            self._interrupted(ends=False)
+            self._has_not_entered()
             raise
         return session
 
@@ -101,17 +99,15 @@ class SessionScope(Scope[S]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        ends = False
         try:
-            ends = self._leaves(error)
-            if ends:
+            if self._leaves(error):
                 scope = self.joined or self
                 if isinstance(error, GeneratorExit):  # thrown away: nothing is saved
                     scope.abandon()
                 elif not scope.close_now(may_block=False):
                     await arun_flow(scope.closing(may_block=False))
         except BaseException:
-            self._interrupted(ends)
+            self._interrupted(error)
             raise
         finally:
             if self._turn is not None:
@@ -131,7 +127,7 @@ class SessionScope(Scope[S]):
             Scope.__del__(self)
         elif self.members and self._turn is not None:
             if self.joined is not None:
-                self._interrupted(ends=False)
+                self._interrupted(None)
             self._end_turn()
 
     # -- entering and leaving
@@ -215,7 +211,7 @@ class SessionScope(Scope[S]):
     def _closing_for_others(self, scope: Scope[S], error: BaseException, may_block: bool) -> Flow:
         """Close a scope whose other members are done, and nothing of theirs has failed."""
         if isinstance(error, GeneratorExit):  # nothing awaits the steps of this any more
-            scope.abandon()
+            scope.close_soon()
         else:
             yield from scope.closing(may_block)
 
@@ -230,7 +226,7 @@ class SessionScope(Scope[S]):
         return None
 
     def _leaves(self, error: BaseException | None) -> bool:
-        """Out of the scope; True if this one has to close it."""
+        """Out of the scope; True if this one has to close it. To leave again does no harm."""
         around = current.get()
         if around is not None and around() is self:
             current.set(self.outer)
@@ -244,20 +240,18 @@ class SessionScope(Scope[S]):
             scope.discard(error)  # else it goes on to the entry around this one
         return scope.leave(self._token, self._caller)
 
-    def _interrupted(self, ends: bool) -> None:
-        """Leave all the same, after an exception came out of entering or leaving; most often that
-        has done all itself, and nothing is left to do."""
+    def _has_not_entered(self) -> None:
+        """Leave all the same; most often, what has failed did so, and nothing is left to do."""
+        if self.joined is not None:
+            self._interrupted(None)
+        elif self._leaves(None):
+            self.abandon()  # with no handler, there is nothing to be saved
+
+    def _interrupted(self, error: BaseException | None) -> None:
+        """The same after leaving was interrupted; `error` is what the handler had raised."""
         scope = self.joined or self
-        token = FIRST if self.joined is None else self._token
-        if ends:
+        if self._leaves(error) or not scope.members:  # or it had just left, as the last one
             scope.close_soon()
-        elif self.joined is None:
-            if scope.leave(token):
-                scope.abandon()
-        elif scope.leave(token) or not scope.members:  # or was interrupted when it was the last
-            scope.close_soon()
-        else:
-            scope.depart(self._caller)
 
     def _end_turn(self) -> None:
         """Let the next one run that has joined under the same entry."""

@@ -72,7 +72,7 @@ class Scope(Generic[S]):
 
     reference: Any  # a weak one to itself, from the beginning on
     callers: list[Caller]  # those in it, first the one that opened it
-    opener: Caller
+    opener: Caller | None
 
     __slots__ = (
         "__weakref__",
@@ -105,6 +105,7 @@ class Scope(Generic[S]):
         self.handle: LockHandle | None = None  # first: the finaliser looks at it
         self.opened: OpenRecord | None = None  # in a store that blocks
         self._ends_soon = False  # a thread was told to close it
+        self.opener = None  # until it is open
         self.options: Final = options
         self.key: Final = key
         self.full_key: Final = full_key
@@ -446,7 +447,8 @@ class Scope(Generic[S]):
             if not (changed or last):
                 return
             args = (opened, record if changed else None, last)
-            call = self.call = CallBlocking(closers, self.write, *args, nowait=self._write_nowait)
+            nowait = self._write_nowait if last and self.options.backend.prompt else None
+            call = self.call = CallBlocking(closers, self.write, *args, nowait=nowait)
             yield call
         except BaseException:
             if self._written is not record:  # else it was cancelled, and yet written
@@ -469,10 +471,10 @@ class Scope(Generic[S]):
         if last:
             self.opened = None
 
-    def _write_nowait(self, opened: OpenRecord, record: Record | None, last: bool) -> bool:
+    def _write_nowait(self, opened: OpenRecord, record: Record | None, _last: bool) -> bool:
         record = self.to_write(record)
         try:
-            done = last and self.options.backend.close_nowait(opened, record)
+            done = self.options.backend.close_nowait(opened, record)
         except Exception:  # as above
             self._refused, self.opened = True, None
             raise
@@ -559,6 +561,7 @@ class Scope(Generic[S]):
         handle = self.handle
         if handle is None or self._ends_soon or _GIVE_UP in self.held:
             return
+        self.closed = True  # what is to give it up keeps it alive: nobody is to join it meanwhile
         handle.callers[:] = []  # the one that opened it has gone on, and may wait for it itself
         backend = self.options.backend
         is_alone = self.full_key not in backend.locks.queues
@@ -575,10 +578,13 @@ class Scope(Generic[S]):
     def close_soon(self) -> None:
         """Write and unlock in another thread: the last one that was in it was interrupted, and what
         the others have changed is not to be lost for that. A finaliser may call this."""
+        self.closed = True
         handle = self.handle
-        if handle is None or self.fields is None or self._ends_soon:
+        if handle is None or self._ends_soon:
             return
-        self.closed = True  # it may have been interrupted before that
+        if self.fields is None:  # nobody can have changed anything
+            self.abandon()
+            return
         self.callers[:] = []  # this and the rest as in `abandon`
         close = partial(self._close_for_others)
         handle.owner = weakref.ref(close)
@@ -652,17 +658,12 @@ class Scope(Generic[S]):
     def end(self) -> bool:
         """The end of the scope, whoever is still in it; True as in `leave`."""
         caller = current_caller()
-        try:
-            if not self._takes(OPEN):
-                return False
-            ended = self._ended()
-            # Whatever waits for the key from here on waits for the caller of this, and no other.
-            self.callers[:] = [caller]
-            return ended
-        except BaseException:  # an interrupt; what it has ended nobody would close
-            if not self.closed and OPEN not in self.members:
-                self.members.insert(0, OPEN)
-            raise
+        if not self._takes(OPEN):
+            return False
+        ended = self._ended()
+        # Whatever waits for the key from here on waits for the caller of this, and no other.
+        self.callers[:] = [caller]
+        return ended
 
     def _takes(self, token: object) -> bool:
         """Take a token out, as the only one that does."""
@@ -774,15 +775,22 @@ class Scope(Generic[S]):
             if self.end():
                 run_flow(self.closing(may_block=True))
         except BaseException:
-            # An interrupt may have come before anything was written, perhaps in a thread that is
-            # not the handler's: what that has changed is not to be lost for it.
-            if OPEN not in self.members:
-                self.close_soon()
+            self._release_interrupted()
             raise
 
     async def arelease(self) -> None:
-        if self.end():
-            await arun_flow(self.closing(may_block=False))
+        try:
+            if self.end():
+                await arun_flow(self.closing(may_block=False))
+        except BaseException:
+            self._release_interrupted()
+            raise
+
+    def _release_interrupted(self) -> None:
+        """Perhaps before anything was written, and in a thread that is not the handler's: what that
+        has changed is not to be lost for it."""
+        if OPEN not in self.members:
+            self.close_soon()
 
     def _on_event_loop(self) -> bool:
         return self._on_loop and asyncio._get_running_loop() is not None

@@ -7,17 +7,20 @@ import contextlib
 import contextvars
 import gc
 import threading
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from conftest import Threads
-from interruptions import OutsideError, everywhere, raise_outside
-from waiting import SOON, until
+from interruptions import OutsideError, every_line, everywhere, raise_outside
+from waiting import SOON, until, until_async
 
 from session_sync import LruMemoryStorage, SessionClosedError, SessionLockTimeout, SessionManager
 from session_sync.lifecycle import entry, flow, scope
 from session_sync.lifecycle import threads as pools
+from session_sync.session import Fields
 
 KEY = "user:1"
 
@@ -132,7 +135,7 @@ def test_the_last_one_that_leaves_closes_it_though_one_joins_just_then(threads: 
         threads.start(lambda: context.run(join))
         until(lambda: inside.is_set() or sessions.locks.waiters(KEY))
 
-    for interruption in everywhere(let_one_join, scope, entry):
+    for interruption in every_line(let_one_join, scope, entry):
         sessions: SessionManager[Any] = SessionManager()
         inside.clear()
         go_on.clear()
@@ -148,22 +151,25 @@ def test_the_last_one_that_leaves_closes_it_though_one_joins_just_then(threads: 
         assert is_free(sessions)
 
 
+@pytest.mark.parametrize("error", [None, LookupError()])
 def test_what_others_have_changed_is_stored_though_the_last_one_is_interrupted(
-    threads: Threads,
+    threads: Threads, error: LookupError | None
 ) -> None:
-    """The handler has ended without an error; a thread of its, which joined it, has not."""
+    """The handler has ended without an error; a thread of its, which joined it, has not. (If that
+    has failed, all is dropped that was not flushed, as without the interrupt; only one that comes
+    before the first line of `__exit__` keeps that from being known.)"""
 
     def join(interruption: contextlib.AbstractContextManager[Any]) -> None:
         joined = sessions.session_scope(KEY)
-        joined.__enter__()
+        joined.__enter__().b = 2
         inside.set()
         assert go_on.wait(SOON)
         with contextlib.suppress(OutsideError), interruption:
-            joined.__exit__(None, None, None)
+            joined.__exit__(None if error is None else LookupError, error, None)
 
     inside, go_on = threading.Event(), threading.Event()
     for storage_type in (OwnStorage, LruMemoryStorage):
-        for interruption in everywhere(raise_outside, scope, entry):
+        for number, interruption in enumerate(everywhere(raise_outside, scope, entry)):
             sessions: SessionManager[Any] = SessionManager(storage=storage_type())
             inside.clear()
             go_on.clear()
@@ -176,14 +182,169 @@ def test_what_others_have_changed_is_stored_though_the_last_one_is_interrupted(
             go_on.set()
             threads.join()
             until(lambda sessions=sessions: is_free(sessions))
-            assert sessions.storage.get(KEY) == {"a": 1}
+            is_saved = error is None or number == 0
+            assert sessions.storage.get(KEY) == ({"a": 1, "b": 2} if is_saved else None)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # never awaited
+@pytest.mark.parametrize("in_task", [False, True])
+@pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+def test_a_release_that_is_interrupted_loses_nothing(
+    threads: Threads, storage_type: Callable[[], Any], in_task: bool
+) -> None:
+    """It is another thread's, and the handler has changed something."""
+
+    async def arelease(session: Any) -> None:
+        await session.arelease()
+
+    def release(session: Any, interruption: contextlib.AbstractContextManager[Any]) -> None:
+        with contextlib.suppress(OutsideError), interruption:
+            if in_task:
+                asyncio.run(arelease(session))
+            else:
+                session.release()
+
+    for interruption in everywhere(raise_outside, scope, entry):
+        sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+        with sessions.session_scope(KEY) as session:
+            session.a = 1
+            threads.start(lambda s=session, i=interruption: release(s, i))
+            threads.join()
+        until(lambda sessions=sessions: is_free(sessions))
+        assert sessions.storage.get(KEY) == {"a": 1}
+
+
+@pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+def test_what_a_handler_left_to_one_that_is_lost_is_stored(
+    threads: Threads, storage_type: Callable[[], Any]
+) -> None:
+    def join() -> None:
+        joined: Any = sessions.session_scope(KEY)
+        joined.__enter__()
+        cycle = [joined]
+        cycle.append(cycle)  # type: ignore[arg-type]
+
+    sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+    with sessions.session_scope(KEY) as session:
+        session.a = 1
+        context = contextvars.copy_context()
+        threads.start(lambda: context.run(join))
+        threads.join()
+    del session
+    gc.collect()
+    until(lambda: is_free(sessions))
+    assert sessions.storage.get(KEY) == {"a": 1}
+
+
+@pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+def test_what_others_have_changed_is_stored_though_the_last_one_waits_in_a_lost_loop(
+    threads: Threads, storage_type: Callable[[], Any]
+) -> None:
+    """It has joined, and waits for its turn: nothing of its own is there to be dropped."""
+
+    def join() -> None:
+        with sessions.session_scope(KEY) as session:
+            inside.set()
+            assert go_on.wait(SOON)
+            session.b = 2
+
+    async def wait() -> None:
+        async with sessions.session_scope(KEY):
+            raise AssertionError("it is not its turn")
+
+    def handle() -> tuple[Any, Any]:
+        loop = asyncio.new_event_loop()
+        with sessions.session_scope(KEY) as session:
+            session.a = 1
+            context = contextvars.copy_context()
+            threads.start(lambda: context.run(join))
+            assert inside.wait(SOON)
+            waiting = loop.create_task(wait())
+            loop.run_until_complete(until_async(lambda: session._lifecycle.queues))
+        return loop, waiting
+
+    inside, go_on = threading.Event(), threading.Event()
+    sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+    kept: Any = handle()
+    go_on.set()
+    threads.join()
+    assert sessions.storage.get(KEY) is None
+    del kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    until(lambda: is_free(sessions))
+    assert sessions.storage.get(KEY) == {"a": 1, "b": 2}
+
+
+def test_whoever_was_interrupted_as_it_left_is_not_taken_for_a_holder_any_more() -> None:
+    """Else there would be deadlocks that are none."""
+    for interruption in everywhere(raise_outside, scope, entry):
+        sessions: SessionManager[Any] = SessionManager()
+        with sessions.session_scope(KEY):
+            joined = sessions.session_scope(KEY)
+            joined.__enter__()
+            with contextlib.suppress(OutsideError), interruption:
+                joined.__exit__(None, None, None)
+            del joined
+            holder = sessions.locks.holder(KEY)
+            assert holder is not None
+            assert holder.name == f"thread {threading.current_thread().name!r}"
+
+
+@pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+def test_what_can_never_be_saved_is_not_tried_for_ever(
+    storage_type: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks like an interrupt, but the thread that closes the session instead meets it, too."""
+
+    def fail(_fields: object) -> None:
+        raise ZeroDivisionError
+
+    sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+    monkeypatch.setattr(Fields, "take_changes", fail)
+    with pytest.raises(ZeroDivisionError), sessions.session_scope(KEY) as session:
+        session.a = 1
+    until(lambda: is_free(sessions))
+
+
+def test_a_loop_that_was_thrown_away_is_collected_though_a_thread_is_on_its_way() -> None:
+    """Else the task in it would keep its key for as long as the store takes."""
+
+    class Slow(OwnStorage):
+        def set(self, key: str, value: Any) -> None:
+            begun.set()
+            assert go_on.wait(SOON)
+
+    async def handle() -> None:
+        async with sessions.session_scope(KEY) as session:
+            session.a = 1
+            await session.aflush()
+
+    begun, go_on = threading.Event(), threading.Event()
+    sessions: SessionManager[Any] = SessionManager(storage=Slow())
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(handle())
+    loop.run_until_complete(until_async(begun.is_set))
+    loop.run_until_complete(asyncio.sleep(0))  # it waits by now
+    known = weakref.ref(task)
+    del task, loop
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    try:
+        assert known() is None
+    finally:
+        go_on.set()
+    until(lambda: is_free(sessions))
 
 
 def test_a_key_that_a_finaliser_gives_up_belongs_to_nobody_until_the_store_has_closed_it() -> None:
     """The threads that close are all busy, and the scope itself is gone."""
 
     def enter() -> None:
-        sessions.session_scope(KEY).__enter__()
+        scope: Any = sessions.session_scope(KEY)
+        scope.__enter__().cycle = [lambda: scope]  # so that all weak references die first
 
     gate = threading.Event()
     sessions: SessionManager[Any] = SessionManager(storage=LruMemoryStorage(), lock_timeout=0.05)
@@ -197,6 +358,21 @@ def test_a_key_that_a_finaliser_gives_up_belongs_to_nobody_until_the_store_has_c
     finally:
         gate.set()
     until(lambda: is_free(sessions))
+
+
+@pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+def test_a_block_does_not_join_one_that_was_never_left(storage_type: Callable[[], Any]) -> None:
+    """As after an interrupt that came before the first line of `__exit__`. What gives that scope up
+    keeps it alive for a moment."""
+
+    def handle() -> None:
+        sessions.session_scope(KEY).__enter__().a = 1
+        with sessions.session_scope(KEY) as session:
+            session.b = 2
+
+    sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+    contextvars.copy_context().run(handle)
+    assert sessions.storage.get(KEY) == {"b": 2}
 
 
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
