@@ -139,7 +139,7 @@ class _ThreadedCall:
     )
 
     def __init__(self, function: Callable[[], None]) -> None:
-        self._function: Final = function
+        self._function = function
         # Weakly: whoever throws away the loop throws the coroutine away, and not only when a thread
         # that is on its way has ended.
         self._loop: Final = weakref.ref(asyncio.get_running_loop())
@@ -161,6 +161,7 @@ class _ThreadedCall:
         except BaseException as error:
             self._error = error
         self.seconds = time.perf_counter() - begin
+        self._function = _nothing  # which knows a scope: this thread has nothing to do with it now
         self.has_ended = True
         self._gate.release()
         loop = self._loop()

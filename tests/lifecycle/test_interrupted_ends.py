@@ -339,6 +339,38 @@ def test_a_loop_that_was_thrown_away_is_collected_though_a_thread_is_on_its_way(
     until(lambda: is_free(sessions))
 
 
+def test_a_thread_that_has_made_its_call_keeps_no_scope_alive() -> None:
+    """Else the key of a scope that was never left stayed locked until that thread got on."""
+
+    class Hurried(asyncio.SelectorEventLoop):
+        def call_soon_threadsafe(self, *args: Any, **options: Any) -> Any:
+            handle = super().call_soon_threadsafe(*args, **options)
+            assert go_on.wait(SOON)  # whoever called this is overtaken
+            return handle
+
+    class Slow(OwnStorage):
+        def get(self, key: str) -> Any:
+            assert suspended.wait(SOON)
+            return super().get(key)
+
+    async def enter() -> None:
+        asyncio.get_running_loop().call_soon(suspended.set)
+        await sessions.session_scope(KEY).__aenter__()
+
+    go_on, suspended = threading.Event(), threading.Event()
+    sessions: SessionManager[Any] = SessionManager(storage=Slow(), lock_timeout=SOON)
+    loop = Hurried()
+    try:
+        loop.run_until_complete(enter())
+        gc.collect()
+        with sessions.session_scope(KEY) as session:
+            session.a = 1
+    finally:
+        go_on.set()
+        loop.close()
+    assert sessions.storage.get(KEY) == {"a": 1}
+
+
 def test_a_key_that_a_finaliser_gives_up_belongs_to_nobody_until_the_store_has_closed_it() -> None:
     """The threads that close are all busy, and the scope itself is gone."""
 
