@@ -69,12 +69,11 @@ class SessionScope(Scope[S]):
                 scope = self.joined or self
                 if not scope.close_now(may_block=True):
                     run_flow(scope.closing(may_block=True))
+            if self._turn is not None:
+                self._end_turn()
         except BaseException:
             self._interrupted(error)
             raise
-        finally:
-            if self._turn is not None:
-                self._end_turn()
 
     async def __aenter__(self) -> S:
         if self.members or self.closed:
@@ -106,12 +105,11 @@ class SessionScope(Scope[S]):
                     scope.abandon()
                 elif not scope.close_now(may_block=False):
                     await arun_flow(scope.closing(may_block=False))
+            if self._turn is not None:
+                self._end_turn()
         except BaseException:
             self._interrupted(error)
             raise
-        finally:
-            if self._turn is not None:
-                self._end_turn()
 
     @property
     def scope(self) -> Scope[S]:
@@ -128,7 +126,8 @@ class SessionScope(Scope[S]):
         elif self.members and self._turn is not None:
             if self.joined is not None:
                 self._interrupted(None)
-            self._end_turn()
+            else:
+                self._end_turn()
 
     # -- entering and leaving
 
@@ -250,8 +249,11 @@ class SessionScope(Scope[S]):
     def _interrupted(self, error: BaseException | None) -> None:
         """The same after leaving was interrupted; `error` is what the handler had raised."""
         scope = self.joined or self
-        if self._leaves(error) or not scope.members:  # or it had just left, as the last one
-            scope.close_soon()
+        try:
+            if self._leaves(error) or not scope.has_members:  # or it had just left, as the last
+                scope.close_soon()
+        finally:
+            self._end_turn()
 
     def _end_turn(self) -> None:
         """Let the next one run that has joined under the same entry."""

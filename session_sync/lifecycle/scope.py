@@ -18,8 +18,9 @@ from ..containers import freeze
 from ..errors import (
     SessionAwaitError,
     SessionClosedError,
-    SessionError,
+    SessionEncodeError,
     SessionLockTimeout,
+    SessionTypeError,
     is_control_flow,
 )
 from ..expiry import Ttl
@@ -34,6 +35,8 @@ from .options import Options
 from .threads import CallBlocking, call_store, closers, openers, waiters
 
 S = TypeVar("S", bound=BaseSession)
+# What the changes themselves can be to blame for, before a store has seen them.
+_OWN_FAULTS: Final = (SessionEncodeError, SessionTypeError)
 _NO_FIELDS: Final = record_of({})
 _SHORT_WAIT: Final = 1.0  # seconds
 _SHORTER_WAIT: Final = 0.05  # seconds, where others want the same thread
@@ -77,6 +80,7 @@ class Scope(Generic[S]):
     __slots__ = (
         "__weakref__",
         "_ends_soon",
+        "_is_failed",
         "_lost",
         "_on_loop",
         "_refused",
@@ -121,6 +125,7 @@ class Scope(Generic[S]):
         self.queues: dict[str, KeyQueue[LockHandle]] = NO_QUEUES
         self._on_loop = False
         self._lost = ""  # what kept the last changes from being stored
+        self._is_failed = False  # its changes are to be rolled back, as soon as that can be
         self._refused = False  # the store has raised as it was given the last record
         self.call: CallBlocking | None = None  # the one that is on its way
 
@@ -147,7 +152,7 @@ class Scope(Generic[S]):
             handle = self.handle
             if handle is None:  # else it has the key of a ticket, or has waited for the key
                 handle = self.handle = LockHandle(backend.locks, self.full_key, current_caller())
-                handle.owner = self.reference
+                handle.owner, handle.inside = self.reference, self.held
             if not (handle.try_acquire() or handle.is_held):
                 return False
             if not backend.blocking:
@@ -162,7 +167,7 @@ class Scope(Generic[S]):
     def new_handle(self) -> LockHandle:
         """A claim to the key of this scope."""
         handle = LockHandle(self.options.backend.locks, self.full_key, current_caller())
-        handle.owner = self.reference
+        handle.owner, handle.inside = self.reference, self.held
         return handle
 
     def _open_store_now(self) -> bool:
@@ -297,7 +302,13 @@ class Scope(Generic[S]):
             yield Acquire(write, None)
         if fields.open:
             yield from self._writing(last=False)
-            self._lost = ""
+            if self._is_failed:
+                fields.roll_back()
+                self._is_failed = False
+            else:
+                self._lost = ""
+        elif self.handle is not None:  # its end was interrupted
+            yield from self._ending()
         elif self._lost:
             raise SessionClosedError(
                 f"session {self.key!r} was closed before flush() could write it, and its last "
@@ -324,26 +335,35 @@ class Scope(Generic[S]):
         try:
             if self.held.setdefault(_WRITE, handle) is not handle:
                 return False
+            if self.handle is not handle:  # a thread has just closed it, after an interrupt
+                self._release_write(handle)
+                return False
             if backend.blocking:
                 self._write_last()
             else:
                 self._write_in_memory(last=True)
             self.unlock()
-            self._release_the_end(handle)
+            self._release_write(handle)
         except BaseException as error:
-            self._lost = type(error).__name__
             try:
                 if self._cannot_be_saved(error):
+                    self._lost = type(error).__name__
                     with suppress(Exception):  # the first error is the one to be raised
                         self._close_unsaved()
-                else:
-                    self.close_soon()
             finally:
                 self._release_the_end(handle)
+            self.close_soon()  # unless it is closed by now
             raise
         return True
 
     def _release_the_end(self, handle: LockHandle) -> None:
+        try:
+            self._release_write(handle)
+        except BaseException:  # as in Guard.around
+            self._release_write(handle)
+            raise
+
+    def _release_write(self, handle: LockHandle) -> None:
         if self.held.get(_WRITE) is handle:
             del self.held[_WRITE]
         if self.queues:
@@ -363,25 +383,37 @@ class Scope(Generic[S]):
             raise acquire.cancelled
 
     def _closing(self, acquire: AcquireInsisting, write: LockHandle) -> Flow:
+        is_its_turn = False
         try:
             if not write.try_acquire():
                 yield acquire
-            if self.handle is not None:  # else another one has closed it meanwhile
-                if self.opened is not None or not self.options.backend.blocking:
-                    yield from self._writing(last=True)  # else that is what one has done
-                self.unlock()
+            is_its_turn = True
+            yield from self._ending()
+        except GeneratorExit:  # nothing awaits the steps of this any more, and it saves nothing
+            self.abandon()
+            raise
         except BaseException as error:
-            self._lost = type(error).__name__
-            if self._cannot_be_saved(error):
+            if is_its_turn and self._cannot_be_saved(error):
+                self._lost = type(error).__name__
                 yield from self._giving_up(error)
             else:
                 self.close_soon()
             raise
 
+    def _ending(self) -> Flow:
+        """Write and unlock, of that what is still to be done."""
+        handle = self.handle
+        if handle is None:
+            return
+        # Else a record that blocks is closed, or the key is not of this scope any more.
+        if self.opened is not None or (handle.is_held and not self.options.backend.blocking):
+            yield from self._writing(last=True)
+        self.unlock()
+
     def _cannot_be_saved(self, error: BaseException) -> bool:
         """Whether `error`, as the scope ends, is for a reason. Else it is an interrupt of the last
         one in it, of which those that have left it before know nothing; once, that is."""
-        return self._refused or self._ends_soon or isinstance(error, (SessionError, GeneratorExit))
+        return self._refused or self._ends_soon or isinstance(error, _OWN_FAULTS)
 
     def write_guard(self) -> Guard:
         """The owner of a claim to the write lock, with which nothing was done yet."""
@@ -392,6 +424,11 @@ class Scope(Generic[S]):
         fields, opened = self.fields, self.opened
         assert fields is not None
         assert opened is not None
+        if self.call is not None:
+            self.call.join()
+            self.call = None
+        if self._is_failed:
+            fields.roll_back()
         kept = record = fields.kept
         fields.close()  # first: a change that comes now would be lost
         self._written = None
@@ -407,6 +444,8 @@ class Scope(Generic[S]):
         fields = self.fields
         assert fields is not None
         if last:
+            if self._is_failed:
+                fields.roll_back()
             fields.close()  # first: a change that comes now would be lost
         kept = fields.kept
         try:
@@ -421,14 +460,15 @@ class Scope(Generic[S]):
         """Write to a store in memory."""
         try:
             if record:
+                self._stored = True  # first: an interrupt does not say whether it is
                 self.options.backend.save(self.full_key, record)
             elif self._stored:
                 self.options.backend.delete(self.full_key)
+                self._stored = False
         except Exception:
             assert self.fields is not None
             self._refused = not self.fields.open
             raise
-        self._stored = bool(record)
 
     def _writing(self, last: bool) -> Flow:
         if not self.options.backend.blocking:
@@ -437,6 +477,10 @@ class Scope(Generic[S]):
         fields, opened = self.fields, self.opened
         assert fields is not None
         assert opened is not None
+        if self.call is not None:
+            yield from self.ending_the_call(self.call)
+        if last and self._is_failed:
+            fields.roll_back()
         kept = record = fields.kept
         if last:
             fields.close()  # first: a change that comes now would be lost
@@ -456,9 +500,17 @@ class Scope(Generic[S]):
             raise
         self.call = None
 
+    def ending_the_call(self, call: CallBlocking) -> Flow:
+        """Of a coroutine that was thrown away, and could not wait for it."""
+        if call.is_on_its_way:
+            yield CallBlocking(closers, call.join)
+        self.call = None
+
     def write(self, opened: OpenRecord, record: Record | None, last: bool) -> None:
         """Write to a store that blocks, if there is something to write; the `last` one closes."""
         record = self.to_write(record)
+        if record:
+            self._stored = True  # first: an interrupt does not say whether it is
         if last:
             try:
                 opened.close(record)
@@ -501,9 +553,15 @@ class Scope(Generic[S]):
 
     def discard(self, error: BaseException) -> None:
         """A handler failed: forget what changed since the last flush, if the options say so."""
-        if self.fields is not None and not self.closed and not self.keeps(error):
+        if self.fields is None or self.closed or self.keeps(error):
+            return
+        self._lost = type(error).__name__
+        write = self.write_guard()
+        if write.handle.try_acquire():
             self.fields.roll_back()
-            self._lost = type(error).__name__
+            write.release()
+        else:  # a flush of another thread is on its way, and does that when it has written
+            self._is_failed = True
 
     # -- unlocking
 
@@ -537,8 +595,8 @@ class Scope(Generic[S]):
         """Close what is open, and write nothing; to be called again after an interrupt. A record is
         never closed by two at a time, so this has a lock; whoever finds it taken leaves it to the
         one that has it."""
-        lock = LockHandle(self, _GIVE_UP, current_caller())
-        if not lock.try_acquire():
+        lock = Guard(self, _GIVE_UP)
+        if not lock.handle.try_acquire():
             return
         try:
             if self.call is not None:
@@ -564,7 +622,7 @@ class Scope(Generic[S]):
         self.closed = True  # what is to give it up keeps it alive: nobody is to join it meanwhile
         handle.callers[:] = []  # the one that opened it has gone on, and may wait for it itself
         backend = self.options.backend
-        is_alone = self.full_key not in backend.locks.queues
+        is_alone = self.full_key not in backend.locks.queues and not self.held
         if is_alone and self.opened is None and self.call is None and backend.unload is None:
             self.unlock()
         else:
@@ -579,8 +637,10 @@ class Scope(Generic[S]):
         """Write and unlock in another thread: the last one that was in it was interrupted, and what
         the others have changed is not to be lost for that. A finaliser may call this."""
         self.closed = True
+        if not self.is_loaded and _TO_CLOSE not in self.members:
+            self.members.append(_TO_CLOSE)  # whatever is just loading it closes it
         handle = self.handle
-        if handle is None or self._ends_soon:
+        if handle is None or self._ends_soon or not self.is_loaded:
             return
         if self.fields is None:  # nobody can have changed anything
             self.abandon()
@@ -602,7 +662,13 @@ class Scope(Generic[S]):
         handle = self.handle
         if handle is not None:
             handle.owner = None  # from here on the key is not lost
-            self._close_unsaved()
+            write = self.write_guard()
+            run_flow(write.around(self._giving_up_in_turn(write.handle)))
+
+    def _giving_up_in_turn(self, write: LockHandle) -> Flow:
+        if not write.try_acquire():  # another thread's flush is on its way
+            yield Acquire(write, None)
+        self._close_unsaved()
 
     def __del__(self) -> None:
         # Entered and never left (an interrupt came between, say): else the key would stay locked.
@@ -655,10 +721,11 @@ class Scope(Generic[S]):
         same."""
         return any(token is not _TO_CLOSE for token in self.members)
 
-    def end(self) -> bool:
+    def end(self, caller: Caller) -> bool:
         """The end of the scope, whoever is still in it; True as in `leave`."""
-        caller = current_caller()
+        self.arrive(caller)  # first: a signal handler may want the key when this has ended it
         if not self._takes(OPEN):
+            self.depart(caller)
             return False
         ended = self._ended()
         # Whatever waits for the key from here on waits for the caller of this, and no other.
@@ -771,25 +838,29 @@ class Scope(Generic[S]):
 
     def release(self) -> None:
         self._refuse_to_block("release", "arelease")
+        caller = current_caller().again()
         try:
-            if self.end():
+            if self.end(caller):
                 run_flow(self.closing(may_block=True))
         except BaseException:
-            self._release_interrupted()
+            self._release_interrupted(caller)
             raise
 
     async def arelease(self) -> None:
+        caller = current_caller().again()
         try:
-            if self.end():
+            if self.end(caller):
                 await arun_flow(self.closing(may_block=False))
         except BaseException:
-            self._release_interrupted()
+            self._release_interrupted(caller)
             raise
 
-    def _release_interrupted(self) -> None:
+    def _release_interrupted(self, caller: Caller) -> None:
         """Perhaps before anything was written, and in a thread that is not the handler's: what that
         has changed is not to be lost for it."""
-        if OPEN not in self.members:
+        if OPEN in self.members:
+            self.depart(caller)
+        else:
             self.close_soon()
 
     def _on_event_loop(self) -> bool:
@@ -837,9 +908,10 @@ class Guard:
         self.handle.release()
 
     def __del__(self) -> None:
-        handle = getattr(self, "handle", None)  # an interrupt may have come before it had one
-        if handle is not None:
-            handle.release()
+        if (
+            getattr(self, "handle", None) is not None
+        ):  # an interrupt may have come before it had one
+            self.release()
 
 
 def _copy(value: Any) -> Any:

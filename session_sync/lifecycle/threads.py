@@ -103,6 +103,11 @@ class CallBlocking:
             raise
         pool.seconds = call.seconds
 
+    @property
+    def is_on_its_way(self) -> bool:
+        """Whether a thread may be doing it, or may yet."""
+        return self._call is not None and not self._call.has_ended
+
     def join(self) -> None:
         """Wait, in a thread, until the call has ended, or prevent it from beginning."""
         if self._call is not None:
@@ -348,6 +353,9 @@ class _Workers:
             if not self._alive:
                 raise NoThreadError(str(error)) from None
             return False
+        except BaseException:  # an interrupt, perhaps after the start: rather one more than less
+            self._to_start.append(number)
+            raise
         return True
 
     def _work(self, number: int, first: list[_Runnable]) -> None:
@@ -363,7 +371,7 @@ class _Workers:
                 self._idle.pop(number, None)
         finally:
             self._idle.pop(number, None)
-            del self._alive[number]
+            self._alive.pop(number, None)
             self._to_start.append(number)
             self._ended.put(number)
 

@@ -135,6 +135,9 @@ class AtomicFlush:
 
     def _writing(self) -> Flow:
         self._kept.update((s, fields.kept) for s, fields in self._fields.items() if fields.open)
+        for scope in self._kept:
+            if scope.call is not None:
+                yield from scope.ending_the_call(scope.call)
         for scope, kept in self._kept.items():
             record = self._fields[scope].take_changes()
             if record is not kept and scope.to_write(record) is not None:

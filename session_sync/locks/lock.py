@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from ..errors import SessionDeadlockError, SessionLockTimeout
@@ -32,6 +32,7 @@ class Table(Protocol):
     def name_of(self, key: str, /) -> str: ...
 
 
+_NOTHING: Final[Mapping[str, LockHandle]] = {}
 #: The queues of a table in which nothing has ever waited.
 NO_QUEUES: Final[dict[str, KeyQueue[LockHandle]]] = {}
 
@@ -58,7 +59,7 @@ class LockHandle:
     there is a queue. Whichever comes second sees the other, and hands the key on.
     """
 
-    __slots__ = ("callers", "key", "owner", "since", "table", "waiter")
+    __slots__ = ("callers", "inside", "key", "owner", "since", "table", "waiter")
 
     if TYPE_CHECKING:
         begun: bool
@@ -73,6 +74,8 @@ class LockHandle:
         self.waiter: _Waiter | None = None  # from the first wait on, until it is released
         #: A weak reference to the owner, if nothing else is to be asked for.
         self.owner: Callable[[], object] | None = None
+        #: Locks for which its owner may have to wait before it can release this one.
+        self.inside: Mapping[str, LockHandle] = _NOTHING
 
     # -- the owner's side
 
@@ -252,7 +255,10 @@ class _BegunWaiter:
     def holders(self) -> Sequence[Caller]:
         """Those that have the lock now."""
         holder = self.handle.table.held.get(self.handle.key)
-        return [] if holder is None or holder is self.handle else list(holder.callers)
+        if holder is None or holder is self.handle:
+            return []
+        inside = [each for each in list(holder.inside.values()) if each is not holder]
+        return [*holder.callers, *(caller for each in inside for caller in each.callers)]
 
     def ahead(self) -> Sequence[Caller]:
         """Those that wait for the lock ahead of this one."""

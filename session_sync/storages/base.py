@@ -112,8 +112,9 @@ class OpenRecord(Protocol):
 
     def close(self, record: Record | None, /) -> None:
         """Store `record` as `save` does, unless it is None, and let others open it: the latter
-        also if storing fails. Called once; or once more with None, if an exception from outside
-        (Ctrl-C, say) has interrupted it."""
+        also if storing fails. Called once; or once more, with the same record or with None, if
+        an exception from outside that is no Exception (Ctrl-C, say) has interrupted it: until
+        then, nobody else may open it."""
 
 
 @runtime_checkable

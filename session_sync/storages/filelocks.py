@@ -373,7 +373,7 @@ class LockedRecord(Generic[Store]):
     """An OpenRecord (see base.py) of a storage that can load, save and delete; `handle` keeps other
     processes away meanwhile."""
 
-    __slots__ = ("_handle", "_key", "_storage", "record", "size")
+    __slots__ = ("_handle", "_is_closing", "_key", "_storage", "record", "size")
 
     def __init__(
         self,
@@ -387,6 +387,7 @@ class LockedRecord(Generic[Store]):
             self._key: Final = key
             self._handle: Final = handle
             self.size: int | None = None  # bytes that were written last
+            self._is_closing = False  # the last record is stored
             self.record: Final = storage.load(key) if load is None else load(key)
         except BaseException:
             handle.release()
@@ -408,10 +409,13 @@ class LockedRecord(Generic[Store]):
     def close(self, record: Record | None, /) -> None:
         """Store `record` unless it is None, and let other processes in."""
         try:
-            if record is not None:
+            if record is not None and not self._is_closing:
                 self.save(record)
-        finally:
+            self._is_closing = True
+        except Exception:
             self._handle.release()
+            raise
+        self._handle.release()  # not after an interrupt: it will be closed once more
 
 
 class _Waiter:

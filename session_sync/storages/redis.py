@@ -758,13 +758,15 @@ class OpenRedisRecord(Lease):
         try:
             try:
                 written = self._storage.written(self, record)
-            except BaseException:
+            except Exception:
                 self._storage.close_open(self, self._storage.written(self, None))
                 raise
             if not self._storage.close_open(self, written, self._asked) and record is not None:
                 raise self.conflict()
-        finally:
+        except Exception:
             renewer().drop(self)
+            raise
+        renewer().drop(self)  # not after an interrupt: it will be closed once more
 
     def close_at_once(self, record: Record | None, /) -> bool:
         """As `close`, if the server answers at once; else False, and `close` goes on with what was
@@ -779,7 +781,7 @@ class OpenRedisRecord(Lease):
             closed = asked is not None and bool(asked.answer())
         except (RedisError, SessionError):  # it is asked again, and that one raises it
             return False
-        except BaseException:  # from a hook for own types, or from outside
+        except Exception:  # from a hook for own types
             with suppress(RedisError):  # the lease runs out
                 self.close(None)
             raise
