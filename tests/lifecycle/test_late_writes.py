@@ -1,4 +1,4 @@
-"""Nothing is written, or rolled back, when that does harm: over what the next handler has stored."""
+"""Nothing is written, or rolled back, when that does harm: over what the next one has stored."""
 
 from __future__ import annotations
 
