@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import gc
 import itertools
@@ -9,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -32,6 +34,18 @@ collect_ignore_glob = [
 ]
 
 T = TypeVar("T")
+
+if threading.gettrace() is not None:  # coverage, which sees those threads that `threading` starts
+    _start = _thread.start_new_thread
+
+    def _start_traced(work: Callable[..., object], args: tuple[Any, ...] = (), /) -> int:
+        def traced() -> None:
+            sys.settrace(threading.gettrace())
+            work(*args)
+
+        return _start(traced, ())
+
+    _thread.start_new_thread = _start_traced  # type: ignore[assignment]
 _ids = itertools.count(1)
 
 

@@ -376,7 +376,7 @@ def test_the_next_caller_takes_the_place_of_who_gave_up(
     assert locks.waiting() == {"key"}
     with pytest.raises(SessionLockTimeout):
         locks.acquire("key", 0.01)
-    assert waiting_threads() == 1
+    until(lambda: waiting_threads() == 1)
     threads.start(held.release)
     handle = locks.acquire("key", SOON)
     assert not is_free(other)
