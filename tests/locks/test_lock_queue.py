@@ -112,8 +112,9 @@ def worked_off(count: int, make: Callable[[str], Waiting]) -> float:
 
 @pytest.mark.parametrize("make", [caller, ticket])
 def test_a_long_queue_is_worked_off_in_linear_time(make: Callable[[str], Waiting]) -> None:
-    """Quadratic, four times as many take 16 times as long, and linear 4 times."""
-    assert worked_off(120_000, make) < 9 * min(worked_off(30_000, make) for _ in range(3))
+    """Quadratic, four times as many take 16 times as long, and linear 4 times: of a few attempts,
+    the machine disturbs not all."""
+    assert any(worked_off(120_000, make) < 9 * worked_off(30_000, make) for _ in range(5))
 
 
 def test_anything_can_leave_a_long_queue_at_once() -> None:
