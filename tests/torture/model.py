@@ -295,6 +295,8 @@ class Ledger:
             return
         if record.kind == "signal" and error != LockTimeoutError.__name__:
             return  # it may find this thread in the middle of anything; it must not harm it
+        if error == "SessionClosedError" and record.joined is not None and record.joined.raised:
+            return  # the handler that it had joined has failed, and was just being rolled back
         if error == "SessionDeadlockError":
             if not record.may_circle:
                 failures.add("unexpected", f"a circle without a second key: {record}")
