@@ -325,10 +325,10 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
                 self.size = self._storage.save_at_once(self._key, record)
         except _WouldWaitError:
             return False
-        except BaseException:
+        except Exception:
             self._handle.release()
             raise
-        self._handle.release()
+        self._handle.release()  # not after an interrupt: it will be closed once more
         return True
 
 
