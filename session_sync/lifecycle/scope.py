@@ -11,7 +11,6 @@ import math
 import time
 import weakref
 from contextlib import suppress
-from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from ..containers import freeze
@@ -69,8 +68,11 @@ class Scope(Generic[S]):
     the key's (`handle`) are given up inside of the write lock, too.
 
     What was interrupted. A scope writes its handle and its open record down before it uses them,
-    and forgets them after they were given up. Whatever comes between (an exception from outside, a
-    coroutine that is thrown away), its finaliser gives up what is left, and writes nothing.
+    and forgets them after they were given up; and what it has done so far stands in them. So all of
+    it can be repeated. Who is interrupted as it ends the scope leaves the rest to a thread that
+    nobody interrupts (`close_soon`), since others may have changed something before. Who is thrown
+    away leaves nothing to be written (`abandon`), nor does one that never left: then the finaliser
+    gives up what is left.
     """
 
     reference: Any  # a weak one to itself, from the beginning on
@@ -126,7 +128,7 @@ class Scope(Generic[S]):
         self._on_loop = False
         self._lost = ""  # what kept the last changes from being stored
         self._is_failed = False  # its changes are to be rolled back, as soon as that can be
-        self._refused = False  # the store has raised as it was given the last record
+        self._refused = False  # a store in memory has raised as it was given the last record
         self.call: CallBlocking | None = None  # the one that is on its way
 
     def name_of(self, _key: str, /) -> str:
@@ -152,7 +154,7 @@ class Scope(Generic[S]):
             handle = self.handle
             if handle is None:  # else it has the key of a ticket, or has waited for the key
                 handle = self.handle = LockHandle(backend.locks, self.full_key, current_caller())
-                handle.owner, handle.inside = self.reference, self.held
+                handle.owner = self.reference
             if not (handle.try_acquire() or handle.is_held):
                 return False
             if not backend.blocking:
@@ -167,7 +169,7 @@ class Scope(Generic[S]):
     def new_handle(self) -> LockHandle:
         """A claim to the key of this scope."""
         handle = LockHandle(self.options.backend.locks, self.full_key, current_caller())
-        handle.owner, handle.inside = self.reference, self.held
+        handle.owner = self.reference
         return handle
 
     def _open_store_now(self) -> bool:
@@ -257,6 +259,7 @@ class Scope(Generic[S]):
             self.fields = self._missing(self.fields.record)
         handle = self.handle
         assert handle is not None
+        handle.inside = self.reference
         if options.lazy:  # from here on, whatever waits for the key waits for all who are in it
             handle.callers = self.callers
         else:
@@ -413,7 +416,8 @@ class Scope(Generic[S]):
     def _cannot_be_saved(self, error: BaseException) -> bool:
         """Whether `error`, as the scope ends, is for a reason. Else it is an interrupt of the last
         one in it, of which those that have left it before know nothing; once, that is."""
-        return self._refused or self._ends_soon or isinstance(error, _OWN_FAULTS)
+        is_closed = self.opened is None and self.options.backend.blocking
+        return is_closed or self._refused or self._ends_soon or isinstance(error, _OWN_FAULTS)
 
     def write_guard(self) -> Guard:
         """The owner of a claim to the write lock, with which nothing was done yet."""
@@ -427,10 +431,8 @@ class Scope(Generic[S]):
         if self.call is not None:
             self.call.join()
             self.call = None
-        if self._is_failed:
-            fields.roll_back()
+        self._close(fields)
         kept = record = fields.kept
-        fields.close()  # first: a change that comes now would be lost
         self._written = None
         try:
             record = fields.take_changes()
@@ -440,13 +442,17 @@ class Scope(Generic[S]):
                 fields.not_saved(kept)
             raise
 
+    def _close(self, fields: Fields) -> None:
+        """Before they are written for the last time: a change that came later would be lost."""
+        if self._is_failed:
+            fields.roll_back()
+        fields.close()
+
     def _write_in_memory(self, last: bool) -> None:
         fields = self.fields
         assert fields is not None
         if last:
-            if self._is_failed:
-                fields.roll_back()
-            fields.close()  # first: a change that comes now would be lost
+            self._close(fields)
         kept = fields.kept
         try:
             record = fields.take_changes()
@@ -479,11 +485,9 @@ class Scope(Generic[S]):
         assert opened is not None
         if self.call is not None:
             yield from self.ending_the_call(self.call)
-        if last and self._is_failed:
-            fields.roll_back()
-        kept = record = fields.kept
         if last:
-            fields.close()  # first: a change that comes now would be lost
+            self._close(fields)
+        kept = record = fields.kept
         self._written = None
         try:
             record = fields.take_changes()
@@ -515,7 +519,7 @@ class Scope(Generic[S]):
             try:
                 opened.close(record)
             except Exception:  # it has let others in all the same; of an interrupt nobody knows
-                self._refused, self.opened = True, None
+                self.opened = None
                 raise
         elif record is not None:
             opened.save(record)
@@ -528,7 +532,7 @@ class Scope(Generic[S]):
         try:
             done = self.options.backend.close_nowait(opened, record)
         except Exception:  # as above
-            self._refused, self.opened = True, None
+            self.opened = None
             raise
         if done:
             self.has_written(record)
@@ -574,7 +578,8 @@ class Scope(Generic[S]):
             return
         backend = self.options.backend
         try:
-            if backend.unload is not None and not backend.blocking:
+            # After an interrupt, the key may be another one's by now, and loaded for that.
+            if backend.unload is not None and not backend.blocking and handle.is_held:
                 backend.unload(self.full_key)
         finally:
             if not self.is_loaded:  # a lazy one that failed to load, so it can be loaded again
@@ -646,7 +651,7 @@ class Scope(Generic[S]):
             self.abandon()
             return
         self.callers[:] = []  # this and the rest as in `abandon`
-        close = partial(self._close_for_others)
+        close = self._close_for_others
         handle.owner = weakref.ref(close)
         closers.run_soon(close)
         self._ends_soon = True
@@ -908,10 +913,9 @@ class Guard:
         self.handle.release()
 
     def __del__(self) -> None:
-        if (
-            getattr(self, "handle", None) is not None
-        ):  # an interrupt may have come before it had one
-            self.release()
+        handle = getattr(self, "handle", None)  # an interrupt may have come before it had one
+        if handle is not None:
+            handle.release()
 
 
 def _copy(value: Any) -> Any:

@@ -190,7 +190,6 @@ def tickets_for(scopes: Sequence[SessionScope[Any]]) -> Tickets:
     tickets = []
     for scope in scopes:
         ticket = scope.options.backend.locks.ticket(scope.full_key)
-        ticket.inside = scope.held
         scope.handle = ticket  # which is not left alone: the update that waits keeps the scope
         tickets.append(ticket)
     return Tickets(tickets)

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from ..errors import SessionDeadlockError, SessionLockTimeout
@@ -32,9 +32,12 @@ class Table(Protocol):
     def name_of(self, key: str, /) -> str: ...
 
 
-_NOTHING: Final[Mapping[str, LockHandle]] = {}
 #: The queues of a table in which nothing has ever waited.
 NO_QUEUES: Final[dict[str, KeyQueue[LockHandle]]] = {}
+
+
+def _nothing() -> None:
+    return None
 
 
 class LockHandle:
@@ -74,8 +77,9 @@ class LockHandle:
         self.waiter: _Waiter | None = None  # from the first wait on, until it is released
         #: A weak reference to the owner, if nothing else is to be asked for.
         self.owner: Callable[[], object] | None = None
-        #: Locks for which its owner may have to wait before it can release this one.
-        self.inside: Mapping[str, LockHandle] = _NOTHING
+        #: Where those locks are kept for which its owner may have to wait before it can release
+        #: this one; weak, since they know their table.
+        self.inside: Callable[[], Table | None] = _nothing
 
     # -- the owner's side
 
@@ -257,7 +261,8 @@ class _BegunWaiter:
         holder = self.handle.table.held.get(self.handle.key)
         if holder is None or holder is self.handle:
             return []
-        inside = [each for each in list(holder.inside.values()) if each is not holder]
+        table = holder.inside()
+        inside = [] if table is None else [h for h in list(table.held.values()) if h is not holder]
         return [*holder.callers, *(caller for each in inside for caller in each.callers)]
 
     def ahead(self) -> Sequence[Caller]:

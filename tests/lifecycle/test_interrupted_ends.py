@@ -20,9 +20,17 @@ from waiting import SOON, until, until_async
 from session_sync import LruMemoryStorage, SessionClosedError, SessionLockTimeout, SessionManager
 from session_sync.lifecycle import entry, flow, scope
 from session_sync.lifecycle import threads as pools
+from session_sync.lifecycle.scope import Guard
 from session_sync.session import Fields
 
 KEY = "user:1"
+
+# Python only prints what interrupts a finaliser, and an interrupt may leave a coroutine unawaited.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <(function .*__del__|coroutine):"
+    "pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
 
 
 class OwnStorage:
@@ -54,7 +62,6 @@ def raise_in_task() -> None:
         raise OutsideError
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # never awaited
 def test_a_flush_that_was_interrupted_writes_nothing_later() -> None:
     """Not over what the next handler has stored."""
 
@@ -186,7 +193,6 @@ def test_what_others_have_changed_is_stored_though_the_last_one_is_interrupted(
             assert sessions.storage.get(KEY) == ({"a": 1, "b": 2} if is_saved else None)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # never awaited
 @pytest.mark.parametrize("in_task", [False, True])
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
 def test_a_release_that_is_interrupted_loses_nothing(
@@ -336,6 +342,24 @@ def test_a_loop_that_was_thrown_away_is_collected_though_a_thread_is_on_its_way(
         assert known() is None
     finally:
         go_on.set()
+    until(lambda: is_free(sessions))
+
+
+@pytest.mark.parametrize("lock", ["write", "load"])
+def test_a_scope_that_is_lost_with_a_lock_of_its_own_is_collected(lock: str) -> None:
+    """The table of the keys must not know it by way of that lock."""
+
+    def enter() -> None:
+        scope: Any = sessions.session_scope(KEY)
+        scope.__enter__().get("a")
+        guard = Guard(scope, lock)
+        assert guard.handle.try_acquire()
+        scope.members.append(guard)  # a cycle: both are lost at once
+        del guard
+
+    sessions: SessionManager[Any] = SessionManager(lazy=True)
+    contextvars.Context().run(enter)
+    gc.collect()
     until(lambda: is_free(sessions))
 
 

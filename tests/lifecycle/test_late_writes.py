@@ -30,6 +30,13 @@ from session_sync.storages import filelocks, sqlite
 
 KEY = "user:1"
 
+# Python only prints what interrupts a finaliser, and an interrupt may leave a coroutine unawaited.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <(function .*__del__|coroutine):"
+    "pytest.PytestUnraisableExceptionWarning",
+    "ignore:coroutine .* was never awaited:RuntimeWarning",
+)
+
 
 class OwnStorage:
     """The four methods, which may block for all that is known of them."""
