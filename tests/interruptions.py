@@ -17,6 +17,8 @@ from functools import cache
 from types import CodeType, FrameType, ModuleType
 from typing import Any, TypeVar
 
+import pytest
+
 if sys.version_info >= (3, 12):
     from sys import monitoring
 
@@ -29,6 +31,13 @@ if sys.version_info >= (3, 12):
     )
 
 LOOKS_OUT = ("CALL", "RESUME", "JUMP_BACKWARD", "POP_JUMP_BACKWARD")
+
+
+#: For tests in which a tracer raises inside of a flow. (The explorer interrupts flows on 3.11, too:
+#: from a profiler, which may raise.)
+raises_in_flows = pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="CPython 3.11 may crash if a tracer raises in a generator"
+)
 
 
 class OutsideError(Exception):

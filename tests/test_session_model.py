@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from stores import OwnStorage
 
 from session_sync import (
     LruMemoryStorage,
@@ -161,25 +162,6 @@ FIELDS: dict[str, Change] = {
     "del": lambda c, k, v, n: c.__delitem__(k),
     "+= a list": lambda c, k, v, n: c.__setitem__(k, c[k].__iadd__([n])),
 }
-
-
-class OwnStorage:
-    """The four methods, as a user of the library would write them."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, dict[str, Any]] = {}
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self._kept.get(key)
-
-    def set(self, key: str, value: dict[str, Any]) -> None:
-        self._kept[key] = value
-
-    def delete(self, key: str) -> None:
-        self._kept.pop(key, None)
-
-    def has(self, key: str) -> bool:
-        return key in self._kept
 
 
 class SessionBesideADict(RuleBasedStateMachine):

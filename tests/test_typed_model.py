@@ -20,6 +20,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
+from stores import OwnStorage
 
 from session_sync import (
     DiskStorage,
@@ -189,25 +190,6 @@ def small(draw: Any) -> Kind:
 KINDS = st.recursive(small(), larger, max_leaves=6)
 
 
-class Adapter:
-    """The four methods, and no more."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, Any] = {}
-
-    def get(self, key: str) -> Any:
-        return self._values.get(key)
-
-    def set(self, key: str, value: Any) -> None:
-        self._values[key] = value
-
-    def delete(self, key: str) -> None:
-        self._values.pop(key, None)
-
-    def has(self, key: str) -> bool:
-        return key in self._values
-
-
 @pytest.fixture(
     params=["memory", "strict", "lru", "adapter", "sqlite", "disk", "redis"], scope="module"
 )
@@ -217,7 +199,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Any
         "memory": MemoryStorage,
         "strict": lambda: MemoryStorage(strict=True),
         "lru": LruMemoryStorage,
-        "adapter": Adapter,
+        "adapter": OwnStorage,
         "sqlite": lambda: SQLiteStorage(folder / "sessions.db", synchronous="off"),
         "disk": lambda: DiskStorage(folder / "disk"),
         "redis": lambda: RedisStorage(request.getfixturevalue("redis_url"), prefix="typed:"),

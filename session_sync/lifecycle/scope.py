@@ -561,11 +561,14 @@ class Scope(Generic[S]):
             return
         self._lost = type(error).__name__
         write = self.write_guard()
-        if write.handle.try_acquire():
-            self.fields.roll_back()
-            write.release()
+        run_flow(write.around(self._rolling_back(self.fields, write.handle)))
+
+    def _rolling_back(self, fields: Fields, write: LockHandle) -> Flow:
+        if write.try_acquire():
+            fields.roll_back()
         else:  # a flush of another thread is on its way, and does that when it has written
             self._is_failed = True
+        yield from ()  # it waits for nothing
 
     # -- unlocking
 
@@ -601,21 +604,22 @@ class Scope(Generic[S]):
         never closed by two at a time, so this has a lock; whoever finds it taken leaves it to the
         one that has it."""
         lock = Guard(self, _GIVE_UP)
-        if not lock.handle.try_acquire():
+        run_flow(lock.around(self._closing_unsaved(lock.handle)))
+
+    def _closing_unsaved(self, lock: LockHandle) -> Flow:
+        if not lock.try_acquire():
             return
+        if self.call is not None:
+            self.call.join()
+            self.call = None
+        opened = self.opened
         try:
-            if self.call is not None:
-                self.call.join()
-                self.call = None
-            opened = self.opened
-            try:
-                if opened is not None:
-                    opened.close(None)
-            finally:
-                self.opened = None
-                self.unlock()
+            if opened is not None:
+                opened.close(None)
         finally:
-            lock.release()
+            self.opened = None
+            self.unlock()
+        yield from ()  # it waits for nothing
 
     def abandon(self) -> None:
         """Give up from within a finaliser, which may run between any two lines of any thread. So it

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path[:0] = [str(Path(__file__).parents[up]) for up in range(3)]
 
 from explore import KINDS, Job, explore, explore_pairs, repeat  # noqa: E402 # found by this path
 from scenes import SCENES, Scene  # noqa: E402

@@ -19,6 +19,7 @@ from typing import Any
 
 import inside
 from model import World
+from stores import OwnStorage
 
 from session_sync import (
     LruMemoryStorage,
@@ -30,30 +31,10 @@ from session_sync import (
 )
 from session_sync.storages.base import AtomicStorage
 
-
-class DictStorage:
-    """A store that may block, for all that anybody knows."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, Any] = {}
-
-    def get(self, key: str) -> Any:
-        return self._values.get(key)
-
-    def set(self, key: str, value: Any) -> None:
-        self._values[key] = value
-
-    def delete(self, key: str) -> None:
-        self._values.pop(key, None)
-
-    def has(self, key: str) -> bool:
-        return key in self._values
-
-
 STORES: dict[str, Callable[[], Any]] = {
     "memory": MemoryStorage,
     "lru": LruMemoryStorage,
-    "dict": DictStorage,
+    "dict": OwnStorage,
     "sqlite": lambda: SQLiteStorage(tempfile.mkdtemp() + "/s.db"),
 }
 

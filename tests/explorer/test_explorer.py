@@ -30,7 +30,7 @@ from scenes import SCENES
 
 ALL = os.environ.get("SESSION_SYNC_EXPLORE") == "all"
 LIMIT = 40  # runs of one test
-PAIRS = 61  # with two stops, every n-th second one; which ones depends on the first
+PAIRS = 7  # with two stops, every n-th second one; which ones depends on the first
 
 JOBS = [job for scene in SCENES.values() for job in jobs_of(scene, everything=ALL)]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from conftest import Threads
-from interruptions import OutsideError, every_line, everywhere, raise_outside
+from interruptions import OutsideError, every_line, everywhere, raise_outside, raises_in_flows
+from stores import OwnStorage
 from waiting import SOON, until, until_async
 
 from session_sync import LruMemoryStorage, SessionClosedError, SessionLockTimeout, SessionManager
@@ -33,25 +34,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class OwnStorage:
-    """The four methods, which may block for all that is known of them."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def get(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def set(self, key: str, value: Any) -> None:
-        self.values[key] = value
-
-    def delete(self, key: str) -> None:
-        self.values.pop(key, None)
-
-    def has(self, key: str) -> bool:
-        return key in self.values
-
-
 def is_free(sessions: SessionManager[Any]) -> bool:
     return len(sessions.locks) == 0
 
@@ -62,6 +44,7 @@ def raise_in_task() -> None:
         raise OutsideError
 
 
+@raises_in_flows
 def test_a_flush_that_was_interrupted_writes_nothing_later() -> None:
     """Not over what the next handler has stored."""
 
@@ -159,6 +142,7 @@ def test_the_last_one_that_leaves_closes_it_though_one_joins_just_then(threads: 
 
 
 @pytest.mark.parametrize("error", [None, LookupError()])
+@raises_in_flows
 def test_what_others_have_changed_is_stored_though_the_last_one_is_interrupted(
     threads: Threads, error: LookupError | None
 ) -> None:
@@ -195,6 +179,7 @@ def test_what_others_have_changed_is_stored_though_the_last_one_is_interrupted(
 
 @pytest.mark.parametrize("in_task", [False, True])
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+@raises_in_flows
 def test_a_release_that_is_interrupted_loses_nothing(
     threads: Threads, storage_type: Callable[[], Any], in_task: bool
 ) -> None:
@@ -283,6 +268,7 @@ def test_what_others_have_changed_is_stored_though_the_last_one_waits_in_a_lost_
     assert sessions.storage.get(KEY) == {"a": 1, "b": 2}
 
 
+@raises_in_flows
 def test_whoever_was_interrupted_as_it_left_is_not_taken_for_a_holder_any_more() -> None:
     """Else there would be deadlocks that are none."""
     for interruption in everywhere(raise_outside, scope, entry):

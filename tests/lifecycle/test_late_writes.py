@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from conftest import Threads
-from interruptions import OutsideError, everywhere, raise_outside
+from interruptions import OutsideError, everywhere, raise_outside, raises_in_flows
+from stores import OwnStorage
 from waiting import SOON, until, until_async
 
 from session_sync import (
@@ -23,6 +24,7 @@ from session_sync import (
     SessionManager,
     SQLiteStorage,
 )
+from session_sync import session as session_module
 from session_sync.lifecycle import backend, entry, scope
 from session_sync.lifecycle import threads as pools
 from session_sync.locks import lock
@@ -36,25 +38,6 @@ pytestmark = pytest.mark.filterwarnings(
     "pytest.PytestUnraisableExceptionWarning",
     "ignore:coroutine .* was never awaited:RuntimeWarning",
 )
-
-
-class OwnStorage:
-    """The four methods, which may block for all that is known of them."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def get(self, key: str) -> Any:
-        return self.values.get(key)
-
-    def set(self, key: str, value: Any) -> None:
-        self.values[key] = value
-
-    def delete(self, key: str) -> None:
-        self.values.pop(key, None)
-
-    def has(self, key: str) -> bool:
-        return key in self.values
 
 
 class Slow(OwnStorage):
@@ -168,6 +151,7 @@ def test_a_task_that_is_thrown_away_frees_no_key_while_a_thread_of_its_flushes(
 
 
 @pytest.mark.parametrize("storage_type", [MemoryStorage, LruMemoryStorage])
+@raises_in_flows
 def test_a_session_whose_key_is_given_on_is_not_written_again(
     threads: Threads, storage_type: Callable[[], Any]
 ) -> None:
@@ -204,6 +188,7 @@ def test_a_session_whose_key_is_given_on_is_not_written_again(
         (MemoryStorage, (scope,)),
     ],
 )
+@raises_in_flows
 def test_a_session_that_is_cleared_after_an_interrupted_flush_is_removed(
     storage_type: Callable[[], Any], modules: Any
 ) -> None:
@@ -217,6 +202,7 @@ def test_a_session_that_is_cleared_after_an_interrupted_flush_is_removed(
         assert not sessions.storage.get(KEY)
 
 
+@raises_in_flows
 def test_what_an_interrupt_stops_in_a_store_that_is_shared_is_stored(tmp_path: Path) -> None:
     storage = SQLiteStorage(str(tmp_path / "sessions.db"))
     places = everywhere(interrupt, scope, entry, sqlite, filelocks)
@@ -234,6 +220,7 @@ def test_what_an_interrupt_stops_in_a_store_that_is_shared_is_stored(tmp_path: P
 
 
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+@raises_in_flows
 def test_a_lazy_session_is_stored_and_freed_though_its_end_is_interrupted(
     storage_type: Callable[[], Any],
 ) -> None:
@@ -248,6 +235,7 @@ def test_a_lazy_session_is_stored_and_freed_though_its_end_is_interrupted(
             assert sessions.storage.get(KEY) == {"a": 1}
 
 
+@raises_in_flows
 def test_whoever_loads_a_lazy_session_closes_it_if_its_release_was_interrupted(
     threads: Threads,
 ) -> None:
@@ -280,6 +268,7 @@ def test_whoever_loads_a_lazy_session_closes_it_if_its_release_was_interrupted(
 
 
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+@raises_in_flows
 def test_one_interrupt_ends_all_the_same_if_no_thread_can_be_started(
     storage_type: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +287,7 @@ def test_one_interrupt_ends_all_the_same_if_no_thread_can_be_started(
         assert sessions.storage.get(KEY) == ({"a": 1} if number else None)
 
 
+@raises_in_flows
 def test_whoever_was_interrupted_as_it_left_may_join_again() -> None:
     for interruption in everywhere(raise_outside, entry):
         sessions: SessionManager[Any] = SessionManager(lock_timeout=SOON)
@@ -313,10 +303,33 @@ def test_whoever_was_interrupted_as_it_left_may_join_again() -> None:
                     session.a = 1
 
 
+@raises_in_flows
+@pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+def test_a_handler_that_fails_is_rolled_back_though_that_is_interrupted(
+    storage_type: Callable[[], Any],
+) -> None:
+    """And its own thread does not lock the session: not even while it has the exception in hand."""
+    for number, interruption in enumerate(everywhere(raise_outside, scope, entry, session_module)):
+        sessions: SessionManager[Any] = SessionManager(storage=storage_type(), lock_timeout=SOON)
+        left = sessions.session_scope(KEY)
+        left.__enter__().update(a=1, items=[1])
+        try:
+            with interruption:
+                left.__exit__(LookupError, LookupError(), None)
+        except OutsideError:
+            if number:  # else it was never left, and this joins it
+                with sessions.session_scope(KEY) as session:
+                    assert session == {}
+        del left
+        until(lambda sessions=sessions: is_free(sessions))
+        assert sessions.storage.get(KEY) is None
+
+
 # -- what a signal handler does
 
 
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+@raises_in_flows
 def test_what_a_signal_handler_raises_of_ours_is_not_taken_for_the_store_s(
     storage_type: Callable[[], Any],
 ) -> None:
