@@ -75,9 +75,10 @@ class Codec:
 
     Kept are None, bool, int of any size, float with nan and inf, str, bytes, list, tuple, dict
     (with keys of any of these types), set, frozenset, datetime, date, time, timedelta, Decimal and
-    UUID. A subclass of str, int or float is kept as its base value. Any other value is refused: a
-    namedtuple or a bytearray would come back as something else. The same fields give the same
-    bytes.
+    UUID. A subclass of str, int, float, datetime, date, time or timedelta (freezegun's, pendulum's)
+    is kept as its base value. Time zones are those of `datetime.timezone` and of zoneinfo. Any
+    other value is refused: a namedtuple or a bytearray would come back as something else. The same
+    fields give the same bytes.
 
     `enc_hook(value)` brings in other types: it returns a name and a value that can be kept, or
     `NotImplemented` (or raises `NotImplementedError`) for a value that is not its own.
@@ -434,14 +435,15 @@ class _Packer:
         """ISO text, then the zone's name and the fold where they are needed."""
         zone = value.tzinfo
         name = None
-        if type(zone) is ZoneInfo and zone.key is not None:
+        if isinstance(zone, ZoneInfo) and zone.key is not None:
             name = zone.key
             text = value.replace(tzinfo=None).isoformat()
         elif zone is None or type(zone) is timezone:
             text = value.isoformat()
             name = _own_name(zone)
         else:
-            what = f"{type(value).__name__} with a tzinfo of type {type(zone).__name__}"
+            kind = f"{type(zone).__module__}.{type(zone).__qualname__}"
+            what = f"{type(value).__name__} with a tzinfo of type {kind} (kept is zoneinfo's)"
             return self._foreign(value, depth, what)
         if value.fold:
             return {tag: [text, self.pack(name, depth), 1]}
@@ -671,14 +673,33 @@ def _refusal(value: object, what: str = "") -> str:
 
 
 def base_value(value: Any) -> Any:
-    """`value`, or what it is without its subclass if that is one of str, int or float."""
-    if type(value) in _LEAVES:
+    """`value`, or what it is without its subclass if that is one of str, int, float, datetime,
+    date, time or timedelta."""
+    if type(value) in _LEAVES or type(value) in _MOMENTS:
         return value
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
         return int.__int__(value)
-    return float.__float__(value) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float.__float__(value)
+    for base in type(value).__mro__:
+        if base in _MOMENTS:
+            # As the base has them: a subclass may mean something else by these names.
+            parts = {name: getattr(base, name).__get__(value) for name in _MOMENTS[base]}
+            return base(**parts)
+    return value
+
+
+_DATE: Final = ("year", "month", "day")
+_TIME: Final = ("hour", "minute", "second", "microsecond", "tzinfo", "fold")
+# Taken from here, since freezegun puts its own classes into the names of modules.
+_MOMENTS: Final[dict[type, tuple[str, ...]]] = {
+    datetime: _DATE + _TIME,
+    date: _DATE,
+    time: _TIME,
+    timedelta: ("days", "seconds", "microseconds"),
+}
 
 
 def _own_name(zone: timezone | None) -> str | None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from itertools import chain, repeat
-from operator import is_
+from operator import is_, is_not
 from typing import Any, Final
 from uuid import UUID
 
@@ -112,6 +112,17 @@ class SessionList(list[Any]):
         super().__setitem__(at, admit_value(value, owner))
         if not owner.open:
             raise owner.refuse()
+
+    def sort(self, *, key: Any = None, reverse: bool = False) -> None:
+        # In one step: list.sort() shows an empty list as long as it lasts, and a flush that comes
+        # meanwhile would store that.
+        if not self._owner.open:
+            raise self._owner.refuse()
+        before = list(self)
+        after = sorted(before, key=key, reverse=reverse)
+        if len(self) != len(before) or any(map(is_not, self, before)):
+            raise ValueError("list modified during sort")  # as list.sort() does
+        self[:] = after
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return list, (), None, iter(self)
@@ -278,7 +289,7 @@ def _admit_pairs(items: Any, owner: Owner) -> Any:
 _guard(SessionDict, "__delitem__ clear pop popitem")
 _guard(SessionDict, "__setitem__ setdefault", _admit_inside)
 _guard(SessionDict, "__ior__ update", _admit_pairs)
-_guard(SessionList, "__delitem__ __imul__ pop remove clear sort reverse")
+_guard(SessionList, "__delitem__ __imul__ pop remove clear reverse")
 _guard(SessionList, "append insert", _admit_inside)
 _guard(SessionList, "__iadd__ extend", _admit_each)
 _guard(

@@ -326,7 +326,7 @@ def _message_in(update: Any) -> Any:
     kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
     if kind is _UPDATE:
         update = update.message
-        kind = _kind_of(type(update))  # type: ignore[arg-type] # as above
+        kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
     if kind is not _MESSAGE_OBJECT:
         return None
     message_types.add(type(update))
@@ -455,7 +455,7 @@ def _found_in_json(update: dict[Any, Any]) -> tuple[_Kind, object] | None:
 
 
 def _found_in_object(update: object) -> tuple[_Kind, object] | None:
-    kind = _kind_of(type(update))  # type: ignore[arg-type] # as above
+    kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
     if kind is _UPDATE:
         return _inside(update)
     return None if kind is None else (kind, update)

@@ -152,7 +152,8 @@ class SessionManager(Generic[S]):
         )
         self._patient: Final = replace(self._options, queue_timeout=None)
         self._observers: Final = Observers(on_open, on_close, on_wait)
-        self._is_observed: Final = any(self._observers)
+        self._is_special = any(self._observers)  # each scope takes a further look
+        self._is_closed = False
         self.locks: Final = Locks(self._options.backend.locks, prefix)
 
     # -- the doors
@@ -265,9 +266,17 @@ class SessionManager(Generic[S]):
         return self._scope(self._patient, key, update)
 
     def _scope(self, options: Options[S], key: str, update: Any) -> SessionScope[S]:
-        if self._is_observed or _is_logged(DEBUG):
+        if self._is_special or _is_logged(DEBUG):
+            self._check_not_closed(key)
             return ObservedScope(options, key, self.prefix + key, update, self._observers)
         return SessionScope(options, key, self.prefix + key, update)
+
+    def _check_not_closed(self, key: str) -> None:
+        if self._is_closed:
+            raise RuntimeError(
+                f"session {key!r} cannot be opened: its SessionManager was closed, by close() or "
+                f"at the end of a `with`. Close it when the bot has stopped, or make another one."
+            )
 
     def scope_as_stored(self, key: str) -> SessionScope[S]:
         """The scope of a key for who does not look at the fields, of whatever version they are."""
@@ -404,7 +413,9 @@ class SessionManager(Generic[S]):
     # -- the end
 
     def close(self) -> None:
-        """Close the storage, if it can be closed; the manager is of no use afterwards."""
+        """Close the storage, if it can be closed. From then on the manager opens no session: that
+        raises RuntimeError."""
+        self._is_closed = self._is_special = True
         close = getattr(self.storage, "close", None)
         if close is not None:
             close()
@@ -479,10 +490,19 @@ class _Shape:
     def update(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The update among the arguments of a call."""
         if len(args) > self._position:
-            return args[self._position]
-        if self._name in kwargs:
-            return kwargs[self._name]
-        raise TypeError("a handler decorated with with_session was called without an update")
+            update = args[self._position]
+        elif self._name in kwargs:
+            update = kwargs[self._name]
+        else:
+            raise TypeError("a handler decorated with with_session was called without an update")
+        if isinstance(update, (str, StorageKey)):
+            raise TypeError(
+                f"a handler decorated with with_session was called with a {type(update).__name__} "
+                f"in place of an update, as functools.partial(handler, ...) does: decorate what "
+                f"the bot calls, with_session(functools.partial(...)), with the update as its "
+                f"first argument. A key is for session_scope()."
+            )
+        return update
 
     def dress(self, wrapper: Callable[..., Any]) -> Any:
         """Give the wrapper the handler's signature, less the session."""

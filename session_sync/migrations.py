@@ -43,6 +43,13 @@ class Migrations:
             )
         for number, migrate in steps.items():
             _check_step(number, migrate, where)
+        missing = sorted(set(range(2, max(steps, default=1))) - set(steps))
+        if missing:
+            raise ValueError(
+                f"{where} has number {max(steps)} and no number {missing[0]}: there has to be one "
+                f"for each version from 2 on. One that changes nothing is "
+                f"{{{missing[0]}: lambda fields: None}}"
+            )
         self._steps: Final = sorted(steps.items())
         self.version: Final = max(steps, default=1)
 

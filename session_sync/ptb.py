@@ -12,6 +12,7 @@ import asyncio
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast, overload
@@ -38,7 +39,7 @@ from .errors import SessionAwaitError, SessionKeyError
 from .lifecycle.current import entries, step_outside
 from .lifecycle.flow import run_flow
 from .lifecycle.scope import Scope
-from .lifecycle.threads import closers
+from .lifecycle.threads import errands
 from .lifecycle.transaction import aclose_all
 from .lifecycle.update import NAMES, Delivery, Managers, UpdateScope, dedupes, managers_of
 from .locks.callers import Caller, current_caller
@@ -169,7 +170,9 @@ class _Unit:
 
     def __init__(self, update: object, update_scope: UpdateScope) -> None:
         self.update: Final = update
-        self.update_scope: Final = update_scope
+        # Weak: contexts outlive the update, in a task that was begun inside it, say. What keeps the
+        # scopes is what handles the update, and the tasks that are tied to it.
+        self._update_scope: Final = weakref.ref(update_scope)
 
     @classmethod
     def of(cls, update: object) -> _Unit | None:
@@ -177,12 +180,27 @@ class _Unit:
         unit = cls.current.get()
         return unit if unit is not None and unit.update is update else None
 
+    @property
+    def update_scope(self) -> UpdateScope | None:
+        """Its scopes, as long as anything handles the update."""
+        return self._update_scope()
+
+    def discard(self, error: BaseException) -> None:
+        """A handler failed with `error`."""
+        update_scope = self.update_scope
+        if update_scope is not None:
+            update_scope.discard(error)
+
     def session_at(self, place: int) -> BaseSession:
         """The session, also after it was released."""
-        scope, session = self.update_scope.scopes[place], self.update_scope.sessions[place]
-        if scope is None:
-            raise SessionKeyError(no_key(self.update))
-        if session is None or not scope.scope.has_members:
+        update_scope, session = self.update_scope, None
+        if update_scope is not None:
+            scope = update_scope.scopes[place]
+            if scope is None:
+                raise SessionKeyError(no_key(self.update))
+            if scope.scope.has_members:
+                session = update_scope.sessions[place]
+        if session is None:
             raise SessionKeyError(
                 "the update of this context has been handled and its session is closed (what a "
                 "conversation's time-out calls is given the old context); open it again with "
@@ -444,7 +462,7 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         """Let the error handlers see what was before the handler that has failed."""
         unit = _Unit.of(update)
         if unit is not None:
-            unit.update_scope.discard(error)
+            unit.discard(error)
         return await super().process_error(update, error, *args, **kw)
 
     async def _report(self, update: object, failures: Sequence[BaseException]) -> None:
@@ -487,7 +505,7 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         member = None
         if unit is None:
             context.run(_step_outside)
-        else:
+        elif unit.update_scope is not None:
             member = _Member.of(self, update, unit.update_scope)
         context.run(_Member.current.set, member)
         create_task = getattr(super(), _CREATE_TASK)
@@ -502,6 +520,7 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         self, *args: Any, **kw: Any
     ) -> Any:
         member = _Member.current.get()
+        _Member.current.set(None)  # what this task begins is none, and keeps no scopes
         work = getattr(super(), _RUN_TASK)(*args, **kw)
         return await (work if member is None else member.run(work))
 
@@ -516,11 +535,13 @@ class _Member:
         self,
         application: _SessionApplication,
         update: object,
+        update_scope: UpdateScope,
         scopes: list[Scope[Any]],
         token: object,
     ) -> None:
         self._application: Final = application
         self._update: Final = update
+        self._update_scope: Final = update_scope  # for the contexts of the task: see _Unit
         self._scopes: Final = scopes
         self._token: Final = token
         self._begun = False
@@ -532,12 +553,13 @@ class _Member:
         """A member of the scopes that are open; None if none is."""
         token = object()
         scopes: list[Scope[Any]] = []
-        for scope in (entry.scope for entry in update_scope.in_order):
-            if scope.join(token):
+        for entry in update_scope.in_order:
+            scope = entry.scope
+            if scope.join(token, entry.token):
                 scopes.append(scope)
             elif scope.leave(token):  # a thread that has left just now has left it to this one
-                closers.run_soon(functools.partial(run_flow, scope.closing(may_block=True)))
-        return cls(application, update, scopes, token) if scopes else None
+                errands.run_soon(functools.partial(run_flow, scope.closing(may_block=True)))
+        return cls(application, update, update_scope, scopes, token) if scopes else None
 
     async def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Do what the task is for, which includes its error handlers, and leave."""
@@ -554,12 +576,18 @@ class _Member:
                 scope.discard(error)
             raise
         finally:
-            last = self._leave(caller)
-            if isinstance(sys.exc_info()[1], GeneratorExit):  # thrown away: may not await
-                for scope in last:
-                    scope.abandon()
-            else:
-                await self._close(last)
+            try:
+                last = self._leave(caller)
+                if isinstance(sys.exc_info()[1], GeneratorExit):  # thrown away: may not await
+                    for scope in last:
+                        scope.abandon()
+                else:
+                    await self._close(last)
+            except BaseException:
+                for scope in self._scopes:  # once more, as the end of a block: it may have left one
+                    if scope.leave(self._token, caller) or scope.closed or not scope.has_members:
+                        scope.close_soon()
+                raise
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         """A task that was cancelled before its first step has done nothing of `run`."""
@@ -587,7 +615,7 @@ class _ErrorHandler:
         except Exception as error:
             unit = _Unit.of(update)
             if unit is not None:
-                unit.update_scope.discard(error)
+                unit.discard(error)
             raise
 
     def __eq__(self, other: object) -> bool:
@@ -630,7 +658,7 @@ class _SessionFilter(UpdateFilter):
                 "session_filter was asked where no session is open: without "
                 "session_sync.ptb.install(), or in the TIMEOUT state of a conversation"
             )
-        scope = unit.update_scope.scopes[0]
+        scope = None if unit.update_scope is None else unit.update_scope.scopes[0]
         if scope is not None and scope.options.lazy:
             raise SessionAwaitError(
                 "session_filter was given a lazy session, which a filter cannot await; make the "

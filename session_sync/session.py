@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, Self
 
 from .containers import MISSING, Owner
-from .errors import SessionTypeError
+from .errors import SessionClosedError, SessionTypeError
 from .expiry import TIMERS, Deadline, Timers, Ttl, deadline_in, is_over
 from .migrations import VERSION, Migration, Migrations
 from .repeats import UPDATES, updates_in, without_fields
@@ -44,7 +44,7 @@ class Lifecycle(Protocol):
     """What a session asks of its scope."""
 
     @property
-    def key(self) -> str: ...
+    def is_loaded(self) -> bool: ...
     @property
     def fields(self) -> Fields | None: ...  # from loading on
     def load(self) -> None: ...
@@ -148,6 +148,8 @@ class Fields:
     that a failed handler may have changed, which are saved only if they are assigned. `timers` are
     the deadlines that `record` has; None, as long as there was none.
 
+    `lost` says what kept the last changes from being stored, if anything did.
+
     `updates` are the numbers of updates that are to be stored at the end, if any, with whatever the
     handler has changed. `begun` is the record of a session that has only what `initial` gave it: as
     long as the fields are still those, nothing of it is stored. What the class declares stands in
@@ -161,7 +163,9 @@ class Fields:
         "key",
         "live",
         "loose",
+        "lost",
         "marks",
+        "moved",
         "open",
         "record",
         "schema",
@@ -175,6 +179,7 @@ class Fields:
         self.key = key
         self.schema = schema
         self.open = True
+        self.lost = ""
         self._owners: list[Owner] = []  # from the first container on; the first one counts
         self.spoilt = _NO_NAMES
         self.loose: Mapping[str, Any] = _NOTHING
@@ -184,6 +189,7 @@ class Fields:
         self.begun: Record | None = None
         self.written: dict[str, Held | None] = {}
         self.marks: dict[str, Held | None] = _NOTHING
+        self.moved = False  # whether any mark has ever had something
         self.timers: Mapping[str, Deadline] | None = (
             Timers(record[TIMERS], key).to_store() if TIMERS in record else None
         )
@@ -201,8 +207,8 @@ class Fields:
     def close(self) -> None:
         """Nothing may change any more, in no container either."""
         self.open = False
-        for owner in self._owners[:1]:
-            owner.open = False
+        if self._owners:
+            self._owners[0].open = False
 
     # -- the handler's side
 
@@ -336,7 +342,11 @@ class Fields:
         else:
             old: Any = live.get(name)
             live[name] = value
-            written[name] = old if old.__class__ is Held and old.is_gone else None
+            if old.__class__ is Held and old.is_gone:
+                self.moved = True
+                written[name] = old
+            else:
+                written[name] = None
         if not self.open:  # closed meanwhile, perhaps too soon for this to be saved
             raise self.owner.refuse()
 
@@ -507,7 +517,7 @@ class Fields:
         marks = self.written if is_last and not self.marks else self._take_marks()
         live, record = self.live.copy(), self.record
         changes, held = self._changes(live, marks) if live else ({}, {})
-        if held or self.timers is not None or self.schema.version > 1 or any(marks.values()):
+        if held or self.timers is not None or self.schema.version > 1 or self.moved:
             record = self._completed(_Found(live, marks.copy(), changes, held))
         elif changes:
             record = patched(record, changes)  # the way that copies least
@@ -515,8 +525,8 @@ class Fields:
             self.record = record
             if self.timers is not None:
                 self.timers = record.get(TIMERS, _NOTHING)
-            for name, current in held.items():
-                if current is not None and name in changes:
+            for name in held.keys() & changes.keys() if held else ():
+                if (current := held[name]) is not None:
                     current.frozen = MISSING
         self.marks = _NOTHING
         if is_last:
@@ -678,6 +688,15 @@ class Fields:
         in `record`, so the next flush writes it, with what has changed since."""
         self.kept = kept
 
+    def check_not_lost(self) -> None:
+        """Raises SessionClosedError if the scope has ended without storing the last changes."""
+        if self.lost:
+            raise SessionClosedError(
+                f"session {self.key!r} was closed before flush() could write it, and its last "
+                f"changes were not saved ({self.lost}); do what has to be stored again "
+                f"in a new scope"
+            )
+
     @property
     def is_unsaved(self) -> bool:
         """Whether the store has something older, whatever the handler does."""
@@ -693,9 +712,9 @@ class Fields:
         self.close()
         loose = {name for name, value in self.live.copy().items() if self._is_loose(name, value)}
         spoilt = self.spoilt | loose  # objects that the failed handler may have changed
-        begun = self.begun is self.kept
+        begun, lost = self.begun is self.kept, self.lost
         Fields.__init__(self, self.key, reread(self.kept), self.schema)
-        self.spoilt = spoilt
+        self.spoilt, self.lost = spoilt, lost
         self.begun = self.kept if begun else None
 
     def _is_loose(self, name: str, value: Any) -> bool:
@@ -739,14 +758,18 @@ class _Found(NamedTuple):
 class BaseSession(MutableMapping[str, Any]):
     """What `Session` and `StrictSession` have in common: see there."""
 
-    __slots__ = ("__weakref__", "_lifecycle")
+    __slots__ = ("__weakref__", "_fields", "_key", "_lifecycle")
 
     #: How stored sessions of an older version become those of this class: see `SessionManager`.
     migrations: ClassVar[Mapping[int, Migration]] = {}
     #: Whether a migrated session is stored at once, and not with whatever is written next.
     migrate_eagerly: ClassVar[bool] = False
 
-    _lifecycle: Lifecycle
+    # Weak: the block alone keeps its scope. The function around it may keep the session, and if an
+    # interrupt comes just before the block is left, its scope has to be collected all the same.
+    _lifecycle: Callable[[], Lifecycle | None]
+    _key: str
+    _fields: Fields | None  # from loading on
     _reserved: ClassVar[frozenset[str]]  # what the class itself has: no field by attribute
     _declares: ClassVar[Mapping[str, Declared]] = {}  # the class itself ...
     _declared: ClassVar[Mapping[str, Declared]] = {}  # ... and with its bases
@@ -774,28 +797,47 @@ class BaseSession(MutableMapping[str, Any]):
             cls._schema = read(cls, cls._declared, cls._other)
         Migrations(cls.migrations, f"{cls.__name__}.migrations")  # a look at them
 
-    def __init__(self, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, lifecycle: Callable[[], Lifecycle | None], key: str, fields: Fields | None
+    ) -> None:
         _set_lifecycle(self, lifecycle)
+        _set_key(self, key)
+        _set_fields(self, fields)
 
     def _opened(self) -> Fields:
         """The fields, loaded first if this is a lazy session."""
-        fields = self._lifecycle.fields
+        fields = self._fields
         if fields is None:
-            self._lifecycle.load()
-            fields = self._lifecycle.fields
-            assert fields is not None
+            lifecycle = self._to_load()
+            if not lifecycle.is_loaded:
+                lifecycle.load()
+            fields = self._loaded(lifecycle)
+        return fields
+
+    def _to_load(self) -> Lifecycle:
+        lifecycle = self._lifecycle()
+        if lifecycle is None:
+            raise SessionClosedError(
+                f"the session {self._key!r} was closed before it was ever loaded"
+            )
+        return lifecycle
+
+    def _loaded(self, lifecycle: Lifecycle) -> Fields:
+        fields = lifecycle.fields
+        assert fields is not None
+        _set_fields(self, fields)
         return fields
 
     # -- as a mapping
 
     def __getitem__(self, name: str) -> Any:
-        fields = self._lifecycle.fields
+        fields = self._fields
         if fields is None:
             fields = self._opened()
         return fields.get(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        fields = self._lifecycle.fields
+        fields = self._fields
         if fields is None:
             fields = self._opened()
         fields.set(name, value)
@@ -876,7 +918,8 @@ class BaseSession(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         """The key and the names of the fields; never a value, since a repr ends in logs."""
-        fields = self._lifecycle.fields
+        lifecycle = self._lifecycle()
+        fields = self._fields if lifecycle is None else lifecycle.fields
         inside = "not loaded" if fields is None else ", ".join(fields.names())
         return f"<{type(self).__name__} {self.key!r}: {inside}>"
 
@@ -888,7 +931,7 @@ class BaseSession(MutableMapping[str, Any]):
     @property
     def key(self) -> str:
         """The key of this session."""
-        return self._lifecycle.key
+        return self._key
 
     def flush(self) -> None:
         """Write now what has changed. What comes after is a unit of its own: an error discards
@@ -897,27 +940,42 @@ class BaseSession(MutableMapping[str, Any]):
         Raises what the storage raises; then nothing is lost: the changes are still pending.
         In async code, use `await session.aflush()`.
         """
-        self._lifecycle.flush()
+        lifecycle = self._lifecycle()
+        if lifecycle is not None:
+            lifecycle.flush()
+        elif self._fields is not None:
+            self._fields.check_not_lost()
 
     async def aflush(self) -> None:
         """As `flush`, for async code: the event loop goes on meanwhile."""
-        await self._lifecycle.aflush()
+        lifecycle = self._lifecycle()
+        if lifecycle is not None:
+            await lifecycle.aflush()
+        elif self._fields is not None:
+            self._fields.check_not_lost()
 
     def release(self) -> None:
         """Write what has changed and end the scope now, so that this user's next update may come
         in: for a handler that goes on for long. The session can be read afterwards, not changed;
         a new scope may be opened. In async code, use `await session.arelease()`.
         """
-        self._lifecycle.release()
+        lifecycle = self._lifecycle()
+        if lifecycle is not None:
+            lifecycle.release()
 
     async def arelease(self) -> None:
         """As `release`, for async code."""
-        await self._lifecycle.arelease()
+        lifecycle = self._lifecycle()
+        if lifecycle is not None:
+            await lifecycle.arelease()
 
     def __await__(self) -> Generator[Any, None, Self]:
         """Lock and load a lazy session in async code: `session = await session`."""
-        if self._lifecycle.fields is None:
-            yield from self._lifecycle.aload().__await__()
+        if self._fields is None:
+            lifecycle = self._to_load()
+            if not lifecycle.is_loaded:
+                yield from lifecycle.aload().__await__()
+            self._loaded(lifecycle)
         return self
 
     # -- as an object
@@ -957,7 +1015,7 @@ class _Attribute(property):
 
     def __init__(self, name: str) -> None:
         def get(session: BaseSession) -> Any:
-            fields = session._lifecycle.fields
+            fields = session._fields
             if fields is None:
                 fields = session._opened()
             try:
@@ -1096,4 +1154,7 @@ def replace_fields(session: BaseSession, fields: Mapping[str, Any] | None) -> No
     session.update(fields)
 
 
-_set_lifecycle: Final = BaseSession.__dict__["_lifecycle"].__set__  # past __setattr__
+# Past __setattr__.
+_set_lifecycle: Final = BaseSession.__dict__["_lifecycle"].__set__
+_set_key: Final = BaseSession.__dict__["_key"].__set__
+_set_fields: Final = BaseSession.__dict__["_fields"].__set__

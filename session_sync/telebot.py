@@ -17,7 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 try:
     import telebot
@@ -29,10 +29,11 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
 
 from .chats import Migration, amigrate_chat, migrate_chat, migrating, migration_in
 from .errors import SessionKeyError
+from .lifecycle.backend import Backend
 from .lifecycle.current import entries, in_handler
 from .lifecycle.entry import SessionScope
 from .lifecycle.scope import Scope
-from .lifecycle.threads import closers
+from .lifecycle.threads import errands
 from .lifecycle.update import (
     NAMES,
     Delivery,
@@ -273,7 +274,7 @@ class _Room:
     def call_again(self, job: _Job | _UpdateJob) -> None:
         """The pool has lost the task that was to begin `job`."""
         if job in self._waiting and job.tickets is not None and not self._stopped:
-            closers.run_soon(job.tickets.call_again)
+            errands.run_soon(job.tickets.call_again)
 
     def test_message_handler(self, handler: Any, update: Any) -> bool:
         """A filter that raises has failed as a handler does; class middlewares swallow it too."""
@@ -286,9 +287,11 @@ class _Room:
     def close_pool(self) -> None:
         """Nobody will run what still waits: it must not stand in anybody's way."""
         self._stopped = True
-        self._close_pool()
-        for job in list(self._waiting):
-            self._withdraw(job)
+        try:
+            self._close_pool()  # which waits for the handlers: Ctrl-C may come once more
+        finally:
+            for job in list(self._waiting):
+                self._withdraw(job)
 
     def _withdraw(self, job: _Job | _UpdateJob) -> None:
         self._waiting.discard(job)
@@ -303,9 +306,9 @@ class _PoolTask:
     __slots__ = ("_integration", "_is_over", "_job")
 
     def __init__(self, integration: _Room, job: _Job | _UpdateJob) -> None:
-        self._is_over = False
         self._integration: Final = integration
         self._job: Final = job
+        self._is_over = False
 
     def __call__(self) -> None:
         redeemed = self._integration.redeem(self._job)
@@ -314,7 +317,7 @@ class _PoolTask:
             self._job.run()
 
     def __del__(self) -> None:
-        if not self._is_over:
+        if not getattr(self, "_is_over", True):  # else an interrupt came before it was made
             self._integration.call_again(self._job)
 
 
@@ -601,13 +604,26 @@ _NO_SCOPE: Final = (None,)
 _NO_SESSION: Final = (None,)
 
 
+class _Place(NamedTuple):
+    """What is known of one of an update's scopes. The scope itself weakly: it knows the update, and
+    with that it would keep itself."""
+
+    scope: Callable[[], Scope[Any] | None]
+    full_key: str
+    backend: Backend
+
+    def is_of(self, entry: SessionScope[Any]) -> bool:
+        """Whether `entry` is for the same session."""
+        return self.full_key == entry.full_key and self.backend is entry.options.backend
+
+
 class _Binding(weakref.ref[Any]):
     """An update object, and the scopes and sessions that it has, as long as the object is alive."""
 
-    __slots__ = ("at", "scopes", "sessions")
+    __slots__ = ("at", "places", "sessions")
 
     at: int
-    scopes: Sequence[Scope[Any] | None]
+    places: Sequence[_Place | None]
     sessions: Sequence[BaseSession | None]
 
 
@@ -617,7 +633,11 @@ def _bind(
     sessions: Sequence[BaseSession | None],
 ) -> None:
     binding = _Binding(update, _unbind)
-    binding.at, binding.scopes, binding.sessions = id(update), scopes, sessions
+    binding.at, binding.sessions = id(update), sessions
+    binding.places = [
+        None if scope is None else _Place(scope.reference, scope.full_key, scope.options.backend)
+        for scope in scopes
+    ]
     _bound[binding.at] = binding
 
 
@@ -640,12 +660,13 @@ def _session_of(update: Any, place: int) -> BaseSession:
             f"this {type(update).__name__} has a session and no chat_session: "
             f"session_sync.telebot.install(bot, sessions, chat_session=...) gives it one"
         )
-    scope, session = binding.scopes[place], binding.sessions[place]
-    if scope is None or session is None:
+    its, session = binding.places[place], binding.sessions[place]
+    if its is None or session is None:
         raise SessionKeyError(no_key(update))
-    if scope.closed:
+    scope = its.scope()
+    if scope is None or scope.closed:
         for entry in entries():
-            if entry.update is update and entry.is_same(scope) and not entry.scope.closed:
+            if entry.update is update and its.is_of(entry) and not entry.scope.closed:
                 session = entry.scope.session()
                 break
     return session

@@ -14,11 +14,13 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from waiting import until
 
 from session_sync import LruMemoryStorage, MemoryStorage, storage_from_url
 from session_sync.testing import OfflineBotAPI
@@ -133,6 +135,48 @@ def poll() -> dict:
             "members_only": False,
         },
     }
+
+
+@pytest.fixture(autouse=True)
+def tracer_is_given_back() -> Iterator[None]:
+    """It may be coverage's, and CPython takes it away where one of a test's own has raised."""
+    before = sys.gettrace()
+    yield
+    assert sys.gettrace() is before
+
+
+_loops: weakref.WeakSet[asyncio.BaseEventLoop] = weakref.WeakSet()
+_init_loop = asyncio.BaseEventLoop.__init__
+
+
+def _init_noted_loop(loop: asyncio.BaseEventLoop) -> None:
+    _init_loop(loop)
+    _loops.add(loop)
+
+
+asyncio.BaseEventLoop.__init__ = _init_noted_loop  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def loops_end_with_their_test() -> Iterator[None]:
+    """A test may throw a loop away, and end while a thread still knows it. Collected later, it
+    would warn in the midst of another test that it was never closed."""
+    yield
+    if all(loop.is_closed() for loop in _loops):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        until(lambda: gc.collect() or all(loop.is_closed() for loop in _loops))
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """It comes only when it is called."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
 
 
 class Threads:

@@ -1,7 +1,9 @@
 """Something happens at each place of a program, one after the other, where CPython lets it happen.
 
 Signal handlers, exceptions set by another thread and (from Python 3.12 on) the garbage collector
-come after an instruction that looks out for them: a call, a jump back, or a function's first one.
+come after an instruction that looks out for them: a call, a jump back, a function's first one, or
+the first one after a `yield`. Between a `yield from` or `await` and what that waits for, CPython
+lets nothing come.
 
 Not for contextlib: CPython 3.11 crashes now and then if a tracer raises in there.
 """
@@ -30,6 +32,7 @@ if sys.version_info >= (3, 12):
         monitoring.events.INSTRUCTION,
     )
 
+_AFTER_YIELD_FROM = 2  # the argument of RESUME; 3 is after an `await`
 LOOKS_OUT = ("CALL", "RESUME", "JUMP_BACKWARD", "POP_JUMP_BACKWARD")
 
 
@@ -53,7 +56,11 @@ AnyInterruption = TypeVar("AnyInterruption", "Interruption", "LineInterruption")
 
 @cache
 def instructions(code: CodeType) -> dict[int, str]:
-    return {each.offset: each.opname for each in dis.get_instructions(code)}
+    found = {}
+    for each in dis.get_instructions(code):
+        is_quiet = each.opname == "RESUME" and (each.arg or 0) & 3 >= _AFTER_YIELD_FROM
+        found[each.offset] = "quiet" if is_quiet else each.opname
+    return found
 
 
 def has_looked_out(code: CodeType, before: int, now: int) -> bool:
@@ -62,7 +69,7 @@ def has_looked_out(code: CodeType, before: int, now: int) -> bool:
     first line of a finaliser: Python would not call it again."""
     if before < 0 or instructions(code)[now] == "PUSH_EXC_INFO":
         return False
-    name = instructions(code)[before]
+    name = instructions(code)[before].replace("JUMP_BACKWARD_NO_INTERRUPT", "quiet")
     return name.startswith(LOOKS_OUT) and (code.co_name, name) != ("__del__", "RESUME")
 
 
@@ -96,6 +103,7 @@ class Interruption:
         self._left -= 1
         if self._left == 0:
             self.happened = True
+            self._last.clear()  # which keeps all that these frames have
             self._act()
 
     if sys.version_info >= (3, 12):

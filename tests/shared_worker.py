@@ -134,7 +134,7 @@ def full_disk(key: str, folder: str) -> None:
 
 def read_only(key: str, folder: str) -> None:
     """Files that belong to this process, which may not write them any more."""
-    sessions.close()
+    sessions.storage.close()
     nobody = 65534
     for path in [*(entry.path for entry in os.scandir(folder)), folder]:
         if os.geteuid() == 0:

@@ -246,7 +246,7 @@ class Case:
 
     def begin(self) -> tuple[Fields, Any]:
         fields = Fields(KEY, record_of(tree(self.stored)), schema_of(self.cls))
-        session = self.cls(SimpleNamespace(key=KEY, fields=fields))
+        session = self.cls(lambda: None, KEY, fields)
         do(self.pending, session)
         return fields, session
 
@@ -447,7 +447,7 @@ def test_two_threads_that_read_a_field_get_the_same_object(name: str) -> None:
 
     def begin() -> Callable[[], object]:
         fields = Fields(KEY, record_of(tree(stored)), schema_of(Typed))
-        now[:] = fields, Typed(SimpleNamespace(key=KEY, fields=fields))
+        now[:] = fields, Typed(lambda: None, KEY, fields)
         return lambda: now[1][name]
 
     for reading in each_stop(begin):

@@ -301,6 +301,31 @@ def test_one_key_in_one_store_is_one_session(kind: str) -> None:
     assert set(session_sync.telebot._bound) <= before
 
 
+@pytest.mark.parametrize("lazy", [(True, False), (False, True)])
+def test_one_session_may_be_lazy_under_one_of_its_names(kind: str, lazy: tuple[bool, bool]) -> None:
+    """It is opened for the other one, which may have a place in the queue already."""
+    sessions: SessionManager[Any] = SessionManager(lazy=lazy[0], lock_timeout=5)
+    others: SessionManager[Any] = SessionManager(
+        storage=sessions.storage, lazy=lazy[1], lock_timeout=5
+    )
+
+    def both(at: Any) -> Awaitable[None] | None:
+        if isinstance(at, ext.CallbackContext) or kind == "AsyncTeleBot":
+            return both_async(at)
+        at.session.count = 1
+        at.chat_session.count += 1
+        return None
+
+    async def both_async(at: Any) -> None:
+        (await at.session if lazy[0] else at.session).count = 1
+        (await at.chat_session if lazy[1] else at.chat_session).count += 1
+
+    group = Group(kind, sessions=sessions, chat_session=others)
+    group.play(both, message(), message())
+    assert group.errors == []
+    assert sessions.storage.get("user:1:chat:1") == {"count": 2}
+
+
 def test_one_session_cannot_be_of_two_types(kind: str) -> None:
     sessions = SessionManager(Bag)
     others = SessionManager(ChatBag, storage=sessions.storage)

@@ -16,6 +16,7 @@ pytest.importorskip("aiohttp", reason="needs aiohttp")
 pytest.importorskip("telegram", reason="needs the extra 'ptb'")
 
 from conftest import Threads, run_client, stop_telebot  # noqa: E402
+from stores import OwnStorage  # noqa: E402
 from telebot import apihelper, asyncio_helper  # noqa: E402
 from telebot.async_telebot import AsyncTeleBot  # noqa: E402
 from telegram.ext import Application, MessageHandler, filters  # noqa: E402
@@ -315,25 +316,6 @@ def test_what_fails_goes_where_a_handlers_failure_goes_and_the_update_is_handled
 # -- or not
 
 
-class Four:
-    """A storage that cannot list its keys."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Any] = {}
-
-    def get(self, key: str) -> Any:
-        return self.kept.get(key)
-
-    def set(self, key: str, value: Any) -> None:
-        self.kept[key] = value
-
-    def delete(self, key: str) -> None:
-        self.kept.pop(key, None)
-
-    def has(self, key: str) -> bool:
-        return key in self.kept
-
-
 def test_it_can_be_switched_off(run: Run, api: OfflineBotAPI, friends: OfflineChat) -> None:
     sessions = SessionManager()
     set_up(sessions)
@@ -347,13 +329,13 @@ def test_it_can_be_switched_off(run: Run, api: OfflineBotAPI, friends: OfflineCh
 def test_a_storage_that_cannot_list_its_keys_does_without(
     run: Run, api: OfflineBotAPI, friends: OfflineChat
 ) -> None:
-    storage = Four()
+    storage = OwnStorage()
     sessions = SessionManager(storage=storage)
     set_up(sessions)
     with run(api, sessions) as bot:
         api.user(1).upgrade(friends, NEW)
         bot.next(), bot.next()
-    assert set(storage.kept) == {f"user:1:chat:{OLD}", f"user:2:chat:{OLD}"}
+    assert set(storage.values) == {f"user:1:chat:{OLD}", f"user:2:chat:{OLD}"}
     assert bot.errors.empty()
 
 
@@ -366,8 +348,8 @@ def test_a_storage_that_cannot_list_its_keys_does_without(
     ],
 )
 def test_who_asks_for_it_is_told_that_his_storage_cannot(install: Any, make: Any) -> None:
-    with pytest.raises(TypeError, match=r"Four cannot list its keys.*migrate_chats=False"):
-        install(make(), SessionManager(storage=Four()), migrate_chats=True)
+    with pytest.raises(TypeError, match=r"OwnStorage cannot list its keys.*migrate_chats=False"):
+        install(make(), SessionManager(storage=OwnStorage()), migrate_chats=True)
     install(make(), SessionManager(), migrate_chats=True)
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -573,6 +574,24 @@ def test_what_cannot_be_read_is_named_and_can_be_deleted(url: str, storage: Any)
     assert storage.has("user:7:chat:5")
     assert piped("rm", "-y", "user:7:chat:5", url=url).code == 0
     assert not storage.has("user:7:chat:5")
+
+
+def test_a_row_of_no_key_stops_no_command_and_is_found_by_the_doctor(sqlite: str) -> None:
+    storage: Any = storage_from_url(sqlite)
+    storage.set("user:1", {"a": 1})
+    storage.close()
+    with closing(sqlite3.connect(sqlite.partition(":///")[2])) as file:
+        file.execute("INSERT INTO sessions VALUES (x'ff', x'7b7d', NULL)")
+        file.commit()
+    listed, exported, doctor = at_once(
+        lambda: piped("ls", url=sqlite),
+        lambda: piped("export", url=sqlite),
+        lambda: piped("doctor", url=sqlite),
+    )
+    assert (listed.code, exported.code, doctor.code) == (0, 0, 1)
+    assert "user:1" in listed.out
+    assert "user:1" in exported.out
+    assert "rows whose key is no text, which session_sync has not written: 1" in doctor.out
 
 
 def test_what_is_no_string_in_redis_can_be_deleted(

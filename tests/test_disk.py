@@ -220,8 +220,8 @@ class TestNothingIsEvicted:
         results: list[Any] = []
 
         def look() -> None:
-            results.extend(storage._cache._sql("PRAGMA synchronous").fetchone())
-            results.extend(storage._cache._sql("PRAGMA journal_mode").fetchone())
+            results.extend(storage._cache._sql("PRAGMA synchronous").fetchall()[0])
+            results.extend(storage._cache._sql("PRAGMA journal_mode").fetchall()[0])
 
         thread = threading.Thread(target=look)
         thread.start()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import Threads, message
+from waiting import until
 
 from session_sync import (
     MemoryStorage,
@@ -352,11 +353,28 @@ def test_a_frameworks_control_flow_is_no_error(seen: Observers) -> None:
 
 def test_one_that_is_thrown_away_has_closed(seen: Observers) -> None:
     sessions = seen.manager()
+    scope = sessions.session_scope("user:1")
     # In a context of its own, which would otherwise know it.
-    copy_context().run(sessions.session_scope("user:1").__enter__).counter = 1
+    copy_context().run(scope.__enter__).counter = 1
+    del scope
     gc.collect()
+    until(lambda: len(seen.kinds) == 2)
     assert seen.kinds == ["open", "close"]
     assert not seen.events[-1][1].written
+
+
+def test_no_observer_is_called_by_a_finaliser() -> None:
+    """It may run in the middle of the observer itself, which may have a mutex."""
+    callers: list[int] = []
+    sessions: SessionManager[Any] = SessionManager(
+        on_close=lambda event: callers.append(threading.get_ident())
+    )
+    scope = sessions.session_scope("user:1")
+    copy_context().run(scope.__enter__)
+    del scope
+    gc.collect()
+    until(lambda: callers)
+    assert callers != [threading.get_ident()]
 
 
 # -- waiting

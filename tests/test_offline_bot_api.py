@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import FrameType
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,6 +24,7 @@ import pytest
 from conftest import run_client, stop_telebot
 
 from session_sync.testing import OfflineBotAPI, Upload, chats
+from session_sync.testing.wire import HttpServer
 
 telebot = pytest.importorskip("telebot")
 telegram_ext = pytest.importorskip("telegram.ext")
@@ -314,6 +316,30 @@ def test_closing_ends_a_long_poll_at_once_and_leaves_no_thread() -> None:
     api.close()
     idle.close()
     assert set(threading.enumerate()) == before
+
+
+def test_closing_waits_for_the_thread_of_a_connection_that_is_just_ending() -> None:
+    closed = threading.Event()
+    was_closed_before: list[bool] = []
+    is_ending = threading.Event()
+
+    def profile(frame: FrameType, event: str, _arg: object) -> None:
+        if event == "return" and frame.f_code is HttpServer._serve.__code__:
+            is_ending.set()
+            was_closed_before.append(closed.wait(0.3))
+
+    threading.setprofile(profile)
+    try:
+        api = OfflineBotAPI()
+        client = http.client.HTTPConnection(api.url.removeprefix("http://"))
+        client.connect()
+        client.close()
+        assert is_ending.wait(5)
+    finally:
+        threading.setprofile(None)  # type: ignore[arg-type]
+    api.close()
+    closed.set()
+    assert was_closed_before == [False]
 
 
 def test_only_updates_that_the_bot_asked_for_arrive(api: OfflineBotAPI) -> None:

@@ -13,7 +13,8 @@ import time
 from typing import Any
 
 import pytest
-from conftest import message
+from conftest import message, run_client
+from interruptions import OutsideError, raises_in_flows
 from test_ptb import (
     KEY,
     SOON,
@@ -29,6 +30,7 @@ from test_ptb import (
     stored,
     telegram,
 )
+from waiting import until_async
 
 from session_sync import (
     DiskStorage,
@@ -37,6 +39,7 @@ from session_sync import (
     SessionManager,
     SQLiteStorage,
 )
+from session_sync.lifecycle.transaction import ScopeStack
 from session_sync.ptb import SessionContext, install, session_filter
 from session_sync.testing import OfflineBotAPI
 
@@ -687,3 +690,101 @@ def test_ctrl_c_in_run_polling_lets_the_running_update_end(
     assert rest == ["0", "['MainThread']"]
     with SessionManager(storage=SQLiteStorage(tmp_path / "sessions.db")) as sessions:
         assert stored(sessions) == {"begun": True, "ended": True}
+
+
+@raises_in_flows
+def test_a_task_that_outlives_its_update_keeps_no_scope_that_was_cut_off_before_its_end(
+    api: OfflineBotAPI, in_memory: SessionManager[Any]
+) -> None:
+    """It has the context of the update. (Raised by a signal handler, say.)"""
+    before = sys.gettrace()
+
+    def interrupt(frame: Any, event: str, _arg: Any) -> None:
+        if event == "call" and frame.f_code is ScopeStack.aleave.__code__:
+            sys.settrace(before)
+            raise OutsideError
+
+    async def main() -> None:
+        tasks = []
+
+        async def handle(update: Any, context: Any) -> None:
+            tasks.append(asyncio.create_task(asyncio.sleep(SOON)))
+            context.session.n = 1
+            sys.settrace(interrupt)
+
+        async with running(api, in_memory, on_text(handle)) as app:
+            with contextlib.suppress(OutsideError):
+                await process(app, message())
+            gc.collect()
+            assert len(in_memory.locks) == 0
+            tasks[0].cancel()
+            await asyncio.wait(tasks)
+
+    try:
+        run_client(main())
+    finally:
+        sys.settrace(before)  # CPython takes away a tracer that has raised
+
+
+def test_what_a_task_of_an_update_has_begun_keeps_no_scope(
+    api: OfflineBotAPI, in_memory: SessionManager[Any]
+) -> None:
+    """It has the context of that task, and may go on for ever."""
+
+    async def main() -> None:
+        tasks, scopes = [], []
+
+        async def work() -> None:
+            tasks.append(asyncio.create_task(asyncio.sleep(SOON)))
+
+        async def handle(update: Any, context: Any) -> None:
+            scopes.append(context.session._lifecycle)
+            context.application.create_task(work(), update=update)
+
+        async with running(api, in_memory, on_text(handle)) as app:
+            await process(app, message())
+            await until_async(lambda: tasks and len(in_memory.locks) == 0)
+            await until_async(lambda: gc.collect() >= 0 and scopes[0]() is None)
+            assert not tasks[0].done()
+            tasks[0].cancel()
+            await asyncio.wait(tasks)
+
+    run_client(main())
+
+
+@pytest.mark.parametrize("name", ["_leave", "_close", "aclose_all", "arun_flow"])
+@raises_in_flows
+def test_an_interrupt_as_the_last_task_of_an_update_ends_loses_nothing(
+    api: OfflineBotAPI, in_memory: SessionManager[Any], name: str
+) -> None:
+    before = sys.gettrace()
+
+    def interrupt(frame: Any, event: str, _arg: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_name == name and "session_sync" in code.co_filename:
+            sys.settrace(before)
+            raise OutsideError
+
+    async def main() -> None:
+        go_on = asyncio.Event()
+
+        async def work() -> None:
+            await go_on.wait()
+            sys.settrace(interrupt)
+
+        async def handle(update: Any, context: Any) -> None:
+            context.session.n = 1
+            tasks.append(context.application.create_task(work(), update=update))
+
+        tasks: list[Any] = []
+        async with running(api, in_memory, on_text(handle)) as app:
+            await process(app, message())
+            go_on.set()
+            await asyncio.wait(tasks)
+            await until_async(lambda: len(in_memory.locks) == 0)
+        assert stored(in_memory) == {"n": 1}
+
+    try:
+        run_client(main())
+    finally:
+        sys.settrace(before)  # CPython takes away a tracer that has raised

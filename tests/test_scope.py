@@ -563,7 +563,7 @@ def test_a_session_is_closed_before_its_last_flush_releases_the_write_lock(
 
     monkeypatch.setattr(Fields, "close", watched)
     with sessions.session_scope(KEY) as session:
-        scope: Any = session._lifecycle
+        scope: Any = session._lifecycle()
         session.flush()
         session.a = 1
     assert is_locked[0]
@@ -584,7 +584,7 @@ def test_a_flush_that_comes_while_the_last_one_is_on_its_way_waits_and_writes_no
     assert begun.wait(20)
     flush = threading.Thread(target=sessions_of_others[0].flush)
     flush.start()
-    while not sessions_of_others[0]._lifecycle.queues:
+    while not sessions_of_others[0]._lifecycle().queues:
         time.sleep(0)  # until it waits for the last one
     go_on.set()
     flush.join(20)
@@ -617,6 +617,55 @@ def test_a_write_that_has_begun_is_finished_before_the_process_ends() -> None:
         task = loop.create_task(handler())
         loop.run_until_complete(asyncio.to_thread(begun.wait, 20))
         atexit.register(go_on.set)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"written\n")
+
+
+def test_what_an_interrupt_has_left_to_a_thread_is_stored_before_the_process_ends() -> None:
+    """Though the process is about to end before that thread has even begun."""
+    program = """if True:
+        from session_sync import SessionManager
+        from session_sync.lifecycle import scope
+
+        class Store(dict):
+            has = dict.__contains__
+            def set(self, key, value):
+                print("written", flush=True)
+            def delete(self, key):
+                pass
+
+        def interrupt(self):
+            scope.Scope._write_last = write_last
+            raise KeyboardInterrupt
+
+        write_last = scope.Scope._write_last
+        try:
+            with SessionManager(storage=Store()).session_scope("user:1") as session:
+                session.a = 1
+                scope.Scope._write_last = interrupt  # as the block ends
+        except KeyboardInterrupt:
+            pass
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"written\n")
+
+
+def test_the_process_ends_when_the_last_thread_has_written() -> None:
+    """Not when one has ended that had nothing to do any more."""
+    program = """if True:
+        import threading, time
+        from session_sync.lifecycle.threads import closers
+
+        def write():
+            begun.set()
+            time.sleep(0.2)  # so that the process comes to its end
+            print("written", flush=True)
+
+        begun = threading.Event()
+        closers.run_soon(write)
+        begun.wait()
+        closers.run_soon(lambda: None)  # whose thread has not begun as the process ends
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"written\n")

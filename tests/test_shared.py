@@ -512,7 +512,7 @@ def test_a_full_disk_leaves_the_old_value_and_a_free_key(
 ) -> None:
     with sessions.session_scope("key:0") as session:
         session.counter = 1
-    sessions.close()
+    sessions.storage.close()
     folder = tmp_path if url.startswith("sqlite") else tmp_path / "sessions"
     process = start("full_disk", "key:0", folder)
     assert process.hear() in ("OperationalError", "OSError", "DatabaseError", "FullError")

@@ -323,6 +323,36 @@ def test_many_may_begin_at_once(tmp_path: Path, threads: Threads) -> None:
 # -- by URL
 
 
+def test_rows_of_no_key_are_passed_over_and_reported(
+    path: Path, storage: SQLiteStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another program's, or a tool's: bytes that are no text, as they are and as a text, and the
+    bytes of a key that is stored as a text."""
+    keys = ["", "a", "user:1", "я", "\ud800"]
+    for key in keys:
+        storage.set(key, {"a": 1})
+    insert = "INSERT INTO sessions VALUES ({}, x'7b7d', NULL)"
+    for row in ("x'ff'", "CAST(x'62ff' AS TEXT)", "CAST(x'ff' AS TEXT)", "x'61'"):
+        sql(path, insert.format(row))
+    for listed in (storage.keys, lambda: (entry.key for entry in storage.entries())):
+        assert sorted(listed()) == sorted(keys)
+        assert "rows whose key is no text were passed over: 4" in caplog.text
+        caplog.clear()
+    assert storage.unknown_rows() == 4
+
+
+def test_more_keys_than_are_read_at_once_are_listed_once_each(
+    path: Path, storage: SQLiteStorage
+) -> None:
+    sql(
+        path,
+        "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 2999) "
+        "INSERT INTO sessions SELECT 'k' || i, x'7b7d', NULL FROM n",
+    )
+    sql(path, "UPDATE sessions SET key = CAST(x'6bff' AS TEXT) WHERE key = 'k1899'")
+    assert sorted(storage.keys()) == sorted(f"k{i}" for i in range(3000) if i != 1899)
+
+
 def test_a_url_names_a_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     relative = storage_from_url("sqlite:///a%20b.db?ttl=60&synchronous=full")
@@ -363,7 +393,7 @@ def test_a_url_takes_a_codec(tmp_path: Path) -> None:
         ("sqlite:///a.db?tll=5", "no option 'tll'; it has synchronous, ttl"),
         ("sqlite:///a.db?ttl=soon", "ttl takes a number, not 'soon'"),
         ("mongodb://u:secret@h", "no storage is called 'mongodb'"),
-        ("sessions.db", "no storage is called ''"),
+        ("sessions.db", "'sessions.db' is no URL of a storage"),
     ],
 )
 def test_a_bad_url_says_what_is_wrong_and_no_password(url: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import pickle
 import threading
@@ -15,6 +16,7 @@ import pytest
 telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 
 from conftest import Threads, callback_query, message, poll, stop_telebot  # noqa: E402
+from interruptions import OutsideError, everywhere, raise_outside, raises_in_flows  # noqa: E402
 from telebot import apihelper, types  # noqa: E402
 from telebot.handler_backends import (  # noqa: E402
     BaseMiddleware,
@@ -22,6 +24,7 @@ from telebot.handler_backends import (  # noqa: E402
     ContinueHandling,
     SkipHandler,
 )
+from waiting import until  # noqa: E402
 
 import session_sync.telebot  # noqa: E402
 from session_sync import (  # noqa: E402
@@ -31,7 +34,9 @@ from session_sync import (  # noqa: E402
     SessionLockTimeout,
     SessionManager,
     StorageKey,
+    by_chat,
 )
+from session_sync.lifecycle import entry, transaction, update  # noqa: E402
 from session_sync.testing import OfflineBotAPI  # noqa: E402
 
 KEY = "user:1:chat:1"
@@ -664,6 +669,35 @@ def test_a_cron_job_that_holds_a_key_parks_no_worker(
     slow.wait(lambda: slow.finished == [2, 1, 1])
 
 
+@pytest.mark.parametrize("lazy_first", [True, False])
+def test_a_lazy_session_and_an_eager_chat_session_may_be_one(
+    threads: Threads, lazy_first: bool
+) -> None:
+    storage = MemoryStorage()
+    lazy, eager = (
+        SessionManager(
+            storage=storage, lazy=is_lazy, get_storage_key=lambda _update: "one", lock_timeout=5
+        )
+        for is_lazy in (True, False)
+    )
+    first, second = (lazy, eager) if lazy_first else (eager, lazy)
+    bot = telebot.TeleBot("1:token", threaded=True, num_threads=1)
+    session_sync.telebot.install(bot, first, chat_session=second)
+    exceptions = Exceptions()
+    bot.exception_handler = exceptions
+
+    @bot.message_handler(func=lambda m: True)
+    def handle(m: Any) -> None:
+        m.session.count = m.session.get("count", 0) + 1
+        m.chat_session.count += 1
+
+    feed(bot, message(1), message(1), message(2))
+    until(lambda: exceptions.got or (storage.get("one") or {}).get("count") == 6)
+    until(lambda: len(eager.locks) == 0)
+    stop_telebot(bot)
+    assert exceptions.got == []
+
+
 def test_a_handler_may_open_the_session_of_a_user_whose_update_waits_for_its_worker(
     make_bot: Bots,
 ) -> None:
@@ -753,6 +787,62 @@ def test_lazy_sessions_take_no_lock_until_they_are_touched(make_bot: Bots) -> No
 
 
 # -- with telebot's HTTP client
+
+
+def test_a_second_ctrl_c_while_the_bot_stops_locks_no_key(
+    make_bot: Bots, sessions: SessionManager[Any]
+) -> None:
+    """The key of an update that waits for a worker."""
+
+    def interrupt() -> None:
+        for worker in bot.worker_pool.workers:
+            worker.stop()  # and while they are waited for:
+        raise KeyboardInterrupt
+
+    inside, go_on = threading.Event(), threading.Event()
+    bot = make_bot(None, threaded=True, num_threads=1)
+    close = bot.worker_pool.close
+    bot.worker_pool.close = interrupt
+    session_sync.telebot.install(bot, sessions)
+
+    @bot.message_handler(func=lambda message: True)
+    def handle(message: Any) -> None:
+        inside.set()
+        assert go_on.wait(10)
+
+    feed(bot, message(1))
+    assert inside.wait(10)
+    feed(bot, message(2))
+    assert sessions.locks.is_locked("user:2:chat:2")
+    with pytest.raises(KeyboardInterrupt):
+        bot.worker_pool.close()
+    go_on.set()
+    until(lambda: len(sessions.locks) == 0)
+    bot.worker_pool.close = close
+
+
+@pytest.mark.parametrize("has_chat_session", [False, True])
+@raises_in_flows
+def test_an_update_is_stored_wherever_the_one_before_it_was_interrupted(
+    make_bot: Bots, has_chat_session: bool
+) -> None:
+    """What knows the sessions of a message keeps no scope that was cut off before its end."""
+    for interruption in everywhere(raise_outside, entry, transaction, update):
+        sessions: SessionManager[Any] = SessionManager()
+        chats: SessionManager[Any] = SessionManager(get_storage_key=by_chat)
+        bot = make_bot(None)
+        session_sync.telebot.install(
+            bot, sessions, chat_session=chats if has_chat_session else None
+        )
+
+        @bot.message_handler(func=lambda message: True)
+        def handle(message: Any) -> None:
+            message.session[message.text] = 1
+
+        with contextlib.suppress(OutsideError), interruption:
+            feed(bot, message(text="first"))
+        feed(bot, message(text="second"))
+        assert stored(sessions)["second"] == 1
 
 
 def polling(bot: Any) -> None:

@@ -164,7 +164,7 @@ def _measured(
 
 
 def _counted(storage: Any) -> int:
-    return sum(storage.get(key)["counter"] for key in storage.keys())  # noqa: SIM118 (no dict)
+    return sum(storage.get(key)["counter"] for key in storage.keys())  # noqa: SIM118 (a storage is no dict)
 
 
 def _telebot(

@@ -62,7 +62,7 @@ def app() -> None:
     same one that the bot has, with --storage or in SESSION_SYNC_STORAGE.
     """
     warnings.simplefilter("always", RuntimeWarning)
-    setattr(warnings, "showwarning", _warn)  # noqa: B010 (for type checkers: it is given more)
+    setattr(warnings, "showwarning", _warn)  # noqa: B010 (mypy wants all parameters by name)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # in a locale that is not UTF-8
 

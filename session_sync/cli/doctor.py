@@ -9,7 +9,7 @@ import sqlite3
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -205,6 +205,10 @@ def _sessions(store: Store) -> Iterator[Finding]:
             else:
                 versions[version] += 1
             advance()
+    unknown: Callable[[], int] | None = getattr(store.storage, "unknown_rows", None)
+    if unknown is not None and (rows := unknown()):
+        what = f"rows whose key is no text, which session_sync has not written: {rows}"
+        yield Finding("wrong", "sessions", what)
     for error in broken[:_NAMED]:
         yield Finding("wrong", "sessions", error)
     if len(broken) > _NAMED:

@@ -132,8 +132,14 @@ _backends: WeakValueDictionary[int, Backend] = WeakValueDictionary()
 def backend_of(storage: KVStorage[Any]) -> Backend:
     """The one backend of this storage object.
 
-    Raises TypeError if it lacks one of the four methods or has it as a coroutine function.
+    Raises TypeError if it is a class, lacks one of the four methods, or has it as a coroutine
+    function.
     """
+    if isinstance(storage, type):
+        raise TypeError(
+            f"{storage.__name__} is a class; a manager takes an object of it: "
+            f"storage={storage.__name__}(...)"
+        )
     for name in _METHODS:
         method = getattr(storage, name, None)
         if not callable(method):

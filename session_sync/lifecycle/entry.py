@@ -15,12 +15,9 @@ from ..session import BaseSession
 from .current import Around, current, entries, in_handler, open_around
 from .flow import Acquire, Flow, arun_flow, run_flow
 from .options import Options
-from .scope import FIRST, OPEN, Scope
+from .scope import FIRST, JOIN, OPEN, Scope
 
 S = TypeVar("S", bound=BaseSession)
-
-# The lock of an entry: who of those that have joined under it runs now.
-_JOIN = "join"
 
 
 class SessionScope(Scope[S]):
@@ -32,11 +29,11 @@ class SessionScope(Scope[S]):
     awaits them, or knows what it does.
     """
 
-    __slots__ = ("_caller", "_inside", "_token", "_turn", "_under", "joined", "outer")
+    __slots__ = ("_caller", "_token", "_turn", "_under", "is_entered", "joined", "outer")
 
     reference: Around  # to itself
     outer: Around | None  # the innermost open entry around this one
-    _inside: bool
+    is_entered: bool  # and leaving it has not begun
     _under: SessionScope[Any]  # where it has joined: the entry that found the scope open ...
     _caller: Caller  # ... and the caller that has joined
     joined: Scope[S] | None  # also after leaving it: a task begun inside may join
@@ -51,7 +48,7 @@ class SessionScope(Scope[S]):
                 around = self.outer
                 if around is not None or not self.open_now(may_block=True):
                     run_flow(self._entering(around, may_block=True))
-            session = self.scope.session()
+            session = (self.joined or self).session()
             current.set(self.reference)
         except BaseException:
             self._has_not_entered()
@@ -67,7 +64,9 @@ class SessionScope(Scope[S]):
         try:
             if self._leaves(error):
                 scope = self.joined or self
-                if not scope.close_now(may_block=True):
+                if self.is_thrown_away(error):
+                    self._abandon(scope, error)
+                elif not scope.close_now(may_block=True):
                     run_flow(scope.closing(may_block=True))
             if self._turn is not None:
                 self._end_turn()
@@ -85,7 +84,7 @@ class SessionScope(Scope[S]):
                 around = self.outer
                 if around is not None or not self.open_now(may_block=False):
                     await arun_flow(self._entering(around, may_block=False))
-            session = self.scope.session()
+            session = (self.joined or self).session()
             current.set(self.reference)
         except BaseException:
             self._has_not_entered()
@@ -101,8 +100,8 @@ class SessionScope(Scope[S]):
         try:
             if self._leaves(error):
                 scope = self.joined or self
-                if isinstance(error, GeneratorExit):  # thrown away: nothing is saved
-                    scope.abandon()
+                if self.is_thrown_away(error):
+                    self._abandon(scope, error)
                 elif not scope.close_now(may_block=False):
                     await arun_flow(scope.closing(may_block=False))
             if self._turn is not None:
@@ -129,6 +128,11 @@ class SessionScope(Scope[S]):
             else:
                 self._end_turn()
 
+    @property
+    def token(self) -> object:
+        """Its own among the members of the scope."""
+        return FIRST if self.joined is None else self._token
+
     # -- entering and leaving
 
     def _entered_before(self) -> RuntimeError:
@@ -141,8 +145,8 @@ class SessionScope(Scope[S]):
         """Look around for open entries; True if the session is there already, as a lazy one is
         that has nothing around it."""
         self.joined = self._turn = None
-        self.members = [OPEN, FIRST]
-        self._inside = True
+        self.members = {OPEN: None, FIRST: None}
+        self.is_entered = True
         self.reference = Around(self)
         self.outer = self.reference.outer = None if current.get() is None else open_around()
         if self.outer is not None or not self.options.lazy:
@@ -185,9 +189,9 @@ class SessionScope(Scope[S]):
         self._check_version(scope.options)
         caller = current_caller()
         self._under, self._token, self._caller = entry, object(), caller.again()
-        turn = self._turn = LockHandle(entry, _JOIN, caller)
+        turn = self._turn = LockHandle(entry, JOIN, caller)
         self.joined = scope
-        if not scope.join(self._token):
+        if not scope.join(self._token, entry.token):
             self.joined = self._turn = None
             if scope.leave(self._token):
                 yield from scope.closing(may_block)
@@ -201,11 +205,11 @@ class SessionScope(Scope[S]):
                 yield from self._closing_for_others(scope, error, may_block)
             self._end_turn()
             raise
+        scope.arrive(self._caller)
         if scope.closed:  # released by the one that ran before
+            scope.depart(self._caller)
             self.joined = None
             self._end_turn()
-            return
-        scope.arrive(self._caller)
 
     def _closing_for_others(self, scope: Scope[S], error: BaseException, may_block: bool) -> Flow:
         """Close a scope whose other members are done, and nothing of theirs has failed."""
@@ -226,18 +230,32 @@ class SessionScope(Scope[S]):
 
     def _leaves(self, error: BaseException | None) -> bool:
         """Out of the scope; True if this one has to close it. To leave again does no harm."""
-        around = current.get()
-        if around is not None and around() is self:
+        if current.get() is self.reference:
             current.set(self.outer)
-        self._inside = False
+        self.is_entered = False
         scope = self.joined
         if scope is None:
             if error is not None:
                 self.discard(error)
             return self.leave(FIRST, self.opener)
-        if error is not None and not self._under._inside:
+        if error is None:
+            scope.owe(self._caller)
+        elif not self._under.is_entered:
             scope.discard(error)  # else it goes on to the entry around this one
         return scope.leave(self._token, self._caller)
+
+    def is_thrown_away(self, error: BaseException | None) -> bool:
+        """Whether the generator or coroutine around this is closed half-way, by `error`; or, if the
+        weak reference to the scope is dead, collected with it."""
+        scope = self.joined or self
+        return isinstance(error, GeneratorExit) or scope.reference() is None
+
+    def _abandon(self, scope: Scope[S], error: BaseException | None) -> None:
+        """Save nothing of what was thrown away, and do not wait: this may be a finaliser."""
+        if error is None and scope is not self:  # what others have left to it is to be saved
+            scope.close_soon()
+        else:
+            scope.abandon()
 
     def _has_not_entered(self) -> None:
         """Leave all the same; most often, what has failed did so, and nothing is left to do."""
@@ -250,7 +268,8 @@ class SessionScope(Scope[S]):
         """The same after leaving was interrupted; `error` is what the handler had raised."""
         scope = self.joined or self
         try:
-            if self._leaves(error) or not scope.has_members:  # or it had just left, as the last
+            # Or it had just left, as the one that ends it. To be told so twice does no harm.
+            if self._leaves(error) or scope.closed or not scope.has_members:
                 scope.close_soon()
         finally:
             self._end_turn()

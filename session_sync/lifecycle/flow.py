@@ -67,6 +67,8 @@ def _throw(flow: Flow, error: BaseException) -> Step | None:
         return flow.throw(error)
     except StopIteration:
         return None
+    finally:
+        del error  # which knows this frame: no cycle stays, and no session with it
 
 
 class Acquire:

@@ -5,6 +5,7 @@ A manager without observers makes plain scopes, in which none of this is.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import traceback
@@ -19,6 +20,7 @@ from ..storages.base import Record
 from .entry import SessionScope
 from .flow import Acquire, Flow
 from .options import Options
+from .threads import errands
 
 S = TypeVar("S", bound=BaseSession)
 
@@ -168,14 +170,14 @@ class ObservedScope(SessionScope[S]):
     def __init__(
         self, options: Options[S], key: str, full_key: str, update: Any, observers: Observers
     ) -> None:
-        self._loaded: float | None = None  # while it is open; first: the finaliser looks at it
+        self._loaded: float | None = None  # while it is open; first: the finaliser looks at these
+        self._error: BaseException | None = None
         super().__init__(options, key, full_key, update)
         self._observers: Final = observers
         # Before it is entered: a telebot's update has its scope while it is in the queue.
         self._asked = self._ours = time.perf_counter()
         self._found = self._has_put = False
         self._size: int | None = None
-        self._error: BaseException | None = None
 
     # -- opening
 
@@ -195,8 +197,11 @@ class ObservedScope(SessionScope[S]):
                 try:
                     options = self.options
                     yield Acquire(handle, options.queue_timeout, passes, options.patience)
-                finally:
+                except BaseException as error:
                     self._ours = time.perf_counter()
+                    yield from self._giving_up(error)  # as in what this is instead of
+                    raise
+                self._ours = time.perf_counter()
             yield from super().opening(passes)
         except BaseException as error:
             self._has_failed(error)
@@ -233,7 +238,8 @@ class ObservedScope(SessionScope[S]):
 
     def _has_waited(self, error: BaseException | None) -> None:
         waited = self._ours - self._asked
-        self._observers.waited(SessionEvent(key=self.key, waited=waited, error=error))
+        event = SessionEvent(key=self.key, waited=waited, error=error)
+        self._tell(self._observers.waited, event, error)
 
     # -- writing
 
@@ -277,14 +283,35 @@ class ObservedScope(SessionScope[S]):
         try:
             super().__del__()
         finally:
-            self._has_closed(self._error)
+            # An interrupt may have come before it had all its fields. And a finaliser calls nothing
+            # that may take a mutex.
+            if getattr(self, "_loaded", None) is not None:
+                event = self._closed_event(self._error)
+                if event is not None:
+                    errands.run_soon(functools.partial(self._observers.closed, event))
 
     def _has_closed(self, error: BaseException | None) -> None:
+        event = self._closed_event(error)
+        if event is not None:
+            self._tell(self._observers.closed, event, error)
+
+    def _tell(
+        self, tell: Callable[[SessionEvent], None], event: SessionEvent, error: BaseException | None
+    ) -> None:
+        """In a thread where this is a finaliser, in which nothing is called that takes a mutex."""
+        if self.is_thrown_away(error):
+            errands.run_soon(functools.partial(tell, event))
+        else:
+            tell(event)
+
+    def _closed_event(self, error: BaseException | None) -> SessionEvent | None:
+        """What observers are told, once."""
         self._error = None  # which knows its frames: no cycle stays
-        if self._loaded is not None:
-            event = self._event(time.perf_counter() - self._loaded, self._size, error)
-            self._loaded = None
-            self._observers.closed(event)
+        if self._loaded is None:
+            return None
+        event = self._event(time.perf_counter() - self._loaded, self._size, error)
+        self._loaded = None
+        return event
 
     def _event(self, seconds: float, size: int | None, error: BaseException | None) -> SessionEvent:
         return SessionEvent(

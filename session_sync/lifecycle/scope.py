@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
@@ -23,24 +24,27 @@ from ..errors import (
     is_control_flow,
 )
 from ..expiry import Ttl
-from ..locks.callers import Caller, current_caller
-from ..locks.lock import NO_QUEUES, LockHandle, hand_on, locked
+from ..locks.callers import Caller, Ender, current_caller
+from ..locks.lock import NO_QUEUES, LockHandle, wait_for_notes
 from ..locks.queue import KeyQueue
 from ..repeats import has_only_updates
 from ..session import BaseSession, Fields
 from ..storages.base import OpenRecord, Record, record_of
 from .flow import Acquire, AcquireInsisting, Flow, arun_flow, run_flow
 from .options import Options
-from .threads import CallBlocking, call_store, closers, openers, waiters
+from .threads import CallBlocking, call_store, closers, errands, openers, waiters
 
 S = TypeVar("S", bound=BaseSession)
 # What the changes themselves can be to blame for, before a store has seen them.
 _OWN_FAULTS: Final = (SessionEncodeError, SessionTypeError)
 _NO_FIELDS: Final = record_of({})
+_NOT_LEFT: Final = "its block was not left"  # see Fields.lost
 _SHORT_WAIT: Final = 1.0  # seconds
 _SHORTER_WAIT: Final = 0.05  # seconds, where others want the same thread
 
-# The locks of a scope alone: what writes, what loads it if it is lazy, what closes it unsaved.
+# The locks of a scope alone: which of those that have joined under one entry runs, what writes,
+# what loads it if it is lazy, what closes it unsaved.
+JOIN: Final = "join"
 _WRITE: Final = "write"
 _LOAD: Final = "load"
 _GIVE_UP: Final = "give up"
@@ -48,7 +52,7 @@ _GIVE_UP: Final = "give up"
 # What is in `members`: this while the scope is open, and a token of each member, first this one.
 OPEN: Final = object()
 FIRST: Final = object()
-_DESERTED: Final = [OPEN]
+_DESERTED: Final = {OPEN: None}
 # And this in a lazy one that has ended: whoever takes it out closes it, if it is loaded by then.
 _TO_CLOSE: Final = object()
 
@@ -83,7 +87,8 @@ class Scope(Generic[S]):
         "__weakref__",
         "_ends_soon",
         "_is_failed",
-        "_lost",
+        "_is_owed",
+        "_is_to_end",
         "_on_loop",
         "_refused",
         "_session",
@@ -97,6 +102,7 @@ class Scope(Generic[S]):
         "handle",
         "held",
         "is_loaded",
+        "is_of_several",
         "key",
         "members",
         "opened",
@@ -116,17 +122,19 @@ class Scope(Generic[S]):
         self.key: Final = key
         self.full_key: Final = full_key
         self.update: Any = update  # until it closes
-        self._session: weakref.ref[S] | None = None  # weak, so that no cycle keeps a lost scope
+        self._session: S | None = None  # from the first one on that asks for it
         self.fields: Fields | None = None  # from loading on
         self.is_loaded = not options.lazy  # whether the session may be touched once it is there
         self.closed = False
-        self.members: list[object] = []  # before it begins, and after it has ended
+        self.members: dict[object, None] = {}  # before it begins, and after it has ended
+        self._is_to_end = False  # whether other members are in it or not
+        self._is_owed = False  # see owe()
+        self.is_of_several = False  # which are stored together, or none of them
         self._written: Record | None = None  # the last record that has reached a store that blocks
         # The locks of the scope alone: it is their table (see LockHandle).
         self.held: Final[dict[str, LockHandle]] = {}
         self.queues: dict[str, KeyQueue[LockHandle]] = NO_QUEUES
         self._on_loop = False
-        self._lost = ""  # what kept the last changes from being stored
         self._is_failed = False  # its changes are to be rolled back, as soon as that can be
         self._refused = False  # a store in memory has raised as it was given the last record
         self.call: CallBlocking | None = None  # the one that is on its way
@@ -134,6 +142,15 @@ class Scope(Generic[S]):
     def name_of(self, _key: str, /) -> str:
         """The session key that messages name, where one of the locks of the scope is waited for."""
         return self.full_key
+
+    def locks_to_end(self) -> list[LockHandle]:
+        """See Inside. Whoever ends it does not wait for those that have joined."""
+        return [handle for name, handle in list(self.held.items()) if name != JOIN]
+
+    @property
+    def is_just_ending(self) -> bool:
+        """See Inside."""
+        return self._is_to_end and not self.closed and OPEN not in self.members
 
     # -- opening
 
@@ -151,11 +168,12 @@ class Scope(Generic[S]):
         if not options.opens_now or (backend.blocking and not may_block):
             return False
         try:
-            handle = self.handle
+            handle = given = self.handle
             if handle is None:  # else it has the key of a ticket, or has waited for the key
                 handle = self.handle = LockHandle(backend.locks, self.full_key, current_caller())
-                handle.owner = self.reference
+            handle.owner = self.reference
             if not (handle.try_acquire() or handle.is_held):
+                self.handle = given  # the next one to try may be another caller
                 return False
             if not backend.blocking:
                 self._hand_out(backend.load(self.full_key))
@@ -188,6 +206,7 @@ class Scope(Generic[S]):
         options = self.options
         try:
             handle = self.handle = self.handle or self.new_handle()
+            handle.owner = self.reference
             if not (handle.try_acquire() or handle.is_held):
                 yield Acquire(handle, options.queue_timeout, passes, options.patience)
             if options.backend.blocking:
@@ -238,10 +257,18 @@ class Scope(Generic[S]):
     def _open_store(self, timeout: float) -> None:
         # Noted at once: nothing takes a result where a coroutine was thrown away meanwhile.
         self.opened = self.options.backend.open(self.full_key, timeout)
+        self._keep_open(self.opened)
 
     def _open_store_nowait(self, _timeout: float) -> bool:
         self.opened = self.options.backend.open_nowait(self.full_key)
+        self._keep_open(self.opened)
         return self.opened is not None
+
+    def _keep_open(self, opened: OpenRecord | None) -> None:
+        """The collector would finalise the record together with this scope, which still has to
+        close it; the handle is in the table, so what that keeps is not collected."""
+        if self.handle is not None:
+            self.handle.keeps = opened
 
     def _hand_out(self, record: Record | None) -> None:
         options = self.options
@@ -267,11 +294,12 @@ class Scope(Generic[S]):
             self.opener = handle.callers[0]
 
     def session(self) -> S:
-        """The session: one object, for as long as a handler has it."""
-        session = None if self._session is None else self._session()
+        """The session: one object, which knows this scope weakly."""
+        session = self._session
         if session is None:
-            session = self.options.session_type(self)
-            self._session = weakref.ref(session)
+            fields = self.fields if self.is_loaded else None
+            session = self.options.session_type(self.reference, self.key, fields)
+            self._session = session
         return session
 
     def _missing(self, record: Record) -> Fields:
@@ -298,26 +326,23 @@ class Scope(Generic[S]):
         if self.fields is None:
             return
         write = self.write_guard()
-        yield from write.around(self._flushing(self.fields, write.handle))
+        try:
+            yield from write.around(self._flushing(self.fields, write.handle))
+        finally:
+            self.roll_back_failed()
 
     def _flushing(self, fields: Fields, write: LockHandle) -> Flow:
         if not write.try_acquire():
             yield Acquire(write, None)
+        self.roll_back_what_failed()
         if fields.open:
             yield from self._writing(last=False)
-            if self._is_failed:
-                fields.roll_back()
-                self._is_failed = False
-            else:
-                self._lost = ""
+            if not self._is_failed:
+                fields.lost = ""
         elif self.handle is not None:  # its end was interrupted
             yield from self._ending()
-        elif self._lost:
-            raise SessionClosedError(
-                f"session {self.key!r} was closed before flush() could write it, and its last "
-                f"changes were not saved ({self._lost} was raised); do what has to be stored "
-                f"again in a new scope"
-            )
+        else:
+            fields.check_not_lost()
 
     def close_now(self, may_block: bool) -> bool:
         """Write and unlock without a flow; False if that is not possible, and nothing was done.
@@ -350,7 +375,7 @@ class Scope(Generic[S]):
         except BaseException as error:
             try:
                 if self._cannot_be_saved(error):
-                    self._lost = type(error).__name__
+                    self._loses_changes(error)
                     with suppress(Exception):  # the first error is the one to be raised
                         self._close_unsaved()
             finally:
@@ -370,22 +395,22 @@ class Scope(Generic[S]):
         if self.held.get(_WRITE) is handle:
             del self.held[_WRITE]
         if self.queues:
-            locked(hand_on, self, _WRITE)
+            self.write_guard().release()  # which hands it on
 
     def closing(self, may_block: bool) -> Flow:
         """Write and unlock."""
         if not self.close_now(may_block):
             yield from self._closing_in_turn()
 
-    def _closing_in_turn(self) -> Flow:
+    def _closing_in_turn(self, is_last_try: bool = False) -> Flow:
         """The same, where another one may be closing it: the second one finds nothing to do."""
         write = self.write_guard()
         acquire = AcquireInsisting(write.renew)
-        yield from write.around(self._closing(acquire, write.handle))
+        yield from write.around(self._closing(acquire, write.handle, is_last_try))
         if acquire.cancelled is not None:
             raise acquire.cancelled
 
-    def _closing(self, acquire: AcquireInsisting, write: LockHandle) -> Flow:
+    def _closing(self, acquire: AcquireInsisting, write: LockHandle, is_last_try: bool) -> Flow:
         is_its_turn = False
         try:
             if not write.try_acquire():
@@ -396,28 +421,53 @@ class Scope(Generic[S]):
             self.abandon()
             raise
         except BaseException as error:
-            if is_its_turn and self._cannot_be_saved(error):
-                self._lost = type(error).__name__
+            if is_its_turn and (is_last_try or self._cannot_be_saved(error)):
+                if not self._has_stored_all():
+                    self._loses_changes(error)
                 yield from self._giving_up(error)
             else:
                 self.close_soon()
             raise
 
     def _ending(self) -> Flow:
-        """Write and unlock, of that what is still to be done."""
+        """Write and unlock, of that what is still to be done. A thread may be just giving it up,
+        for a coroutine that was thrown away meanwhile."""
+        lock = Guard(self, _GIVE_UP)
+        yield from lock.around(self._ending_alone(lock.handle))
+
+    def _ending_alone(self, lock: LockHandle) -> Flow:
+        if not lock.try_acquire():
+            yield Acquire(lock, None)
         handle = self.handle
         if handle is None:
             return
-        # Else a record that blocks is closed, or the key is not of this scope any more.
-        if self.opened is not None or (handle.is_held and not self.options.backend.blocking):
-            yield from self._writing(last=True)
+        # Else a record that blocks is closed, or the key is not of this scope any more; then only a
+        # store with locks of its own has let nobody in.
+        backend = self.options.backend
+        if handle.is_held or backend.shared:
+            if self.opened is not None or not backend.blocking:
+                yield from self._writing(last=True)
+        elif self.opened is not None:
+            self._is_left_too_late()
+            yield CallBlocking(closers, self._close_unsaved)
         self.unlock()
 
     def _cannot_be_saved(self, error: BaseException) -> bool:
         """Whether `error`, as the scope ends, is for a reason. Else it is an interrupt of the last
-        one in it, of which those that have left it before know nothing; once, that is."""
+        one in it, of which those that have left it before know nothing."""
         is_closed = self.opened is None and self.options.backend.blocking
-        return is_closed or self._refused or self._ends_soon or isinstance(error, _OWN_FAULTS)
+        return is_closed or self._refused or isinstance(error, _OWN_FAULTS)
+
+    def _loses_changes(self, error: BaseException) -> None:
+        """The last ones are not stored, because of `error`."""
+        if self.fields is not None:
+            self.fields.lost = f"{type(error).__name__} was raised"
+
+    def _has_stored_all(self) -> bool:
+        """At the end of the scope: whether what awaited the last write was cancelled, and that has
+        reached the store all the same."""
+        fields, written = self.fields, self._written
+        return fields is not None and written is not None and written is fields.kept
 
     def write_guard(self) -> Guard:
         """The owner of a claim to the write lock, with which nothing was done yet."""
@@ -559,16 +609,40 @@ class Scope(Generic[S]):
         """A handler failed: forget what changed since the last flush, if the options say so."""
         if self.fields is None or self.closed or self.keeps(error):
             return
-        self._lost = type(error).__name__
-        write = self.write_guard()
-        run_flow(write.around(self._rolling_back(self.fields, write.handle)))
+        self._loses_changes(error)
+        self._is_failed = True
+        self.roll_back_failed()
 
-    def _rolling_back(self, fields: Fields, write: LockHandle) -> Flow:
-        if write.try_acquire():
-            fields.roll_back()
-        else:  # a flush of another thread is on its way, and does that when it has written
-            self._is_failed = True
-        yield from ()  # it waits for nothing
+    def roll_back_failed(self) -> None:
+        """Roll back if a handler has failed. If another thread has the write lock, it does that: it
+        looks for it when it has released the lock, so one of the two comes to it."""
+        has_lock = True
+        while has_lock and self._is_failed and not self.closed:
+            write = self.write_guard()
+            try:
+                try:
+                    has_lock = write.handle.try_acquire()
+                    if has_lock:
+                        self.roll_back_what_failed()
+                    elif (holder := self.held.get(_WRITE)) is not None and holder.by_note:
+                        has_lock = True  # that one has released it, as will be known presently
+                        wait_for_notes()
+                finally:
+                    write.release()
+            except BaseException:
+                write.release()  # once more: see Guard.around
+                raise
+
+    def roll_back_what_failed(self) -> None:
+        """The same under the write lock. What has ended meanwhile stays closed."""
+        fields = self.fields
+        if self._is_failed and not self.closed and fields is not None:
+            self._is_failed = False  # first: another handler may fail meanwhile
+            try:
+                fields.roll_back()
+            except BaseException:
+                self._is_failed = True
+                raise
 
     # -- unlocking
 
@@ -587,17 +661,36 @@ class Scope(Generic[S]):
         finally:
             if not self.is_loaded:  # a lazy one that failed to load, so it can be loaded again
                 self.fields = None
+            # It may be known for longer, and what it keeps has a lock of its own.
+            handle.keeps = None
             handle.release()
             self.handle = None
 
+    def ending_unsaved(self, error: BaseException) -> Flow:
+        """The end of the scope after `error`, whatever is still in it, under the write lock."""
+        try:
+            if self.end(current_caller().ending()):
+                self._loses_changes(error)
+                if self.fields is not None:
+                    self.fields.close()
+                yield from self._giving_up(error)
+        except BaseException:
+            self.abandon()
+            raise
+
     def _giving_up(self, error: BaseException) -> Flow:
         """Unlock after `error`, and write nothing."""
-        if isinstance(error, GeneratorExit):  # nothing awaits the steps of this any more
-            self.abandon()
+        if isinstance(error, GeneratorExit) and not self._is_only_touched():
+            self.abandon()  # nothing awaits the steps of this any more
         elif self.opened is None:
             self.unlock()
         else:
             yield CallBlocking(closers, self._close_unsaved)
+
+    def _is_only_touched(self) -> bool:
+        """Whether it is lazy, and what was thrown away has only waited for the key: then whatever
+        uses it next loads it."""
+        return not (self.is_loaded or self.closed or self.opened or self.call)
 
     def _close_unsaved(self) -> None:
         """Close what is open, and write nothing; to be called again after an interrupt. A record is
@@ -628,78 +721,131 @@ class Scope(Generic[S]):
         handle = self.handle
         if handle is None or self._ends_soon or _GIVE_UP in self.held:
             return
+        handle.by_note = True  # to others, it may have no owner any more
         self.closed = True  # what is to give it up keeps it alive: nobody is to join it meanwhile
-        handle.callers[:] = []  # the one that opened it has gone on, and may wait for it itself
-        backend = self.options.backend
-        is_alone = self.full_key not in backend.locks.queues and not self.held
-        if is_alone and self.opened is None and self.call is None and backend.unload is None:
-            self.unlock()
+        self._is_left_too_late()
+        # The one that opened it has gone on, and may wait for it itself. Not so a signal handler
+        # that comes in between: this thread has to go on first.
+        handle.callers[:] = [current_caller()]
+        if self._is_alone() and self.held.setdefault(_WRITE, handle) is handle:
+            try:
+                self.unlock()
+            finally:
+                self._release_write(handle)
         else:
-            give_up = self._give_up
-            # To a collection, the weak reference to this scope is dead by now. So that nobody takes
-            # the key before the store is closed, its owner is this call, for as long as it exists.
-            handle.owner = weakref.ref(give_up)
-            closers.run_soon(give_up)
-            self._ends_soon = True
+            self._end_soon(handle, self._give_up)
+
+    def _is_left_too_late(self) -> None:
+        """Or never: the last changes are not stored."""
+        if self.fields is not None:
+            self.fields.lost = self.fields.lost or _NOT_LEFT
+
+    def _is_alone(self) -> bool:
+        """Whether nothing waits for it, and no store has to be asked."""
+        backend = self.options.backend
+        has_record = self.opened is not None or self.call is not None or backend.unload is not None
+        return not has_record and not self.held and self.full_key not in backend.locks.queues
+
+    def _end_soon(self, handle: LockHandle, end: Callable[[], None]) -> None:
+        """Call `end` in another thread."""
+        # To a collection, the weak reference to this scope is dead by now. So that nobody takes
+        # the key before the store is closed, its owner is this call, for as long as it exists.
+        handle.owner = weakref.ref(end)
+        self._ends_soon = True
+        try:
+            handle.callers[:] = [current_caller()]  # as in `abandon`
+            errands.run_soon(end)
+        except BaseException:
+            self._ends_soon = False
+            raise
+        finally:
+            handle.callers[:] = []
 
     def close_soon(self) -> None:
         """Write and unlock in another thread: the last one that was in it was interrupted, and what
         the others have changed is not to be lost for that. A finaliser may call this."""
         self.closed = True
-        if not self.is_loaded and _TO_CLOSE not in self.members:
-            self.members.append(_TO_CLOSE)  # whatever is just loading it closes it
+        if not self.is_loaded:
+            self.members[_TO_CLOSE] = None  # whatever is just loading it closes it
         handle = self.handle
         if handle is None or self._ends_soon or not self.is_loaded:
             return
         if self.fields is None:  # nobody can have changed anything
             self.abandon()
             return
-        self.callers[:] = []  # this and the rest as in `abandon`
-        close = self._close_for_others
-        handle.owner = weakref.ref(close)
-        closers.run_soon(close)
-        self._ends_soon = True
+        self._end_soon(handle, self._close_for_others)
 
     def _close_for_others(self) -> None:
-        handle = self.handle
-        if handle is not None:
-            handle.owner = None
-            run_flow(self._closing_in_turn())  # some other one may just end it properly
+        self._end_unasked(self._closing_in_turn(is_last_try=True))  # some other one may end it, too
 
     def _give_up(self) -> None:
-        """In a thread that nobody interrupts."""
+        write = self.write_guard()
+        self._end_unasked(write.around(self._giving_up_in_turn(write.handle)))
+
+    def _end_unasked(self, flow: Flow) -> None:
+        """In a thread that nobody interrupts. If none can be started, it is in the middle of any
+        code; and if that is a flush of this scope, it fails."""
         handle = self.handle
-        if handle is not None:
-            handle.owner = None  # from here on the key is not lost
-            write = self.write_guard()
-            run_flow(write.around(self._giving_up_in_turn(write.handle)))
+        if handle is None:
+            return
+        handle.owner = None  # from here on the key is not lost
+        try:
+            run_flow(flow)
+        except BaseException:
+            handle.owner = self.reference
+            self._ends_soon = False  # to be told again, as the flush goes on, or by the finaliser
+            raise
 
     def _giving_up_in_turn(self, write: LockHandle) -> Flow:
         if not write.try_acquire():  # another thread's flush is on its way
             yield Acquire(write, None)
+        if self.fields is not None and self.fields.open:
+            self._is_left_too_late()
         self._close_unsaved()
 
     def __del__(self) -> None:
-        # Entered and never left (an interrupt came between, say): else the key would stay locked.
-        # And if one came before it was even made, it has no handle.
-        if getattr(self, "handle", None) is None:
+        try:
+            self._is_lost()
+        except BaseException:  # an interrupt; nothing else would do it
+            self._is_lost()
+            raise
+
+    def _is_lost(self) -> None:
+        """Entered and never left (an interrupt came between, say): else the key would stay locked.
+        And if one came before it was even made, it has no handle."""
+        handle = getattr(self, "handle", None)
+        if handle is None:
             return
-        if self.closed or FIRST in self.members:
+        handle.by_note = True
+        if self.closed or (FIRST in self.members and not self._is_owed):
             self.abandon()
-        else:  # whoever opened it has left it to one that was lost
+        else:  # whoever opened it has left it to one that was lost, or owes it to others
             self.close_soon()
 
     # -- who is in it
 
-    def join(self, token: object) -> bool:
-        """One more is to come in; False if the scope has ended. Then it has to `leave` all the
-        same, and perhaps to close what the last one believed to leave to it."""
-        self.members.append(token)
-        return OPEN in self.members
+    def join(self, token: object, outer: object) -> bool:
+        """One more is to come in, inside the member with the token `outer`; False if the scope has
+        ended. Then it has to `leave` all the same, and perhaps to close what the last one believed
+        to leave to it."""
+        members = self.members
+        members[token] = None
+        # While `outer` is in it, one that leaves has OPEN in hand only to put it back.
+        return OPEN in members or (outer in members and not (self._is_to_end or self.closed))
 
     def arrive(self, caller: Caller) -> None:
         """`caller` has joined: whatever waits for the key waits for it, too."""
         self.callers.append(caller)
+
+    def owe(self, caller: Caller) -> None:
+        """`caller` had joined, and has done its work. If it is the thread that opened this, that
+        may be in a later block: an interrupt came before the first line of the `__exit__` of the
+        first one, and a flush of another thread keeps that alive. What it has done is stored then.
+        (What a task has done is not: that may be thrown away together with what it is inside of.)
+        """
+        opener = self.opener
+        if opener is not None and caller.is_thread and opener.is_thread:
+            self._is_owed |= caller.thread is opener.thread and not self.is_of_several
 
     def depart(self, caller: Caller) -> None:
         """`caller` goes on outside; no error if it has departed."""
@@ -710,51 +856,50 @@ class Scope(Generic[S]):
         """One less, and the end of the scope if that was the last one: True if whoever leaves now
         has to close it. To leave again completes what was interrupted."""
         members = self.members
-        with suppress(ValueError):  # it has left, or was interrupted before it came any further
-            members.remove(token)
-        if caller is not None and members != _DESERTED:
+        members.pop(token, None)  # none: it has left, or was interrupted before it came any further
+        try:
+            while members == _DESERTED and self._takes(OPEN):
+                if not members:
+                    return self._ended()
+                members[OPEN] = None  # another one came in between
+                if self._is_to_end and self._takes(OPEN):  # and wanted to end it meanwhile
+                    self.callers[:] = [] if caller is None else [caller]
+                    return self._ended()
+        except BaseException:  # an interrupt: the one that came in between has to find it as well
+            if members and not self.closed:
+                members[OPEN] = None
+            raise
+        if caller is not None:
             self.depart(caller)
-        while members == _DESERTED:
-            try:
-                members.remove(OPEN)
-            except ValueError:
-                return False
-            if not members:
-                return self._ended()
-            members.insert(0, OPEN)  # another one came in between
         return False
 
     @property
     def has_members(self) -> bool:
         """Whether code is in it that has not left; after a `release()` it may be over all the
         same."""
-        return any(token is not _TO_CLOSE for token in self.members)
+        return any(token is not _TO_CLOSE for token in list(self.members))
 
-    def end(self, caller: Caller) -> bool:
+    def end(self, caller: Ender) -> bool:
         """The end of the scope, whoever is still in it; True as in `leave`."""
         self.arrive(caller)  # first: a signal handler may want the key when this has ended it
+        self._is_to_end = True  # first: one that leaves may just have it in hand, and ends it then
         if not self._takes(OPEN):
             self.depart(caller)
             return False
-        ended = self._ended()
         # Whatever waits for the key from here on waits for the caller of this, and no other.
         self.callers[:] = [caller]
-        return ended
+        return self._ended()
 
     def _takes(self, token: object) -> bool:
         """Take a token out, as the only one that does."""
-        try:
-            self.members.remove(token)
-        except ValueError:
-            return False
-        return True
+        return self.members.pop(token, token) is None
 
     def _ended(self) -> bool:
         self.closed = True
         if not self.options.lazy:
             self.update = None
             return True
-        self.members.append(_TO_CLOSE)
+        self.members[_TO_CLOSE] = None
         if _LOAD not in self.held:  # else it is just being loaded
             self.update = None
         return self.is_loaded and self._takes(_TO_CLOSE)
@@ -784,7 +929,7 @@ class Scope(Generic[S]):
         if not self.open_now(may_block):
             return False
         if self._has_ended_while_it_was_loaded() and not self.close_now(may_block):
-            self.members.append(_TO_CLOSE)
+            self.members[_TO_CLOSE] = None
             return False
         return True
 
@@ -847,7 +992,7 @@ class Scope(Generic[S]):
 
     def release(self) -> None:
         self._refuse_to_block("release", "arelease")
-        caller = current_caller().again()
+        caller = current_caller().ending()
         try:
             if self.end(caller):
                 run_flow(self.closing(may_block=True))
@@ -856,7 +1001,7 @@ class Scope(Generic[S]):
             raise
 
     async def arelease(self) -> None:
-        caller = current_caller().again()
+        caller = current_caller().ending()
         try:
             if self.end(caller):
                 await arun_flow(self.closing(may_block=False))
@@ -868,6 +1013,7 @@ class Scope(Generic[S]):
         """Perhaps before anything was written, and in a thread that is not the handler's: what that
         has changed is not to be lost for it."""
         if OPEN in self.members:
+            self._is_to_end = False
             self.depart(caller)
         else:
             self.close_soon()
@@ -919,6 +1065,7 @@ class Guard:
     def __del__(self) -> None:
         handle = getattr(self, "handle", None)  # an interrupt may have come before it had one
         if handle is not None:
+            handle.by_note = True
             handle.release()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import atexit
+import itertools
 import logging
 import os
 import threading
@@ -15,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol, TypeVar
 
 from ..errors import SessionLockTimeout
@@ -28,6 +29,9 @@ _MOMENT: Final = 0.0002  # seconds
 _LONG: Final = 0.002  # seconds that a call in place should not take
 _PAUSE: Final = 1.0  # seconds for which there is none after one that did
 _VERY_LONG: Final = 1e6  # seconds
+_LAST_WAIT: Final = 120.0  # seconds for which the end of the process waits: SQLite may for 60
+# What CPython says.
+_NO_THREAD: Final = "can't start new thread", "can't create new thread at interpreter shutdown"
 
 
 def call_store(function: Callable[..., T], *args: Any) -> T:
@@ -308,16 +312,22 @@ class _Workers:
 
     A finaliser may submit a call, in the middle of `submit` or of anything else. So there is no
     mutex, and threads are started without `threading.Thread`, whose `start` has one, and waits for
-    the new thread. Each needs one of the `size` numbers in `_to_start`.
+    the new thread. There are about `size` of them: of two that start at once, one may be too many.
+
+    Why no call is forgotten when the process ends: the first call of a thread stands in `_starting`
+    until that has begun, and is made by whichever takes it out of its list first, the thread or
+    `finish`. A thread notes that it is alive before it takes it.
     """
 
     def __init__(self, name: str, size: int) -> None:
         self._name: Final = name
         self._calls: Final[SimpleQueue[_Runnable | None]] = SimpleQueue()
-        self._to_start: Final = list(range(size, 0, -1))
-        self._alive: Final[dict[int, None]] = {}  # threads that have begun ...
-        self._idle: Final[dict[int, None]] = {}  # ... and those of them that wait for a call
-        self._ended: Final[SimpleQueue[int]] = SimpleQueue()
+        self._size: Final = size
+        self._numbers: Final = itertools.count(1)
+        self._starting: Final[dict[object, list[_Runnable]]] = {}  # first calls of threads
+        self._alive: Final[dict[object, None]] = {}  # threads that have begun ...
+        self._idle: Final[dict[object, None]] = {}  # ... and those of them that wait for a call
+        self._ended: Final[SimpleQueue[object]] = SimpleQueue()
 
     @property
     def is_crowded(self) -> bool:
@@ -332,48 +342,64 @@ class _Workers:
         self._calls.put(call)
 
     def finish(self) -> None:
-        """Let the threads end when all calls are made."""
-        alive = list(self._alive)
-        for _ in alive:
-            self._calls.put(None)
-        for _ in alive:
-            self._ended.get()
+        """Let the threads end when all calls are made; but one may wait for a lock that is released
+        only by code which the end of the process has stopped."""
+        deadline = time.monotonic() + _LAST_WAIT
+        for first in list(self._starting.values()):
+            with suppress(IndexError):  # the thread was faster
+                first.pop().run()
+        while self._alive:  # some may begin meanwhile, and others have ended before
+            for _ in list(self._alive):
+                self._calls.put(None)
+            try:
+                self._ended.get(timeout=max(0.0, deadline - time.monotonic()))
+            except Empty:
+                logger.error("the process ends, and sessions that were left open are not closed")
+                return
+        with suppress(Empty):  # what no thread has come to
+            while True:
+                call = self._calls.get_nowait()
+                if call is not None:
+                    call.run()
 
     def _starts(self, call: _Runnable) -> bool:
         """Start a thread that makes this call first, if there may be one more and it can be had;
         or raise NoThreadError if there is none at all."""
-        try:
-            number = self._to_start.pop()
-        except IndexError:
+        if len(self._alive) + len(self._starting) >= self._size:
             return False
+        thread, first = object(), [call]
+        self._starting[thread] = first
         try:
-            _thread.start_new_thread(self._work, (number, [call]))
-        except RuntimeError as error:
-            self._to_start.append(number)
-            if not self._alive:
+            _thread.start_new_thread(self._work, (thread, first))
+        except (RuntimeError, MemoryError) as error:
+            # Looked at without a call, behind which an interrupt could come.
+            if error.__class__ is RuntimeError and (error.args or ("",))[0] not in _NO_THREAD:
+                raise  # it was raised by a signal handler
+            self._starting.pop(thread, None)
+            if not self._alive and not self._starting:
                 raise NoThreadError(str(error)) from None
             return False
-        except BaseException:  # an interrupt, perhaps after the start: rather one more than less
-            self._to_start.append(number)
-            raise
         return True
 
-    def _work(self, number: int, first: list[_Runnable]) -> None:
-        self._alive[number] = None
+    def _work(self, thread: object, first: list[_Runnable]) -> None:
         try:
-            threading.current_thread().name = f"{self._name}_{number}"
-            call: _Runnable | None = first.pop()
+            self._alive[thread] = None
+            threading.current_thread().name = f"{self._name}_{next(self._numbers)}"
+            call: _Runnable | None = None
+            with suppress(IndexError):  # the process was about to end
+                call = first.pop()
+            self._starting.pop(thread, None)
             while call is not None:
                 call.run()
                 call = None  # which may hold a session
-                self._idle[number] = None
+                self._idle[thread] = None
                 call = self._calls.get()
-                self._idle.pop(number, None)
+                self._idle.pop(thread, None)
         finally:
-            self._idle.pop(number, None)
-            self._alive.pop(number, None)
-            self._to_start.append(number)
-            self._ended.put(number)
+            self._idle.pop(thread, None)
+            self._starting.pop(thread, None)
+            self._alive.pop(thread, None)
+            self._ended.put(thread)
 
 
 # Opening may wait for another caller's closing, which must not queue behind it; and what waits for
@@ -381,3 +407,5 @@ class _Workers:
 openers: Final = ThreadPool("open", 16, insists=False)
 waiters: Final = ThreadPool("wait", 64, insists=False)
 closers: Final = ThreadPool("close", 16, insists=True)
+# What nothing waits for may itself wait for a flush, whose call must not queue behind it.
+errands: Final = ThreadPool("errand", 16, insists=True)

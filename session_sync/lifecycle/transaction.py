@@ -6,6 +6,7 @@ This module knows scopes and how they are entered; it knows no keys or updates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, TypeVar
 
@@ -25,7 +26,7 @@ class ScopeStack:
     """Scopes that are entered one after the other, and left the other way round: all of them,
     whatever fails in one."""
 
-    __slots__ = ("_entered", "in_order")
+    __slots__ = ("__weakref__", "_entered", "in_order")
 
     def __init__(self, in_order: Iterable[SessionScope[Any]]) -> None:
         self.in_order: Final = list(in_order)
@@ -50,27 +51,65 @@ class ScopeStack:
 
     def leave(self, error: BaseException | None) -> list[BaseException]:
         """Leave those that were entered, for `error` if that came out of the block; what fails is
-        not raised but returned."""
+        not raised but returned. To leave again completes what was interrupted."""
         failures: list[BaseException] = []
-        while self._entered:
+        try:
             try:
-                self._entered.pop().__exit__(*_details(error))
-            except BaseException as failure:
-                failures.append(failure)
-        return failures
+                self._leave_all(error, failures)
+            except BaseException as interrupt:  # it came between two lines
+                failures.append(interrupt)
+                self._leave_all(error, failures)
+            return failures
+        finally:
+            del failures  # which know this frame: no cycle stays
+
+    def _leave_all(self, error: BaseException | None, failures: list[BaseException]) -> None:
+        try:
+            while self._entered:
+                entry = self._entered[-1]
+                for _ in range(2):
+                    try:
+                        entry.__exit__(*_details(error))
+                    except BaseException as failure:
+                        failures.append(failure)
+                    if not entry.is_entered:
+                        break  # else an interrupt came before the first line of `__exit__`
+                self._entered.pop()
+        finally:
+            del failures  # as above
 
     async def aleave(self, error: BaseException | None) -> list[BaseException]:
         """The same in a coroutine."""
         failures: list[BaseException] = []
-        while self._entered:
+        try:
             try:
-                await self._entered.pop().__aexit__(*_details(error))
-            except GeneratorExit as thrown_away:  # which can await nothing any more
-                self.leave(thrown_away)
+                await self._aleave_all(error, failures)
+            except GeneratorExit as thrown_away:
+                await self._aleave_all(thrown_away, failures)  # all goes to threads, not awaited
                 raise
-            except BaseException as failure:
-                failures.append(failure)
-        return failures
+            except BaseException as interrupt:  # as above
+                failures.append(interrupt)
+                await self._aleave_all(error, failures)
+            return failures
+        finally:
+            del failures
+
+    async def _aleave_all(self, error: BaseException | None, failures: list[BaseException]) -> None:
+        try:
+            while self._entered:
+                entry = self._entered[-1]
+                for _ in range(2):
+                    try:
+                        await entry.__aexit__(*_details(error))
+                    except GeneratorExit:
+                        raise
+                    except BaseException as failure:
+                        failures.append(failure)
+                    if not entry.is_entered:  # as above
+                        break
+                self._entered.pop()
+        finally:
+            del failures
 
 
 def _details(
@@ -92,6 +131,7 @@ async def aclose_all(scopes: Iterable[Scope[Any]]) -> list[BaseException]:
             raise
         except BaseException as failure:
             failures.append(failure)
+            scope.close_soon()  # unless it is closed by now
     return failures
 
 
@@ -101,7 +141,12 @@ class AtomicFlush:
 
     Those that were joined are left to the scopes that they belong to, and those that were released
     to what has released them. It holds the write locks of all of them, so no flush is on its way
-    meanwhile. What fails leaves all of them as they were before.
+    meanwhile.
+
+    What fails leaves all of them as they were before. Where that came after the store was called,
+    nothing knows whether it has written them: an interrupt may have come just behind that, or the
+    server's answer was lost. A block that has joined one of them and goes on must not write that
+    one alone, on top of what was before. So those are closed, and nothing more is written.
     """
 
     def __init__(self, scopes: Iterable[SessionScope[Any]]) -> None:
@@ -111,6 +156,7 @@ class AtomicFlush:
                 self._fields[scope] = scope.fields
         self._kept: Final[dict[Scope[Any], Record]] = {}
         self._records: Final[dict[Scope[Any], Record]] = {}
+        self._in_doubt: Iterable[Scope[Any]] = ()
         self._written: Final[set[Scope[Any]]] = set()
 
     def flow(self) -> Flow:
@@ -121,16 +167,25 @@ class AtomicFlush:
         flow = self._writing_under([guard.handle for guard in guards])
         for guard in guards:
             flow = guard.around(flow)
-        yield from flow
+        try:
+            yield from flow
+        finally:
+            for scope in self._fields:
+                scope.roll_back_failed()
 
     def _writing_under(self, locks: Sequence[LockHandle]) -> Flow:
+        for lock in locks:
+            if not lock.try_acquire():
+                yield Acquire(lock, None)
         try:
-            for lock in locks:
-                if not lock.try_acquire():
-                    yield Acquire(lock, None)
+            for scope in self._fields:
+                scope.roll_back_what_failed()
             yield from self._writing()
-        except BaseException:
-            self._take_back()
+        except BaseException as error:
+            try:
+                self._take_back()
+            finally:
+                yield from self._ending_unsaved(error)
             raise
 
     def _writing(self) -> Flow:
@@ -145,6 +200,7 @@ class AtomicFlush:
         if not self._records:
             return
         backend = next(iter(self._records)).options.backend
+        self._in_doubt = self._records
         if backend.blocking:
             call = CallBlocking(closers, self._write, backend)
             for scope in self._records:
@@ -179,6 +235,17 @@ class AtomicFlush:
                 raise
             self._written.add(scope)
 
+    def _ending_unsaved(self, error: BaseException) -> Flow:
+        in_doubt = [scope for scope in self._in_doubt if scope not in self._written]
+        try:
+            for scope in in_doubt:
+                with suppress(Exception):  # the first error is the one to be raised
+                    yield from scope.ending_unsaved(error)
+        except BaseException:
+            for scope in in_doubt:  # it leaves the rest to threads
+                run_flow(scope.ending_unsaved(GeneratorExit()))
+            raise
+
     def _take_back(self) -> None:
         for scope, kept in self._kept.items():
             if scope not in self._written:  # else it was cancelled, and yet written
@@ -203,6 +270,8 @@ class SessionScopes(Generic[S]):
 
     def __init__(self, scopes: Sequence[SessionScope[S]]) -> None:
         self._scopes: Final = tuple(scopes)
+        for scope in self._scopes:
+            scope.is_of_several = len(self._scopes) > 1
         self._stack: Final = ScopeStack(sorted(self._scopes, key=lambda scope: scope.full_key))
 
     def __enter__(self) -> tuple[S, ...]:
@@ -220,14 +289,17 @@ class SessionScopes(Generic[S]):
     ) -> None:
         failures: list[BaseException] = []
         try:
-            if self._is_saved(error):
-                run_flow(AtomicFlush(self._scopes).flow())
-        except BaseException as failure:
-            failures.append(failure)
-        failures += self._stack.leave(failures[0] if failures else error)
-        try:
+            try:
+                if self._is_saved(error):
+                    run_flow(AtomicFlush(self._scopes).flow())
+            except BaseException as failure:
+                failures.append(failure)
+            failures += self._stack.leave(failures[0] if failures else error)
             if failures:
                 _raise_first(failures)
+        except BaseException:
+            self._stack.leave(failures[0] if failures else error)  # else they were left
+            raise
         finally:
             del failures  # which know this frame: no cycle stays
 
@@ -246,19 +318,28 @@ class SessionScopes(Generic[S]):
     ) -> None:
         failures: list[BaseException] = []
         try:
-            if self._is_saved(error):
-                await arun_flow(AtomicFlush(self._scopes).flow())
-        except BaseException as failure:
-            failures.append(failure)
-        failures += await self._stack.aleave(failures[0] if failures else error)
-        try:
+            try:
+                if self._is_saved(error):
+                    await arun_flow(AtomicFlush(self._scopes).flow())
+            except BaseException as failure:
+                failures.append(failure)
+            failures += await self._stack.aleave(failures[0] if failures else error)
             if failures:
                 _raise_first(failures)
+        except GeneratorExit as thrown_away:
+            await self._stack.aleave(thrown_away)
+            raise
+        except BaseException:
+            await self._stack.aleave(failures[0] if failures else error)  # as above
+            raise
         finally:
-            del failures  # as above
+            del failures
 
     def _is_saved(self, error: BaseException | None) -> bool:
-        """Whether anything is; else each of them is rolled back as it is left."""
+        """Whether anything is; else each of them is rolled back as it is left, or given up with
+        the generator or coroutine around this, which is just being collected."""
+        if any((scope.joined or scope).reference() is None for scope in self._scopes):
+            return False
         return error is None or any(scope.keeps(error) for scope in self._scopes)
 
 

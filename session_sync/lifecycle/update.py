@@ -29,7 +29,13 @@ NAMES: Final = ("session", "chat_session")
 def managers_of(
     sessions: SessionManager[Any], chat_session: SessionManager[Any] | None
 ) -> Managers:
-    """Raises ValueError if both are the same."""
+    """Raises TypeError if one is no SessionManager, and ValueError if both are the same."""
+    for name, manager in zip(NAMES, (sessions, chat_session), strict=True):
+        if not hasattr(manager, "scope_of") and (manager is not None or name == NAMES[0]):
+            raise TypeError(
+                f"install() takes a SessionManager for {name}, not a {type(manager).__name__}; "
+                f"of a storage, SessionManager(storage=...) makes one"
+            )
     if chat_session is sessions:
         raise ValueError(
             "chat_session is the manager that session has as well, so both would be one session; "
@@ -86,7 +92,11 @@ class UpdateScope(ScopeStack):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        raise_all(self.leave(error), NOT_CLOSED)
+        try:
+            raise_all(self.leave(error), NOT_CLOSED)
+        except BaseException:
+            self.leave(error)  # else they were left
+            raise
 
     async def __aenter__(self) -> Sequence[BaseSession | None]:
         try:
@@ -102,7 +112,14 @@ class UpdateScope(ScopeStack):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        raise_all(await self.aleave(error), NOT_CLOSED)
+        try:
+            raise_all(await self.aleave(error), NOT_CLOSED)
+        except GeneratorExit as thrown_away:
+            await self.aleave(thrown_away)
+            raise
+        except BaseException:
+            await self.aleave(error)  # as above
+            raise
 
     def _hand_out(self) -> Sequence[BaseSession | None]:
         self.is_new = self._delivery is None or self._delivery.lets_in(self.in_order)
@@ -177,6 +194,8 @@ def _put_in_order(scopes: list[SessionScope[Any]]) -> None:
                 f"{first.full_key!r} in one store, and it cannot be a {here.__name__} and a "
                 f"{there.__name__}: give one of them a prefix or another get_storage_key"
             )
+        if first.options.lazy:  # the other one joins it, and may have a ticket for the key
+            scopes.reverse()
     elif first.options.backend is second.options.backend:
         scopes.sort(key=_name)
 
@@ -198,7 +217,7 @@ def tickets_for(scopes: Sequence[SessionScope[Any]]) -> Tickets:
 def release_all(scopes: Sequence[SessionScope[Any]]) -> None:
     """Unlock the keys of scopes that were not entered, and never will be."""
     for scope in scopes:
-        if scope.handle is not None and not scope.members:
+        if scope.handle is not None and not scope.members and not scope.closed:
             scope.handle.release()
             scope.handle = None
 

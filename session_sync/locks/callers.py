@@ -32,6 +32,11 @@ class Caller:
         self._task: Final = None if task is None else weakref.ref(task)
 
     @property
+    def is_thread(self) -> bool:
+        """Whether it is a thread, outside of event loops."""
+        return self._loop is None
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop that the caller runs on, while there is one."""
         return None if self._loop is None else self._loop()
@@ -52,9 +57,19 @@ class Caller:
         the first one."""
         return Caller(self.thread, self.loop)
 
+    def ending(self) -> Ender:
+        """The same one, about to end what it has locked."""
+        return Ender(self.thread, self.loop)
+
     def __str__(self) -> str:
         task = self.task
         return f"thread {self.thread.name!r}" if task is None else f"task {task.get_name()!r}"
+
+
+class Ender(Caller):
+    """One that is about to end what it has locked, whatever others are in it."""
+
+    __slots__ = ()
 
 
 def current_caller() -> Caller:
@@ -62,7 +77,10 @@ def current_caller() -> Caller:
     # asyncio exports this one for code that may run outside of any loop; get_running_loop()
     # would raise there, which costs more than everything else in an acquisition.
     loop = asyncio._get_running_loop()
-    caller = _this_thread.caller
+    try:
+        caller = _this_thread.caller
+    except AttributeError:  # a finaliser, in the middle of making the one of this thread
+        caller = Caller(threading.current_thread())
     return caller if loop is None else Caller(caller.thread, loop)
 
 

@@ -6,11 +6,21 @@ it is called under the mutex of the queues (see lock.py), so it sees every wait 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple, Protocol
 from weakref import WeakSet
 
 from .callers import Caller
+
+
+class Place(Protocol):
+    """A place in the queue for a lock, of one that waits in the middle of its work or has not begun
+    yet."""
+
+    @property
+    def callers(self) -> Sequence[Caller]:
+        """Those that cannot move before it has the lock."""
+        ...
 
 
 class Wait(Protocol):
@@ -37,8 +47,13 @@ class Wait(Protocol):
         """Those that have the lock now."""
         ...
 
-    def ahead(self) -> Sequence[Caller]:
-        """Those that wait for the lock ahead of this one."""
+    @property
+    def place(self) -> Place:
+        """Its own place in the queue."""
+        ...
+
+    def queue(self) -> Iterable[Place] | None:
+        """All that wait for the lock, in their order."""
         ...
 
 
@@ -94,7 +109,7 @@ class Waits:
         """Why `wait`, which now begins, could never end; empty if it can."""
         loop = wait.caller.loop if wait.blocking else None  # it would stand still meanwhile
         if loop is not None and any(
-            caller.loop is loop for caller in (*wait.holders(), *wait.ahead())
+            caller.loop is loop for caller in (*wait.holders(), *_Ahead().of(wait))
         ):
             return (
                 f"a blocking `with` for the session {wait.name!r} on the event loop's own thread "
@@ -107,12 +122,13 @@ class Waits:
     def _circle(self, wait: Wait) -> _Step | None:
         """The last wait of a circle that `wait` closes, if it closes one."""
         with_queue = bool(self._stuck)  # else those ahead go on as soon as the holders do
+        ahead = _Ahead()
         steps = [_Step(wait, None)]
         seen = {wait}
         for step in steps:  # which grows meanwhile
             callers = list(step.wait.holders())
             if with_queue:
-                callers += step.wait.ahead()
+                callers += ahead.of(step.wait)
             for caller in callers:
                 if wait.caller.stops(caller, wait.blocking):
                     return step
@@ -130,6 +146,33 @@ class Waits:
                 if wait.caller.task is task:
                     yield wait
         yield from list(self._by_caller.get(id(caller.thread), ()))
+
+
+class _Ahead:
+    """The callers that wait for the same locks as others, ahead of them.
+
+    Each is given once: whoever has asked about one that waits need not be told of its queue again
+    for the next one, and with a thousand of them that would take long.
+    """
+
+    def __init__(self) -> None:
+        self._rest: Final[dict[Iterable[Place], list[Place]]] = {}  # by queue, the last one first
+        self._given: Final[set[Place]] = set()
+
+    def of(self, wait: Wait) -> list[Caller]:
+        """Those ahead of `wait` that were not given yet."""
+        queue = wait.queue()
+        if queue is None or wait.place in self._given:
+            return []
+        rest = self._rest.get(queue)
+        if rest is None:
+            rest = self._rest[queue] = list(queue)[::-1]
+        callers: list[Caller] = []
+        while rest and rest[-1] is not wait.place:
+            place = rest.pop()
+            self._given.add(place)
+            callers += place.callers
+        return callers
 
 
 def _number(caller: Caller, blocking: bool) -> int:

@@ -11,10 +11,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from ..errors import SessionDeadlockError, SessionLockTimeout
-from .callers import Caller, current_caller, names_of
+from .callers import Caller, Ender, current_caller, names_of
 from .deadlock import waits
 from .queue import KeyQueue
 from .watch import Patience, watch
@@ -30,6 +31,20 @@ class Table(Protocol):
     @property
     def held(self) -> dict[str, LockHandle]: ...
     def name_of(self, key: str, /) -> str: ...
+
+
+class Inside(Protocol):
+    """What the owner of a lock has locked within itself: see Scope."""
+
+    def locks_to_end(self) -> Sequence[LockHandle]:
+        """Those that are held now, and for which the owner may have to wait before it releases."""
+        ...
+
+    @property
+    def is_just_ending(self) -> bool:
+        """Whether one caller is about to end it, while the handle still names all that were in it:
+        that one alone has it, and it is an Ender."""
+        ...
 
 
 #: The queues of a table in which nothing has ever waited.
@@ -51,18 +66,31 @@ class LockHandle:
     at the end; whatever interrupts it (Ctrl-C, a signal handler that raises, a cancellation), its
     finaliser calls `release` again. `release` undoes whatever was done so far, a place in the queue
     as well as a lock, and may be called any number of times. If even the finaliser was interrupted,
-    the next caller that wants the key finds that the owner is gone, and takes the handle out.
+    the watch finds that the owner has been gone for a while, and takes the handle out (not at once:
+    a finaliser may be about to have others close what it was locked for).
 
     Why two callers never have one key. Free and not waited for, it goes to the handle that enters
     `held` first, by `setdefault`: one atomic step. Only its owner takes that handle out again. With
     a queue, all happens under the mutex, in which the next handle takes the place of the old one.
+    Under the mutex, too, handles are taken out that others than their owner may take out: what has
+    waited (its event loop may be closed as it is given the lock), and what is being collected.
 
     Why nobody waits for a key that is free. A caller that waits enters the queue, and then looks
     whether the key is held; a caller that lets go takes its handle out, and then looks whether
     there is a queue. Whichever comes second sees the other, and hands the key on.
     """
 
-    __slots__ = ("callers", "inside", "key", "owner", "since", "table", "waiter")
+    __slots__ = (
+        "by_note",
+        "callers",
+        "inside",
+        "keeps",
+        "key",
+        "owner",
+        "since",
+        "table",
+        "waiter",
+    )
 
     if TYPE_CHECKING:
         begun: bool
@@ -77,9 +105,14 @@ class LockHandle:
         self.waiter: _Waiter | None = None  # from the first wait on, until it is released
         #: A weak reference to the owner, if nothing else is to be asked for.
         self.owner: Callable[[], object] | None = None
-        #: Where those locks are kept for which its owner may have to wait before it can release
-        #: this one; weak, since they know their table.
-        self.inside: Callable[[], Table | None] = _nothing
+        #: What has locks for which the owner may have to wait before it can release this one;
+        #: weak, since it knows this handle.
+        self.inside: Callable[[], Inside | None] = _nothing
+        #: What is not to be collected before the lock is released, though its owner is.
+        self.keeps: object = None
+        #: Whether only those who work off the notes take it out: from a release on that was noted,
+        #: and where its owner is being collected, so that others may take it for orphaned.
+        self.by_note = False
 
     # -- the owner's side
 
@@ -143,21 +176,21 @@ class LockHandle:
     def release(self) -> None:
         """Give the lock to the next one, or leave the queue; whatever the claim was so far."""
         key, table = self.key, self.table
-        if self.begun and key not in table.queues:
+        if self.waiter is None and self.begun and key not in table.queues and not self.by_note:
             if table.held.get(key) is self:
                 del table.held[key]
             if key not in table.queues:
-                self.waiter = None  # which knows this handle: no cycle stays
                 if _released or _granted:  # by an interrupted release, perhaps of this very lock
                     settle()
                 return
-        _released.append((self, True))  # first: whatever comes now, it is not forgotten
+        _note(self)
         settle()
 
     @property
     def is_orphaned(self) -> bool:
         """Whether its owner is gone, and will not release it."""
-        return self.owner is not None and self.owner() is None
+        owner = self.owner
+        return owner is not None and owner() is None
 
     @property
     def name(self) -> str:
@@ -259,21 +292,26 @@ class _BegunWaiter:
     def holders(self) -> Sequence[Caller]:
         """Those that have the lock now."""
         holder = self.handle.table.held.get(self.handle.key)
-        if holder is None or holder is self.handle:
+        if holder is None or holder is self.handle or holder.is_orphaned:
             return []
-        table = holder.inside()
-        inside = [] if table is None else [h for h in list(table.held.values()) if h is not holder]
-        return [*holder.callers, *(caller for each in inside for caller in each.callers)]
+        scope = holder.inside()
+        if scope is None:
+            return holder.callers
+        callers = list(holder.callers)
+        if scope.is_just_ending:
+            callers = [caller for caller in callers if isinstance(caller, Ender)]
+        for each in scope.locks_to_end():
+            callers += each.callers
+        return callers
 
-    def ahead(self) -> Sequence[Caller]:
-        """Those that wait for the lock ahead of this one."""
-        ahead: list[Caller] = []
-        queue = self.handle.table.queues.get(self.handle.key)
-        for other in () if queue is None else queue:
-            if other is self.handle:
-                break
-            ahead += other.callers
-        return ahead
+    @property
+    def place(self) -> LockHandle:
+        """Its own place in the queue."""
+        return self.handle
+
+    def queue(self) -> KeyQueue[LockHandle] | None:
+        """All that wait for the lock, in their order."""
+        return self.handle.table.queues.get(self.handle.key)
 
 
 class ThreadWaiter(_BegunWaiter):
@@ -347,7 +385,9 @@ class TaskWaiter(_BegunWaiter):
     def wake(self) -> bool:
         loop, future = self._loop(), self._future()
         if loop is None or future is None:
-            return False
+            # It was told before, by a step that was interrupted then, and has gone on; or it was
+            # thrown away, and then it releases what it has been given.
+            return True
         if loop is asyncio._get_running_loop():
             _set_done(future)
             return True
@@ -358,8 +398,18 @@ class TaskWaiter(_BegunWaiter):
         return True
 
     def _look(self) -> None:
-        self._asked = False
-        locked(hand_on, self.handle.table, self.handle.key)
+        """In the loop, which goes on."""
+        try:
+            locked(self._look_again)
+        except BaseException:  # a signal handler's, of which asyncio tells only the log
+            loop = self._loop()
+            if loop is not None:
+                loop.call_soon_threadsafe(self._look)
+            raise
+
+    def _look_again(self) -> None:
+        self._asked = False  # under the mutex, as it becomes true
+        hand_on(self.handle.table, self.handle.key)
 
 
 def _set_done(future: asyncio.Future[None]) -> None:
@@ -449,6 +499,12 @@ def settle() -> None:
         raise
 
 
+def wait_for_notes() -> None:
+    """Until what others have released is released; not for those of a step beneath this."""
+    with suppress(SessionDeadlockError):
+        locked(_nothing)
+
+
 def _settle() -> None:
     while (_released or _granted) and not _Section.busy:
         with _mutex:
@@ -473,8 +529,14 @@ def _work_off() -> None:
             handle = _granted[0]
             waiter = handle.waiter
             if waiter is not None and handle.is_held and not waiter.wake():
-                _released.append((handle, True))
+                _note(handle)
             _granted.popleft()
+
+
+def _note(handle: LockHandle) -> None:
+    """Release it soon: whatever comes now, that is not forgotten."""
+    handle.by_note = True
+    _released.append((handle, True))
 
 
 def _take_out(handle: LockHandle) -> None:
@@ -486,7 +548,7 @@ def _take_out(handle: LockHandle) -> None:
         queue.leave(handle)
     if table.held.get(key) is handle:
         del table.held[key]
-    handle.waiter = None
+    handle.waiter = None  # which knows this handle: no cycle stays
 
 
 def begin_watch(table: Table, key: str, patience: Patience | None) -> None:
@@ -515,10 +577,6 @@ def hand_on(table: Table, key: str) -> None:
     if queue is None:
         return
     holder = table.held.get(key)
-    if holder is not None and holder.is_orphaned:
-        queue.leave(holder)
-        del table.held[key]
-        holder = None
     if holder is None or not holder.begun:
         holder = _give(table, key, queue, holder)
     if holder is not None and holder in queue:  # just now, or in a step that was interrupted
@@ -531,6 +589,14 @@ def hand_on(table: Table, key: str) -> None:
         table.queues.pop(key, None)
 
 
+def recover(table: Table, key: str) -> None:
+    """Give a key to the next one that nothing holds, or whose holder was lost."""
+    holder = table.held.get(key)
+    if holder is not None and holder.is_orphaned:
+        _take_out(holder)
+    hand_on(table, key)
+
+
 def _give(
     table: Table, key: str, queue: KeyQueue[LockHandle], holder: LockHandle | None
 ) -> LockHandle | None:
@@ -538,7 +604,7 @@ def _give(
     for handle in queue.front:  # not a copy, which would take as long as the queue is
         waiter = handle.waiter
         if waiter is None or waiter.is_gone():
-            _released.append((handle, True))
+            _note(handle)
         elif waiter.can_take():
             break
     else:

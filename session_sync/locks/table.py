@@ -12,7 +12,7 @@ import weakref
 from typing import Final, NamedTuple
 
 from .callers import current_caller, names_of
-from .lock import LockHandle, Ticket, after_fork, hand_on, locked
+from .lock import LockHandle, Ticket, after_fork, locked, recover
 from .queue import KeyQueue
 from .watch import watch
 
@@ -59,8 +59,8 @@ class StoreLocks(LockTable):
         _tables.append(weakref.ref(self, _tables.remove))
 
     def recover(self, key: str) -> None:
-        """Give a key whose holder was lost to the next one."""
-        locked(hand_on, self, key)
+        """Give a key that nothing holds, or whose holder was lost, to the next one."""
+        locked(recover, self, key)
 
 
 class LockHolder(NamedTuple):

@@ -68,9 +68,9 @@ class Watch:
     """A thread that makes reports. It begins with the first wait, and sleeps where nothing waits.
 
     Each queue has its own time for the next report, and the thread sleeps until the first of them,
-    for a second at most: then it looks for holders whose owner is gone, with a finaliser that was
-    interrupted itself, so that nothing has unlocked the key. A wait that begins wakes the thread
-    only if it is asleep for longer than that (`_wakes`).
+    for a second at most: then it looks for holders whose owner has been gone since the last look,
+    with a finaliser that was interrupted itself, so that nothing has unlocked the key. A wait that
+    begins wakes the thread only if it is asleep for longer than that (`_wakes`).
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,8 @@ class Watch:
         self._tables: Final[list[weakref.ref[Any]]] = []
         self._begun: Final[SimpleQueue[None]] = SimpleQueue()
         self._wakes = inf
-        self._not_started: Final[list[None]] = [None]  # whoever takes it out starts the thread
+        self._owner: Final[dict[str, int]] = {}  # the thread that looks, noted by itself
+        self._orphans: dict[Any, float] = {}  # handles without an owner: when each was seen first
 
     def add(self, table: Any) -> None:
         """Look at the queues of `table`, while there is one."""
@@ -90,22 +91,19 @@ class Watch:
             return
         queue.due = queue.since + patience.seconds
         queue.patience = patience
-        if self._not_started:
+        if not self._owner:
             self._start()
         if min(queue.due, queue.since + _LOOK) < self._wakes:
             self._begun.put(None)
 
     def _start(self) -> None:
-        try:
-            self._not_started.pop()
-        except IndexError:
-            return
-        try:
+        with suppress(RuntimeError):  # no thread can be started now: the next wait tries again
             threading.Thread(target=self._run, name="session_sync-watch", daemon=True).start()
-        except RuntimeError:  # no thread can be started now: the next wait tries again
-            self._not_started.append(None)
 
     def _run(self) -> None:
+        me = threading.get_ident()
+        if self._owner.setdefault("thread", me) != me:
+            return  # two were started at once
         try:
             while True:
                 self._wakes = inf  # whatever begins from here on wakes this thread again
@@ -114,29 +112,36 @@ class Watch:
                 with suppress(Empty):
                     self._begun.get(timeout=timeout)
         finally:  # a report has failed: the next wait starts another thread
-            self._not_started.append(None)
+            self._owner.clear()
 
     def _report_all(self) -> float:
         """Report what is due; returns when the next one is."""
         now = time.monotonic()
         wakes = inf
+        orphans: dict[Any, float] = {}
         for reference in list(self._tables):
             table = reference()
             if table is None:
                 continue
             for key, queue in list(table.queues.items()):
                 holder = table.held.get(key)
-                if holder is not None and holder.is_orphaned:
+                if holder is None:  # what was to give it to the next one was interrupted
                     table.recover(key)
+                elif holder.is_orphaned:
+                    since = orphans[holder] = self._orphans.get(holder, now)
+                    if now - since >= _LOOK:
+                        table.recover(key)
                 elif queue.due <= now:
                     _report(table, key, queue, now)
                 wakes = min(wakes, queue.due, now + _LOOK)
+        self._orphans = orphans
         return wakes
 
     def after_fork(self) -> None:
         """In a forked child the thread does not live on."""
         self._wakes = inf
-        self._not_started[:] = [None]
+        self._orphans = {}
+        self._owner.clear()
 
 
 def _report(table: Any, key: str, queue: _Queue, now: float) -> None:

@@ -1,4 +1,5 @@
-"""Threads in the background, where one can be started, and slots in a bounded number.
+"""Threads in the background, where one can be started, slots in a bounded number, and what is to be
+done to all objects of a kind.
 
 Nothing here waits, has a mutex, or has to be given back: a signal handler, a finaliser or an
 exception may come between any two lines.
@@ -7,22 +8,22 @@ exception may come between any two lines.
 from __future__ import annotations
 
 import _thread
-import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 from weakref import WeakValueDictionary
 
+T = TypeVar("T")
 
-def start_thread(target: Callable[[], object], name: str = "") -> bool:
+
+def start_thread(target: Callable[[], object]) -> bool:
     """Call `target` in a thread that does not keep the process from ending; False if none can be
     started: there are as many as the system allows, or the interpreter is about to end.
 
     Not with threading.Thread, whose `start` has a mutex and waits for the new thread, and which
-    keeps all that a thread was to do if that is interrupted. One that is to have a `name` is known
-    to threading from then on, also when it has ended.
+    keeps all that a thread was to do if that is interrupted.
     """
     try:
-        _thread.start_new_thread(_begin, (target, name))
+        _thread.start_new_thread(target, ())
     except RuntimeError as error:
         if "new thread" not in str(error):  # it was raised by a signal handler
             raise
@@ -30,10 +31,17 @@ def start_thread(target: Callable[[], object], name: str = "") -> bool:
     return True
 
 
-def _begin(target: Callable[[], object], name: str) -> None:
-    if name:
-        threading.current_thread().name = name
-    target()
+def for_each(known: WeakValueDictionary[int, T], act: Callable[[T], object]) -> None:
+    """Call `act` with each of these that is still there, whatever it raises for another one."""
+    failed = None
+    for reference in known.valuerefs():
+        if (one := reference()) is not None:
+            try:
+                act(one)
+            except BaseException as error:
+                failed = error
+    if failed is not None:
+        raise failed
 
 
 class Slot:

@@ -12,21 +12,23 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from session_sync.codec import Codec
 from session_sync.errors import SessionDecodeError
 from session_sync.expiry import life_time
+from session_sync.storages.background import for_each
 from session_sync.storages.base import OpenRecord, Record, StoredEntry
 from session_sync.storages.filelocks import FileLocks, LockedRecord
 from session_sync.storages.sqlite import (
     Connection,
+    in_transaction,
+    is_inside_transaction,
     make_file,
     refuse_inside_transaction,
-    transaction,
 )
 
 try:
@@ -35,6 +37,8 @@ except ImportError as error:
     raise ImportError("DiskStorage needs diskcache: pip install 'session-sync[disk]'") from error
 
 diskcache: Any = _diskcache  # it has no types
+
+T = TypeVar("T")
 
 _FILE: Final[str] = diskcache.core.DBNAME
 _TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
@@ -157,7 +161,8 @@ class DiskStorage:
 
     def touch(self, key: str, /) -> None:
         """Start the life time of the record anew; no error if there is none."""
-        if self._ttl is not None:
+        # As in SQLiteStorage.
+        if self._ttl is not None and not is_inside_transaction(self._cache.directory):
             self._cache.start_life(key, self._ttl)
 
     def keys(self) -> Iterator[str]:
@@ -220,10 +225,10 @@ class DiskStorage:
         """Store several records, in one transaction."""
         data = {key: self._codec.encode(record, key) for key, record in records.items() if record}
         for each in opened.values():
-            each.check()
+            each.begin_to_write()
         self._cache.write_all({key: data.get(key) for key in records}, self._ttl)
         for key, each in opened.items():
-            each.size = len(data[key]) if key in data else None
+            each.has_written(len(data[key]) if key in data else None)
         return True
 
     def _find(self, key: str) -> tuple[bytes, float | None] | None:
@@ -297,13 +302,18 @@ class _Disk(diskcache.Disk):  # type: ignore[misc] # it has no types
         """We write no files: the name in the row is somebody else's."""
 
 
+class _Rows(list[Any]):
+    """All rows of a statement, which has ended: no read stays open with it."""
+
+    def fetchall(self) -> _Rows:  # as a cursor has it
+        return self
+
+
 class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
     """diskcache's cache, with the connections looked after: one for each thread, as before.
 
     What writes is our own, and one statement where that will do. A transaction of diskcache's that
-    is interrupted as it begins stays open, and all later writes of its thread are lost with it. Our
-    own transaction has its connection for itself: what a signal handler or a finaliser writes in
-    between, in the same thread, must not be undone with it.
+    is interrupted as it begins stays open, and all later writes of its thread are lost with it.
     """
 
     def __init__(self, directory: str, **settings: object) -> None:
@@ -312,39 +322,82 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         self._connections: weakref.WeakValueDictionary[int, Connection] = (
             weakref.WeakValueDictionary()
         )
+        #: Those that no thread uses just now. Whichever takes one out may use it, or close it.
+        self._free: weakref.WeakValueDictionary[int, Connection] = weakref.WeakValueDictionary()
         super().__init__(directory, timeout=_TIMEOUT, **settings)
+        _ = self._con  # what is wrong with the file is found now
         _caches[id(self)] = self
 
     @property
-    def _con(self) -> sqlite3.Connection:
+    def _con(self) -> Connection:
         local = self._local
         era = (os.getpid(), self._era)
         con: Connection | None = getattr(local, "con", None)
         if con is None or local.era != era:
             self._close_own()
-            # Not bound to its thread: close() runs in another one.
-            con = sqlite3.connect(
-                os.path.join(self.directory, _FILE),
-                timeout=_TIMEOUT,
-                isolation_level=None,
-                check_same_thread=False,
-                factory=Connection,
-            )
-            for pragma in _CONNECTION_PRAGMAS:
-                con.execute(f"PRAGMA {pragma}")
-            con.owner = threading.get_ident()
-            self._connections[id(con)] = con
+            con = self._connect()
             local.con, local.era = con, era
+        return con
+
+    def _connect(self) -> Connection:
+        # Not bound to its thread: close() runs in another one.
+        con = sqlite3.connect(
+            os.path.join(self.directory, _FILE),
+            timeout=_TIMEOUT,
+            isolation_level=None,
+            check_same_thread=False,
+            factory=Connection,
+        )
+        for pragma in _CONNECTION_PRAGMAS:
+            con.execute(f"PRAGMA {pragma}")
+        con.owner = threading.get_ident()
+        self._connections[id(con)] = con
+        self._free[id(con)] = con
         return con
 
     def _close_own(self) -> None:
         self._local.era = None  # first: a closed one must not be taken for an open one
         super().close()
 
+    @property
+    def _sql(self) -> Callable[..., _Rows]:
+        return self._read  # diskcache's own statements, too
+
+    def _read(self, statement: str, values: Sequence[object] = ()) -> _Rows:
+        return self._use(lambda con: _Rows(con.execute(statement, values)))
+
+    def _use(self, act: Callable[[sqlite3.Connection], T]) -> T:
+        """Do `act` with this thread's connection.
+
+        It has that alone. What comes in between, a signal handler or a finaliser, connects anew: it
+        must not be undone with a transaction beneath it, nor see only what was there when a read
+        beneath it began. Nor is one used again that was interrupted by an exception from outside.
+        """
+        local = self._local
+        while True:
+            con, local.con = self._con, None
+            era, is_usable = local.era, False
+            if self._free.pop(id(con), None) is con:
+                break
+            con.close()  # as close() is about to do
+        try:
+            result = act(con)
+            is_usable = True
+        except sqlite3.Error:  # SQLite has reset what it was about to do
+            is_usable = not con.in_transaction
+            raise
+        finally:
+            if is_usable and local.con is None and local.era == era:
+                local.con = con
+                self._free[id(con)] = con
+            else:
+                con.close()
+        return result
+
     def find(self, key: str) -> tuple[bytes, float | None] | None:
         """What lies under `key`, and when it expires."""
         stored, _ = self._disk.put(key)
-        rows = self._con.execute(_SELECT, (stored, time.time())).fetchall()
+        rows = self._read(_SELECT, (stored, time.time()))
         if not rows:
             return None
         ((mode, filename, value, expires),) = rows
@@ -353,7 +406,7 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
     def entries(self) -> Iterator[StoredEntry]:
         """What is known of each row."""
         after = 0
-        while rows := self._con.execute(_ENTRIES, (after, now := time.time())).fetchall():
+        while rows := self._read(_ENTRIES, (after, now := time.time())):
             for _, stored, raw, size, written, expires in rows:
                 left = None if expires is None else expires - now
                 age = max(0.0, now - written)
@@ -364,53 +417,45 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         """Store `value`, for `ttl` seconds, and now and then remove what has expired."""
         refuse_inside_transaction(self.directory)
         now = time.time()
-        try:
-            self._upsert(self._con, key, value, now, ttl)
-            if not self._swept <= now <= self._swept + _PAUSE:
-                self._swept = now
-                self._con.execute(_SWEEP, (now,))
-        except sqlite3.OperationalError as error:
-            raise _as_timeout(error) from None
+        self._execute(_UPSERT, *self._row(key, value, now, ttl))
+        if not self._swept <= now <= self._swept + _PAUSE:
+            self._swept = now
+            self._execute(_SWEEP, now)
 
     def write_all(self, values: Mapping[str, bytes | None], ttl: float | None) -> None:
         """Store several values, or remove what has None, in one transaction: our own, since that of
         diskcache stays open if it is interrupted as it begins, or fails as it ends."""
         now = time.time()
-        con, local = self._con, self._local
-        era, local.con = local.era, None  # whoever comes in between connects anew
-        try:
-            with transaction(con, self.directory):
-                for key, value in values.items():
-                    if value is None:
-                        con.execute(_DELETE, (self._disk.put(key)[0],))
-                    else:
-                        self._upsert(con, key, value, now, ttl)
-        except BaseException as error:
-            con.close()  # a transaction may still be open
-            if isinstance(error, sqlite3.OperationalError):
-                raise _as_timeout(error) from None
-            raise
-        if local.con is None and local.era == era:
-            local.con = con
 
-    def _upsert(
-        self, con: sqlite3.Connection, key: str, value: bytes, now: float, ttl: float | None
-    ) -> None:
+        def write(con: sqlite3.Connection) -> None:
+            for key, value in values.items():
+                if value is None:
+                    con.execute(_DELETE, (self._disk.put(key)[0],))
+                else:
+                    con.execute(_UPSERT, self._row(key, value, now, ttl))
+
+        self._write(lambda con: in_transaction(con, self.directory, lambda: write(con)))
+
+    def _row(self, key: str, value: bytes, now: float, ttl: float | None) -> tuple[object, ...]:
         expires = None if ttl is None else now + ttl
-        con.execute(_UPSERT, (self._disk.put(key)[0], now, expires, now, value))
+        return self._disk.put(key)[0], now, expires, now, value
 
     def remove(self, key: str) -> None:
         """Delete what lies under `key`."""
-        self._do(_DELETE, self._disk.put(key)[0])
+        refuse_inside_transaction(self.directory)
+        self._execute(_DELETE, self._disk.put(key)[0])
 
     def start_life(self, key: str, ttl: float) -> None:
         """Let what lies under `key` live for `ttl` seconds from now on."""
         now = time.time()
-        self._do(_TOUCH, now + ttl, self._disk.put(key)[0], now)
+        self._execute(_TOUCH, now + ttl, self._disk.put(key)[0], now)
 
-    def _do(self, statement: str, *values: object) -> None:
+    def _execute(self, statement: str, *values: object) -> None:
+        self._write(lambda con: con.execute(statement, values))
+
+    def _write(self, write: Callable[[sqlite3.Connection], object]) -> None:
         try:
-            self._con.execute(statement, values)
+            self._use(write)
         except sqlite3.OperationalError as error:
             raise _as_timeout(error) from None
 
@@ -419,9 +464,11 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         return super().reset(key, *value, **options) if key in _KNOWN_SETTINGS else None
 
     def close(self) -> None:
+        """Close the connections, those in use as soon as their threads come for the next ones:
+        CPython crashes where one is closed in the middle of a statement."""
         self._era += 1
-        for ref in self._connections.valuerefs():
-            if (con := ref()) is not None:
+        for ref in self._free.valuerefs():
+            if (con := ref()) is not None and self._free.pop(id(con), None) is con:
                 con.close()
 
     def before_fork(self) -> None:
@@ -451,16 +498,10 @@ def _as_timeout(error: sqlite3.OperationalError) -> Exception:
 _caches: Final[weakref.WeakValueDictionary[int, _Cache]] = weakref.WeakValueDictionary()
 
 
-def _for_each_cache(act: Callable[[_Cache], None]) -> None:
-    for ref in _caches.valuerefs():
-        if (cache := ref()) is not None:
-            act(cache)
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=lambda: _for_each_cache(_Cache.before_fork),
-        after_in_child=lambda: _for_each_cache(_Cache.after_fork),
+        before=lambda: for_each(_caches, _Cache.before_fork),
+        after_in_child=lambda: for_each(_caches, _Cache.after_fork),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 from ..errors import SessionConflictError, SessionLockTimeout
-from .background import Slot, Slots, start_thread
+from .background import Slot, Slots, for_each, start_thread
 from .base import Record
 
 if sys.platform == "win32":
@@ -210,9 +210,12 @@ class Generation:
         return waiter
 
     def unlock(self) -> None:
-        """Let all locks go."""
+        """Let all locks go, but those under which something is being written: they go with their
+        handles."""
         for file in self._open_files():
-            file.set(_flock(fcntl.F_UNLCK, 0, 0))
+            for gate in list(file.claims):
+                if gate not in file.writing:
+                    file.set(_flock(fcntl.F_UNLCK, gate, 2))
 
     def close_files(self) -> None:
         """Close all files, and keep the locks of whoever else has them open."""
@@ -237,6 +240,8 @@ class LockFile(FileIO):
         self.number: Final = self.fileno()  # which takes fcntl as long to ask for as to lock
         #: By the place of their two bytes, the handles that alone may lock and unlock them.
         self.claims: Final[dict[int, object]] = {}
+        #: The same for those of them under which something is being written.
+        self.writing: Final[dict[int, object]] = {}
 
     def __del__(self) -> None:
         self.close()  # FileIO's own way to do it complains
@@ -277,7 +282,8 @@ class FileLockHandle:
 
     def __del__(self) -> None:
         try:
-            self._let_go()
+            if "by" not in self._leaving:  # else it was released
+                self._let_go()
         except BaseException:
             if hasattr(self, "_range"):  # else an exception came into __init__: it has nothing
                 self._let_go()  # one from outside came in: nobody else would do it
@@ -332,13 +338,35 @@ class FileLockHandle:
                 f"written. Open it again."
             )
 
+    def begin_to_write(self) -> None:
+        """As `check`; and from here on a `close()` of the storage does not let others in, until
+        `has_written`."""
+        if self._file is not None:  # first: see Generation.unlock
+            self._file.writing.setdefault(self._range.gate, self._claim)
+        try:
+            self.check()
+        except SessionConflictError:
+            self.has_written()
+            raise
+
+    def has_written(self) -> None:
+        """What began with `begin_to_write` is over."""
+        file = self._file
+        if file is not None and file.writing.get(self._range.gate) is self._claim:
+            file.writing.pop(self._range.gate, None)
+
     def release(self) -> None:
         """Let the key go. To do so again, also in between, does nothing."""
         self._let_go()
 
     def _is_ours(self) -> bool:
         file = self._file
-        return file is None or file.claims.get(self._range.gate) is self._claim
+        if file is None:
+            return True
+        if "begun" in self._leaving:  # it was interrupted, and others may be in by now
+            return False
+        # The collector may have closed the file, and with that let the key go.
+        return file.claims.get(self._range.gate) is self._claim and not file.closed
 
     def _let_go(self) -> None:
         file = self._file
@@ -352,11 +380,14 @@ class FileLockHandle:
                 return
             gate = self._range.gate
             if file.claims.get(gate) is self._claim and self._generation.pid == os.getpid():
-                file.set(self._range.leave)
+                self.has_written()
+                self._leaving["begun"] = attempt  # and never undone: see _is_ours()
+                if not file.closed:  # by the collector, which unlocks it
+                    file.set(self._range.leave)
                 file.claims.pop(gate, None)
         except BaseException:
             if self._leaving.get("by") is attempt:
-                self._leaving.clear()  # to be done again
+                self._leaving.pop("by", None)  # to be done again
             raise
 
 
@@ -393,18 +424,24 @@ class LockedRecord(Generic[Store]):
             handle.release()
             raise
 
-    def check(self) -> None:
-        """Raises SessionConflictError if another process may have opened it."""
-        self._handle.check()
+    def begin_to_write(self) -> None:
+        """Raises SessionConflictError if another process may have opened it; else none can before
+        `has_written`."""
+        self._handle.begin_to_write()
+
+    def has_written(self, size: int | None) -> None:
+        """So many bytes are stored."""
+        self._handle.has_written()
+        self.size = size
 
     def save(self, record: Record, /) -> None:
         """Store `record`, or remove what is stored if it is empty."""
-        self.check()
+        self.begin_to_write()
         if record:
-            self.size = self._storage.save(self._key, record)
+            self.has_written(self._storage.save(self._key, record))
         else:
-            self.size = None
             self._storage.delete(self._key)
+            self.has_written(None)
 
     def close(self, record: Record | None, /) -> None:
         """Store `record` unless it is None, and let other processes in."""
@@ -520,9 +557,7 @@ _all: Final[WeakValueDictionary[int, FileLocks]] = WeakValueDictionary()
 
 def _after_fork() -> None:
     _slots.clear()
-    for reference in _all.valuerefs():
-        if (locks := reference()) is not None:
-            locks.after_fork()
+    for_each(_all, FileLocks.after_fork)
 
 
 if hasattr(os, "register_at_fork"):

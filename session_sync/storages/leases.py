@@ -64,7 +64,8 @@ class Renewer:
     thread nothing is noted but by itself, once it runs, and until then each `keep` starts one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "session_sync-renew") -> None:
+        self._name: Final = name  # of the thread
         self._leases: Final[WeakValueDictionary[int, Lease]] = WeakValueDictionary()
         self._owner: Final[dict[str, int]] = {}  # the thread that renews, noted by itself
         self._wakes = inf  # when that has something to do; from time.monotonic()
@@ -88,7 +89,7 @@ class Renewer:
         self._leases.pop(id(lease), None)
 
     def _start(self) -> None:
-        if start_thread(self._run, "session_sync-renew"):
+        if start_thread(self._run):
             self._has_failed = False
         elif not self._has_failed:
             self._has_failed = True
@@ -102,6 +103,8 @@ class Renewer:
         if self._owner.setdefault("thread", me) != me:
             return  # two were started at once
         try:
+            # By this threading knows the thread, and would after its end, too.
+            threading.current_thread().name = self._name
             while True:
                 try:
                     self._renew_all(self._next())

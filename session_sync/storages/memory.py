@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 
 from session_sync.codec import Codec
 from session_sync.containers import freeze
 from session_sync.expiry import life_time
+from session_sync.storages.background import for_each
 from session_sync.storages.base import Record, record_of
 
 Fields = dict[str, Any]
@@ -54,9 +57,8 @@ class MemoryStorage:
         # With a ttl: the keys, by when their life time began. All live equally long, so those that
         # expire first come first. It serves to find them; whether they have, their records say.
         self._ages: Final[OrderedDict[str, None]] = OrderedDict()
-        self._mutex: Final = (
-            threading.RLock()
-        )  # for what must not be changed by two threads at once
+        self._mutex = threading.RLock()  # for what must not be changed by two threads at once
+        _all[id(self)] = self
 
     def get(self, key: str) -> Fields | None:
         """A copy of the fields, or None."""
@@ -137,9 +139,16 @@ class MemoryStorage:
                 if was is None:
                     self.delete(key)
                 else:
-                    self._records[key] = was
+                    with self._mutex:
+                        self._records[key] = was
+                        if self._ttl is not None:
+                            self._note_age(key)
             raise
         return True
+
+    def after_fork(self) -> None:
+        """In a child: whoever had the mutex is not in this process."""
+        self._mutex = threading.RLock()
 
     def _find(self, key: str) -> Record | None:
         found: Any = self._records.get(key)
@@ -254,6 +263,12 @@ class LruMemoryStorage(MemoryStorage):
         self._in_use.discard(key)
         self._note(key)
 
+    def after_fork(self) -> None:
+        """In a child: the order of use may be half noted."""
+        super().after_fork()
+        self._idle = None
+        self._is_noting = False
+
     def _drop(self, key: str, found: object) -> None:
         super()._drop(key, found)
         self._news.append(key)
@@ -316,3 +331,9 @@ class _Idle(LRUCache[str, bool]):
 def _copy(fields: Mapping[str, Any]) -> Fields:
     """The fields with containers that nobody else has."""
     return {name: freeze(value) for name, value in fields.items()}
+
+
+_all: Final[WeakValueDictionary[int, MemoryStorage]] = WeakValueDictionary()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: for_each(_all, MemoryStorage.after_fork))

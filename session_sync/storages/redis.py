@@ -83,11 +83,13 @@ class _Script:
         try:
             if asked is not None:
                 return asked.answer()
-            if lines is None:
+            if lines is not None:
+                return lines.ask(self.request(opened, *values))
+            with _whole(client):
                 return client.evalsha(self._digest, 5, *opened.names, opened.token, *values)
-            return lines.ask(self.request(opened, *values))
         except NoScriptError:  # the first time, or after a restart of the server
-            return client.eval(self.text, 5, *opened.names, opened.token, *values)
+            with _whole(client):
+                return client.eval(self.text, 5, *opened.names, opened.token, *values)
 
     def request(self, opened: OpenRedisRecord, *values: bytes) -> bytes:
         """What is sent to ask for it."""
@@ -360,7 +362,8 @@ class RedisStorage:
         Raises `SessionDecodeError` if what lies there is not ours.
         """
         try:
-            data: Any = self._client.get(self._name(key))
+            with _whole(self._client):
+                data: Any = self._client.get(self._name(key))
         except ResponseError as error:
             raise self._refusal(error, key) from None
         return None if data is None else self._codec.decode(data, key)
@@ -370,20 +373,25 @@ class RedisStorage:
 
         Raises `SessionEncodeError` if it holds something that the codec does not keep.
         """
-        self._client.set(self._name(key), self._codec.encode(value, key), px=self._ttl or None)
+        data = self._codec.encode(value, key)
+        with _whole(self._client):
+            self._client.set(self._name(key), data, px=self._ttl or None)
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
-        self._client.delete(self._name(key))
+        with _whole(self._client):
+            self._client.delete(self._name(key))
 
     def has(self, key: str, /) -> bool:
         """Whether something is stored under `key`."""
-        return bool(self._client.exists(self._name(key)))
+        with _whole(self._client):
+            return bool(self._client.exists(self._name(key)))
 
     def touch(self, key: str, /) -> None:
         """Start the life time of the record anew; no error if there is none."""
         if self._ttl:
-            self._client.pexpire(self._name(key), self._ttl)
+            with _whole(self._client):
+                self._client.pexpire(self._name(key), self._ttl)
 
     def keys(self) -> Iterator[str]:
         """Every stored key, in any order; those that come and go meanwhile may be among them."""
@@ -506,9 +514,10 @@ class RedisStorage:
             for key, record in records.items()
             for value in (opened[key].token, *opened[key].to_save(record))
         ]
-        lost: Any = self._client.eval(
-            _SAVE_ALL, len(names), *names, self._lease, self._ttl, *values
-        )
+        with _whole(self._client):
+            lost: Any = self._client.eval(
+                _SAVE_ALL, len(names), *names, self._lease, self._ttl, *values
+            )
         if lost:
             raise list(opened.values())[lost - 1].conflict()
         return True
@@ -761,7 +770,8 @@ class OpenRedisRecord(Lease):
             except Exception:
                 self._storage.close_open(self, self._storage.written(self, None))
                 raise
-            if not self._storage.close_open(self, written, self._asked) and record is not None:
+            asked, self._asked = self._asked, None  # first: its answer comes once
+            if not self._storage.close_open(self, written, asked) and record is not None:
                 raise self.conflict()
         except Exception:
             renewer().drop(self)
@@ -831,10 +841,10 @@ class _InProcess:
         """Let `open_record` go on with this; as long as nobody does, the connection is busy."""
         for oldest in self.begun:  # one that nobody went on with goes when the next ones come
             begun = self.begun[oldest]
-            if begun[0].due <= time.monotonic():
-                # Nothing comes in between the look and the removal: there is no call.
-                if oldest in self.begun and self.begun[oldest] is begun:
-                    del self.begun[oldest]
+            is_over = begun[0].due <= time.monotonic()
+            # Nothing comes in between the look and the removal: there is no call.
+            if is_over and oldest in self.begun and self.begun[oldest] is begun:
+                del self.begun[oldest]
                 self.places.keep(oldest, begun[0].token)
             break
         self.begun[opened.key] = opened, asked
@@ -855,9 +865,11 @@ class _InProcess:
         if slot is None:
             time.sleep(min(seconds, _POLL))
             return
+        client = self.aside(node)
         try:
-            # 0 would be for ever.
-            self.aside(node).blpop([name + b":wake:" + token], timeout=max(seconds, 0.01))
+            with _whole(client):
+                # 0 would be for ever.
+                client.blpop([name + b":wake:" + token], timeout=max(seconds, 0.01))
         except RedisError:
             time.sleep(min(seconds, _POLL))
 
@@ -892,7 +904,9 @@ class _InProcess:
         for address in list(self._clients):
             client = self._clients.pop(address, None)
             if client is not None:
-                client.connection_pool.disconnect()
+                # Those in use end with their call; redis-py raises what is no error of its own
+                # where one is closed beneath it.
+                client.connection_pool.disconnect(inuse_connections=False)
 
 
 class _Places:
@@ -972,6 +986,36 @@ def _place(seconds: float) -> bytes:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
+
+
+class _whole:  # noqa: N801 # as those of contextlib, whose generators an interrupt may leave open
+    """Around a command of redis-py's own: if an exception from outside interrupts it, no connection
+    stays in the pool.
+
+    It may have been made by half, or have an answer that nothing has read; and redis-py would take
+    that for the answer to its next command.
+    """
+
+    __slots__ = ("_client",)
+
+    def __init__(self, client: Client) -> None:
+        self._client: Final = client
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, RedisError):
+            return
+        client = self._client
+        if isinstance(client, RedisCluster):
+            nodes: Any = client
+            clients = [node.redis_connection for node in nodes.get_nodes()]
+        else:
+            clients = [client]
+        for each in clients:
+            if each is not None:
+                each.connection_pool.disconnect(inuse_connections=False)
 
 
 def _client_of(url_or_client: str | Client) -> Client:

@@ -5,6 +5,7 @@ This module knows records and their bytes; it knows no session.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import sqlite3
@@ -13,7 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from threading import get_ident
 from typing import Any, Final, Literal
@@ -21,6 +22,7 @@ from typing import Any, Final, Literal
 from ..codec import Codec
 from ..errors import SessionDeadlockError, SessionDecodeError, SessionLockTimeout
 from ..expiry import life_time
+from .background import for_each
 from .base import OpenRecord, Record, StoredEntry
 from .filelocks import FileLocks, LockedRecord
 
@@ -43,10 +45,14 @@ _UPSERT: Final = """
 _SWEEP: Final = """
     DELETE FROM sessions WHERE key IN (SELECT key FROM sessions WHERE expires <= ? LIMIT 100)
 """
-_ENTRIES: Final = """
-    SELECT key, length(CAST(value AS BLOB)), expires FROM sessions
-    WHERE key > ? AND (expires IS NULL OR expires > ?) ORDER BY key LIMIT 1000
+_ROWS: Final = """
+    SELECT key, typeof(key), length(CAST(value AS BLOB)), expires FROM sessions
+    WHERE (expires IS NULL OR expires > ?) ORDER BY key LIMIT 1000
 """
+_MORE_ROWS: Final = _ROWS.replace(
+    "WHERE", "WHERE key > CASE WHEN ? THEN CAST(? AS TEXT) ELSE ? END AND"
+)
+_TEXT: Final = b"text"
 _DELETE: Final = "DELETE FROM sessions WHERE key = ?"
 _TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
 _PAGE: Final = 4096  # bytes that SQLite writes at least
@@ -54,6 +60,7 @@ _PAGES: Final = 500  # written at once, until one write goes the other way and m
 _LARGE: Final = 16 * _PAGE  # bytes of a record that is not written at once
 _PAUSE: Final = 1.0  # seconds between two sweeps
 _MOMENT: Final = 0.001  # seconds between two looks whether the process has forked
+_log: Final = logging.getLogger("session_sync")
 
 
 class SQLiteStorage:
@@ -77,8 +84,9 @@ class SQLiteStorage:
     since 1970. The file has mode 0600; folders are made with 0700. Beside it lie SQLite's own
     `-wal` and `-shm`, and `-locks`, which stays empty.
 
-    Raises ValueError if `ttl` is not positive, `synchronous` none of the three, or the file is a
-    database of something else. Lets through what SQLite and the file system raise.
+    Raises ValueError if `ttl` is not positive, `synchronous` none of the three, `path` no path of a
+    file (`:memory:`), or the file is a database of something else; TypeError if `ttl` is no number;
+    IsADirectoryError. Lets through what SQLite and the file system raise.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -141,36 +149,57 @@ class SQLiteStorage:
 
     def touch(self, key: str, /) -> None:
         """Start the life time of the record anew; no error if there is none."""
-        if self._ttl is not None:
+        # A signal handler that only reads loses nothing but a part of the life time, and would wait
+        # for its own thread.
+        if self._ttl is not None and not is_inside_transaction(self._connections.path):
             now = time.time()
             expires = now + self._ttl
             self._run(f"UPDATE sessions SET expires = ? WHERE {_LIVE}", expires, _stored(key), now)
 
     def keys(self) -> Iterator[str]:
-        """Every stored key, in their order."""
-        after: bytes | str = b""
-        condition = "key > ? AND (expires IS NULL OR expires > ?)"
-        more = f"SELECT key FROM sessions WHERE {condition} ORDER BY key LIMIT 1000"
-        after = ""
-        while rows := self._run(more, after, time.time()):
-            for (key,) in rows:
-                yield key.decode("utf-8", "surrogatepass")
-            after = _as_bound(rows[-1][0])
+        """Every stored key, in their order. Rows that nothing here has written, since their key is
+        no text, are passed over, with a warning in the log."""
+        for key, _size, _left in self._rows():
+            yield key
 
     def entries(self) -> Iterator[StoredEntry]:
         """Every stored key, in their order, with what is known of its record; none is read or
-        touched.
+        touched. Rows are passed over as in `keys`.
 
         The size is that of the fields as JSON. Only with a `ttl`, the one with which they were
         stored, is it known how old they are: since when they were left alone.
         """
-        after: str | bytes = ""
-        while rows := self._run(_ENTRIES, after, now := time.time()):
-            for key, size, expires in rows:
-                left = None if expires is None else expires - now
-                age = None if left is None or self._ttl is None else max(0.0, self._ttl - left)
-                yield StoredEntry(key.decode("utf-8", "surrogatepass"), size, age, left)
-            after = _as_bound(rows[-1][0])
+        for key, size, left in self._rows():
+            age = None if left is None or self._ttl is None else max(0.0, self._ttl - left)
+            yield StoredEntry(key, size, age, left)
+
+    def unknown_rows(self) -> int:
+        """How many rows have a key that is no text, so that nothing here can have written them."""
+        return sum(_key_of(key, kind) is None for key, kind, *_ in self._all_rows())
+
+    def _rows(self) -> Iterator[tuple[str, int, float | None]]:
+        unknown = 0
+        for stored, kind, size, left in self._all_rows():
+            key = _key_of(stored, kind)
+            if key is None:
+                unknown += 1
+            else:
+                yield key, size, left
+        if unknown:
+            _log.warning(
+                "%s: rows whose key is no text were passed over: %d; session_sync has not written "
+                "them",
+                self._connections.path,
+                unknown,
+            )
+
+    def _all_rows(self) -> Iterator[tuple[bytes, bytes, int, float | None]]:
+        rows = self._run(_ROWS, now := time.time())
+        while rows:
+            for key, kind, size, expires in rows:
+                yield key, kind, size, None if expires is None else expires - now
+            key, kind, *_ = rows[-1]
+            rows = self._run(_MORE_ROWS, kind == _TEXT, key, key, now := time.time())
 
     def close(self) -> None:
         """Close all connections. The storage opens new ones when it is used again."""
@@ -214,21 +243,24 @@ class SQLiteStorage:
         data = {key: self._codec.encode(record, key) for key, record in records.items() if record}
         expires = None if self._ttl is None else time.time() + self._ttl
         for each in opened.values():
-            each.check()
+            each.begin_to_write()
         cursor = self._connections.take()
+
+        def write() -> None:
+            for key in records:
+                if key in data:
+                    cursor.execute(_UPSERT, (_stored(key), data[key], expires))
+                else:
+                    cursor.execute(_DELETE, (_stored(key),))
+
         try:
-            with transaction(cursor.connection, self._connections.path):
-                for key in records:
-                    if key in data:
-                        cursor.execute(_UPSERT, (_stored(key), data[key], expires))
-                    else:
-                        cursor.execute(_DELETE, (_stored(key),))
+            in_transaction(cursor.connection, self._connections.path, write)
         except BaseException:  # a transaction may still be open
             self._connections.drop(cursor)
             raise
         self._connections.give_back(cursor)
         for key, each in opened.items():
-            each.size = len(data[key]) if key in data else None
+            each.has_written(len(data[key]) if key in data else None)
         return True
 
     # -- without waiting
@@ -321,8 +353,9 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
         """As `close`, if nothing in that has to wait; else False."""
         try:
             if record is not None:
-                self._handle.check()
-                self.size = self._storage.save_at_once(self._key, record)
+                self.begin_to_write()
+                self.has_written(self._storage.save_at_once(self._key, record))
+            self._is_closing = True
         except _WouldWaitError:
             return False
         except Exception:
@@ -341,8 +374,13 @@ def _stored(key: str) -> str | bytes:
     return key
 
 
-def _as_bound(key: bytes) -> str | bytes:
-    return _stored(key.decode("utf-8", "surrogatepass"))
+def _key_of(stored: bytes, kind: bytes) -> str | None:
+    """The key that is stored so; None if none is."""
+    try:
+        key = stored.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return None
+    return key if isinstance(_stored(key), str) == (kind == _TEXT) else None
 
 
 def _bytes(value: object, key: str) -> bytes:
@@ -362,32 +400,44 @@ class Connection(sqlite3.Connection):
     is_shut = False
 
     def __del__(self) -> None:
+        self.is_shut = True  # its owner may be collected, too, and yet have something to write
         with suppress(sqlite3.Error):
             self.close()
 
 
-@contextmanager
-def transaction(connection: sqlite3.Connection, path: str) -> Iterator[None]:
-    """All that is done inside is done, or nothing is."""
+def in_transaction(connection: sqlite3.Connection, path: str, work: Callable[[], object]) -> None:
+    """All that `work` does is done, or nothing is.
+
+    No context manager, which an interrupt could leave open with the traceback that keeps it.
+    """
     refuse_inside_transaction(path)
     thread = threading.get_ident()
+    around = _writing.get(thread, _NONE)
     try:  # around the beginning, too: an interrupt may come as soon as it has begun
-        _writing[thread] = path
+        _writing[thread] = around | {path}
         connection.execute("BEGIN IMMEDIATE")
-        yield
+        work()
         connection.execute("COMMIT")
     except BaseException:
         connection.rollback()  # which does nothing if SQLite has done it
         raise
     finally:
-        _writing.pop(thread, None)
+        if around:
+            _writing[thread] = around
+        else:
+            _writing.pop(thread, None)
+
+
+def is_inside_transaction(path: str) -> bool:
+    """Whether this thread is in the middle of a transaction of that file."""
+    return bool(_writing) and path in _writing.get(threading.get_ident(), _NONE)
 
 
 def refuse_inside_transaction(path: str) -> None:
     """Raise SessionDeadlockError in a signal handler (or a finaliser) that wants to write to a file
     where the thread that it has interrupted is in the middle of a transaction: SQLite would wait
     for the end of that until it gives up."""
-    if _writing and _writing.get(threading.get_ident()) == path:
+    if is_inside_transaction(path):
         raise SessionDeadlockError(
             f"a signal handler that has interrupted its own thread while that writes several "
             f"sessions to {path} cannot write there: that thread would have to go on first. Let "
@@ -395,7 +445,9 @@ def refuse_inside_transaction(path: str) -> None:
         )
 
 
-_writing: Final[dict[int, str]] = {}  # by thread, the file where it is in a transaction
+_NONE: Final[frozenset[str]] = frozenset()
+# By thread, the files where it is in a transaction: more than one in a signal handler.
+_writing: Final[dict[int, frozenset[str]]] = {}
 
 
 class _Connections:
@@ -434,9 +486,10 @@ class _Connections:
             except IndexError:
                 return self._connect().cursor()
             connection: Any = cursor.connection
-            connection.owner = get_ident()
+            connection.owner = get_ident()  # and then look: see shut()
             if not connection.is_shut:
                 return cursor
+            self.drop(cursor)
 
     def give_back(self, cursor: sqlite3.Cursor) -> None:
         """Let others use it."""
@@ -449,8 +502,8 @@ class _Connections:
     def drop(self, cursor: sqlite3.Cursor) -> None:
         """Close it: something came in between."""
         connection = cursor.connection
+        connection.close()  # first: a fork waits for those that are known
         self._made.pop(id(connection), None)
-        connection.close()
 
     def make_table(self) -> None:
         """Make the table, if the file is new.
@@ -482,11 +535,14 @@ class _Connections:
         if ours == _OURS and version == _VERSION:
             return
         cursor.execute("PRAGMA journal_mode = wal")
-        with transaction(cursor.connection, self.path):
+
+        def make() -> None:
             for statement in (_TABLE, _INDEX):
                 cursor.execute(statement)
             cursor.execute(f"PRAGMA application_id = {_OURS}")
             cursor.execute(f"PRAGMA user_version = {_VERSION}")
+
+        in_transaction(cursor.connection, self.path, make)
 
     def close(self) -> None:
         """Close those that are not in use."""
@@ -535,9 +591,10 @@ class _Connections:
             self.close()
             for made in self._in_use():
                 if made.owner == me:  # beneath this call, or cut loose
-                    self._made.pop(id(made), None)
                     made.is_shut = True
-                    made.close()
+                    if made.owner == me:  # else another thread has just taken it, and may use it
+                        made.close()
+                        self._made.pop(id(made), None)
             if not self._made or time.monotonic() > end:
                 return
             time.sleep(_MOMENT)
@@ -571,32 +628,31 @@ class _Making:
 _all: Final[weakref.WeakValueDictionary[int, _Connections]] = weakref.WeakValueDictionary()
 
 
-def _each(act: Callable[[_Connections], None]) -> None:
-    failed = None
-    for reference in _all.valuerefs():
-        if (connections := reference()) is not None:
-            try:
-                act(connections)
-            except BaseException as error:  # the others must not stay shut
-                failed = error
-    if failed is not None:
-        raise failed  # Python writes it on stderr
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=lambda: _each(_Connections.shut),
-        after_in_parent=lambda: _each(_Connections.open_again),
-        after_in_child=lambda: _each(_Connections.begin_anew),
+        before=lambda: for_each(_all, _Connections.shut),
+        after_in_parent=lambda: for_each(_all, _Connections.open_again),
+        after_in_child=lambda: for_each(_all, _Connections.begin_anew),
     )
 
 
 def _private(path: str | os.PathLike[str]) -> str:
     """The absolute path of a file that is closed to everybody else; made, with its folders."""
+    name = os.fspath(path)
+    if name == "" or name == ":memory:" or name.startswith("file:"):
+        raise ValueError(
+            f"SQLiteStorage takes the path of a file, not {name!r}; what is to be kept in memory "
+            f"alone is for MemoryStorage()"
+        )
     absolute = os.path.abspath(os.path.expanduser(os.fspath(path)))
     folder = os.path.dirname(absolute)
     if not os.path.isdir(folder):
         os.makedirs(folder, mode=0o700, exist_ok=True)
+    if os.path.isdir(absolute):
+        raise IsADirectoryError(
+            f"{absolute} is a folder; SQLiteStorage takes the path of a file in it, say "
+            f"{os.path.join(absolute, 'sessions.db')}"
+        )
     make_file(absolute)
     return absolute
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Final
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from ..codec import Codec
 from .base import KVStorage
@@ -17,7 +17,9 @@ def storage_from_url(url: str, *, codec: Codec | None = None) -> KVStorage[Any]:
     with TLS, `redis+cluster://host:7000`, `rediss+cluster://...`. A path after three slashes is
     relative, after four absolute. Options of the storage follow after a question mark, as numbers
     or words: `sqlite:///sessions.db?ttl=86400&synchronous=full`. What a Redis storage does not know
-    is redis-py's (`redis://host?socket_timeout=5`). `codec` brings in types of your own.
+    is redis-py's (`redis://host?socket_timeout=5`). Of a path or a password, the characters `#`,
+    `?`, `%` and, in a password, `/` and `@` are written as `urllib.parse.quote(text, safe="")`
+    gives them. `codec` brings in types of your own.
 
     Raises ValueError for any other URL, naming what is wrong but never a password; and what the
     storage raises.
@@ -28,13 +30,42 @@ def storage_from_url(url: str, *, codec: Codec | None = None) -> KVStorage[Any]:
     Traceback (most recent call last):
     ValueError: no storage is called 'mysql'; there are disk, memory, redis, redis+cluster, ...
     """
-    parts = urlsplit(url)
-    make = _MAKERS.get(parts.scheme)
+    scheme, found, _ = url.partition("://")
+    make = _MAKERS.get(scheme.lower()) if found else None
     if make is None:
-        raise ValueError(
-            f"no storage is called {parts.scheme!r}; there are {', '.join(sorted(_MAKERS))}"
-        )
+        raise ValueError(_unknown(url, scheme, found))
+    parts = urlsplit(url)
+    _check_characters(url, parts)
     return make(parts, dict(parse_qsl(parts.query, keep_blank_values=True)), codec)
+
+
+def _unknown(url: str, scheme: str, found: str) -> str:
+    """What is wrong with a URL that is none of these. The rest of it may be a password."""
+    known, _, path = url.partition(":")
+    if known.lower() in ("sqlite", "disk"):
+        return (
+            f"{url!r} has too few slashes: {known}:///{path} is relative, {known}:////... absolute"
+        )
+    if known.lower() in _MAKERS:
+        return f"the URL of a storage begins with {known.lower()}://, not with {known}:"
+    if found:
+        return f"no storage is called {scheme!r}; there are {', '.join(sorted(_MAKERS))}"
+    if "@" in url:
+        return "this is no URL of a storage: redis://user:password@host, say"
+    return f"{url!r} is no URL of a storage; the file of that name is sqlite:///{quote(url)}"
+
+
+def _check_characters(url: str, parts: SplitResult) -> None:
+    """Refuse what would be taken for something else: a `#` cuts the rest off, and a password with
+    one of these characters ends there."""
+    if parts.scheme in ("sqlite", "disk"):
+        if "#" in url:
+            raise ValueError("in the URL of a storage, a # in the name of a file is written %23")
+    elif "#" in url or ("@" in parts.path + parts.query and "@" not in parts.netloc):
+        raise ValueError(
+            f"in {parts.scheme}://, a password with # / ? or @ is written as "
+            f'urllib.parse.quote(password, safe="") gives it, and so is any # elsewhere'
+        )
 
 
 def _memory(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
@@ -59,6 +90,13 @@ def _disk(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVS
 def _redis(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
     from .redis import RedisStorage
 
+    try:
+        _ = url.port
+    except ValueError:  # whose message has what stands there: a part of a password, perhaps
+        raise ValueError(
+            f"{url.scheme}://: the port is no number. If there is a password, it is written as "
+            f'urllib.parse.quote(password, safe="") gives it'
+        ) from None
     kinds: dict[str, Callable[[str], Any]] = {"ttl": float, "lease": float, "prefix": str}
     ours = {name: options.pop(name) for name in kinds if name in options}
     rest = url._replace(query=urlencode(options)).geturl()

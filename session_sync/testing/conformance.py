@@ -14,6 +14,7 @@ from ..storages.base import KVStorage, ListableStorage, TtlStorage
 
 _KEYS = (
     "user:1:chat:1",
+    "",
     "user:1:chat:-1001234567890:thread:5:key:cart",
     "bot/../../etc/passwd",
     "..",

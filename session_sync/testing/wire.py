@@ -161,8 +161,8 @@ class HttpServer:
     """Serves `handle(request) -> (status, JSON body)` on a free loopback port, a thread for each
     connection, until `close`.
 
-    Its lock guards the table of open connections only. A connection is entered there before its
-    thread starts and leaves when it ends, so that `close` sees every one.
+    Its lock guards the table of connections only. A connection is entered there before its thread
+    starts, and is left there until that has ended, so that `close` joins every one.
     """
 
     def __init__(self, handle: Callable[[Request], tuple[int, bytes]]) -> None:
@@ -205,6 +205,8 @@ class HttpServer:
                 if self._closing:
                     sock.close()
                     return
+                for ended in [other for other in self._connections if not other.is_alive()]:
+                    del self._connections[ended]
                 self._connections[thread] = sock
             thread.start()
 
@@ -217,9 +219,6 @@ class HttpServer:
                     pass
             except OSError:
                 pass  # the client has gone: nobody to tell
-            finally:
-                with self._lock:
-                    del self._connections[threading.current_thread()]
 
     def _serve_one(self, stream: BufferedReader, sock: socket.socket) -> bool:
         try:

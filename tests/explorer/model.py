@@ -341,10 +341,14 @@ class World:
 
     def _check_free(self, key: str) -> None:
         outcome: list[str] = []
+        # What a thread has still to close may take a moment.
+        patient: SessionManager[Any] = SessionManager(
+            storage=self.sessions.storage, lock_timeout=SOON
+        )
 
         def probe() -> None:
             try:
-                with self.sessions.session_scope(key) as session:
+                with patient.session_scope(key) as session:
                     session.get("n")
                 outcome.append("")
             except Exception as error:
@@ -353,7 +357,7 @@ class World:
         thread = threading.Thread(target=probe, daemon=True, name="probe")
         begin = time.monotonic()
         thread.start()
-        thread.join(SOON)
+        thread.join(SOON + 5)
         if not outcome:
             self.problems.append(f"{key} is locked for ever\n{stacks()}")
         elif outcome[0]:

@@ -10,19 +10,31 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Threads
+from conftest import Threads, message
 from interruptions import OutsideError, every_line, everywhere, raise_outside, raises_in_flows
 from stores import OwnStorage
 from waiting import SOON, until, until_async
 
-from session_sync import LruMemoryStorage, SessionClosedError, SessionLockTimeout, SessionManager
-from session_sync.lifecycle import entry, flow, scope
+from session_sync import (
+    LruMemoryStorage,
+    MemoryStorage,
+    SessionClosedError,
+    SessionDeadlockError,
+    SessionLockTimeout,
+    SessionManager,
+    storage_from_url,
+)
+from session_sync.lifecycle import entry, flow, scope, transaction, update
 from session_sync.lifecycle import threads as pools
 from session_sync.lifecycle.scope import Guard
+from session_sync.lifecycle.update import UpdateScope
+from session_sync.locks import lock
 from session_sync.session import Fields
+from session_sync.storages.filelocks import LockedRecord
 
 KEY = "user:1"
 
@@ -36,6 +48,15 @@ pytestmark = pytest.mark.filterwarnings(
 
 def is_free(sessions: SessionManager[Any]) -> bool:
     return len(sessions.locks) == 0
+
+
+def raised_by_opening(sessions: SessionManager[Any]) -> list[type[Exception]]:
+    """What a signal handler gets that wants the session, too."""
+    try:
+        with sessions.session_scope(KEY):
+            return []
+    except Exception as error:
+        return [type(error)]
 
 
 def raise_in_task() -> None:
@@ -95,7 +116,7 @@ def test_a_flush_that_waits_for_an_end_that_fails_says_that_nothing_was_saved(
 
     def let_go() -> None:
         assert begun.wait(SOON)
-        until(lambda: session._lifecycle.queues)  # it waits for the end
+        until(lambda: session._lifecycle().queues)  # it waits for the end
         go_on.set()
 
     begun, go_on = threading.Event(), threading.Event()
@@ -123,7 +144,7 @@ def test_the_last_one_that_leaves_closes_it_though_one_joins_just_then(threads: 
 
     def let_one_join() -> None:
         threads.start(lambda: context.run(join))
-        until(lambda: inside.is_set() or sessions.locks.waiters(KEY))
+        until(lambda: inside.is_set() or sessions.locks.waiters(KEY) or lock._Section.busy)
 
     for interruption in every_line(let_one_join, scope, entry):
         sessions: SessionManager[Any] = SessionManager()
@@ -205,26 +226,111 @@ def test_a_release_that_is_interrupted_loses_nothing(
         assert sessions.storage.get(KEY) == {"a": 1}
 
 
-@pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
+@pytest.mark.parametrize("url", ["", "memory://", "sqlite:///{}/a.db", "disk:///{}/a", "redis"])
 def test_what_a_handler_left_to_one_that_is_lost_is_stored(
-    threads: Threads, storage_type: Callable[[], Any]
+    request: pytest.FixtureRequest, threads: Threads, tmp_path: Path, url: str
 ) -> None:
+    """The collector finalises the scope together with all that only the scope has: its record, and
+    the lock of that between processes."""
+
     def join() -> None:
         joined: Any = sessions.session_scope(KEY)
         joined.__enter__()
         cycle = [joined]
         cycle.append(cycle)  # type: ignore[arg-type]
 
-    sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+    url = request.getfixturevalue("redis_url") if url == "redis" else url.format(tmp_path)
+    storage: Any = storage_from_url(url) if url else OwnStorage()
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
     with sessions.session_scope(KEY) as session:
         session.a = 1
-        context = contextvars.copy_context()
-        threads.start(lambda: context.run(join))
+        threads.start(contextvars.copy_context().run, join)
         threads.join()
     del session
     gc.collect()
     until(lambda: is_free(sessions))
     assert sessions.storage.get(KEY) == {"a": 1}
+    with sessions:
+        pass
+
+
+def test_a_scope_that_is_lost_is_given_up_though_its_finaliser_is_interrupted(
+    tmp_path: Path,
+) -> None:
+    """No caller of this process waits for the key; another process may."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    sessions: SessionManager[Any] = SessionManager(storage=storage_from_url(url))
+    first = True
+    for interruption in everywhere(raise_outside, scope):
+        kept = [sessions.session_scope(KEY)]
+        contextvars.Context().run(lambda kept=kept: kept[0].__enter__() and None)
+        with interruption:
+            kept.clear()
+        if first:  # before the finaliser has begun: then it is left to whoever waits for the key
+            first = False
+            with sessions.session_scope(KEY):
+                pass
+        until(lambda: is_free(sessions))
+    sessions.close()
+
+
+def test_a_record_whose_close_was_interrupted_is_let_go_though_its_lock_is_still_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a telebot's job, say, or by the traceback of that interrupt."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    sessions: SessionManager[Any] = SessionManager(storage=storage_from_url(url))
+    block = sessions.session_scope(KEY)
+    block.__enter__()
+    kept = block.handle
+    with monkeypatch.context() as patch:
+        patch.setattr(LockedRecord, "close", lambda *_: raise_outside())
+        with pytest.raises(OutsideError):
+            block.__exit__(OutsideError, OutsideError(), None)
+        until(lambda: is_free(sessions))
+    del block
+    assert kept is not None
+    other: Any = storage_from_url(url)
+    other.open_record(KEY, 0).close(None)
+    other.close()
+    sessions.close()
+
+
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{}/a.db"])
+def test_what_a_handler_left_to_one_that_is_lost_is_stored_before_the_next_one_comes_in(
+    threads: Threads, tmp_path: Path, url: str
+) -> None:
+    """Who comes just as the collector has found it."""
+
+    def join() -> None:
+        joined: Any = sessions.session_scope(KEY)
+        joined.__enter__()
+        cycle = [joined]
+        cycle.append(cycle)  # type: ignore[arg-type]
+
+    def work() -> None:
+        with sessions.session_scope(KEY) as session:
+            session.b = session.a + 1
+
+    def come_in() -> None:
+        thread = threads.start(work)
+        until(lambda: sessions.locks.waiters(KEY) or lock._Section.busy or not thread.is_alive())
+
+    storage = storage_from_url(url.format(tmp_path))
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    for interruption in everywhere(come_in, entry, scope, lock):
+        storage.delete(KEY)
+        with sessions.session_scope(KEY) as session:
+            session.a = 1
+            contextvars.copy_context().run(join)
+        del session
+        with interruption:
+            gc.collect()
+        threads.join()
+        until(lambda: is_free(sessions))
+        if interruption.happened:
+            assert storage.get(KEY) == {"a": 1, "b": 2}
+    sessions.close()
 
 
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
@@ -251,7 +357,7 @@ def test_what_others_have_changed_is_stored_though_the_last_one_waits_in_a_lost_
             threads.start(lambda: context.run(join))
             assert inside.wait(SOON)
             waiting = loop.create_task(wait())
-            loop.run_until_complete(until_async(lambda: session._lifecycle.queues))
+            loop.run_until_complete(until_async(lambda: session._lifecycle().queues))
         return loop, waiting
 
     inside, go_on = threading.Event(), threading.Event()
@@ -340,7 +446,7 @@ def test_a_scope_that_is_lost_with_a_lock_of_its_own_is_collected(lock: str) -> 
         scope.__enter__().get("a")
         guard = Guard(scope, lock)
         assert guard.handle.try_acquire()
-        scope.members.append(guard)  # a cycle: both are lost at once
+        scope.members[guard] = None  # a cycle: both are lost at once
         del guard
 
     sessions: SessionManager[Any] = SessionManager(lazy=True)
@@ -392,7 +498,7 @@ def test_a_key_that_a_finaliser_gives_up_belongs_to_nobody_until_the_store_has_c
     sessions: SessionManager[Any] = SessionManager(storage=LruMemoryStorage(), lock_timeout=0.05)
     try:
         for _ in range(16):
-            pools.closers.run_soon(lambda: gate.wait(SOON) and None)
+            pools.errands.run_soon(lambda: gate.wait(SOON) and None)
         contextvars.Context().run(enter)
         gc.collect()
         with pytest.raises(SessionLockTimeout), sessions.session_scope(KEY):
@@ -400,6 +506,39 @@ def test_a_key_that_a_finaliser_gives_up_belongs_to_nobody_until_the_store_has_c
     finally:
         gate.set()
     until(lambda: is_free(sessions))
+
+
+def test_a_key_that_one_caller_finds_lost_while_the_collector_gives_it_up_has_one_owner(
+    threads: Threads,
+) -> None:
+    """The caller takes the key from the scope that is being collected; to give it up then is not to
+    take it from the caller."""
+
+    def enter() -> None:
+        scope: Any = sessions.session_scope(KEY)
+        scope.__enter__().cycle = [lambda: scope]  # so that all weak references die first
+
+    def work() -> None:
+        with sessions.session_scope(KEY):
+            inside.set()
+            assert leave.wait(SOON)
+
+    def come_in() -> None:
+        threads.start(work)
+        until(lambda: inside.is_set() or sessions.locks.waiters(KEY) or lock._Section.busy)
+
+    for interruption in everywhere(come_in, lock):
+        sessions: SessionManager[Any] = SessionManager()
+        inside, leave = threading.Event(), threading.Event()
+        contextvars.Context().run(enter)
+        with interruption:
+            gc.collect()
+        if interruption.happened:
+            assert inside.wait(SOON)
+            assert sessions.locks.is_locked(KEY)
+        leave.set()
+        threads.join()
+        until(lambda sessions=sessions: is_free(sessions))
 
 
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
@@ -417,16 +556,237 @@ def test_a_block_does_not_join_one_that_was_never_left(storage_type: Callable[[]
     assert sessions.storage.get(KEY) == {"b": 2}
 
 
+@pytest.mark.parametrize("storage_type", [MemoryStorage, OwnStorage, LruMemoryStorage])
+@raises_in_flows
+def test_a_block_is_stored_wherever_the_one_before_it_was_interrupted(
+    storage_type: Callable[[], Any],
+) -> None:
+    """Also where that came before the first line of `__exit__`, and the same function still has the
+    session, as in a loop: it must not join what was never left."""
+    for interruption in everywhere(raise_outside, scope, entry):
+        sessions: SessionManager[Any] = SessionManager(storage=storage_type())
+        with contextlib.suppress(OutsideError), interruption:
+            with sessions.session_scope(KEY) as session:
+                session.a = 1
+        with sessions.session_scope(KEY) as session:
+            session.b = 2
+        assert sessions.storage.get(KEY)["b"] == 2
+        assert session.b == 2
+
+
+def test_a_flush_after_a_block_that_was_never_left_says_that_nothing_was_saved() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    never_left = sessions.session_scope(KEY)
+    session = contextvars.Context().run(never_left.__enter__)
+    session.a = 1
+    del never_left
+    until(lambda: is_free(sessions))
+    with pytest.raises(SessionClosedError, match="not saved"):
+        session.flush()
+
+
 @pytest.mark.parametrize("storage_type", [OwnStorage, LruMemoryStorage])
 def test_a_scope_that_is_closed_a_second_time_writes_nothing(
     storage_type: Callable[[], Any],
 ) -> None:
     """Two may come to close it, if one of them was interrupted before it knew better."""
     sessions: SessionManager[Any] = SessionManager(storage=storage_type())
-    with sessions.session_scope(KEY) as session:
+    some = sessions.session_scope(KEY)
+    with some as session:
         session.a = 1
     with sessions.session_scope(KEY) as later:
         later.b = 2
-    session._lifecycle.fields.live["late"] = 3  # a thread was just about to change it
-    flow.run_flow(session._lifecycle.closing(may_block=True))
+    assert some.fields is not None
+    some.fields.live["late"] = 3  # a thread was just about to change it
+    flow.run_flow(some.closing(may_block=True))
     assert sessions.storage.get(KEY) == {"a": 1, "b": 2}
+
+
+def test_a_wait_that_fails_leaves_nothing_to_the_collector(threads: Threads) -> None:
+    """Whatever the functions have that it is raised through would stay for as long as that takes:
+    the scope of an interrupted block, say."""
+
+    class Kept:
+        """Something that a handler has."""
+
+    def handle() -> None:
+        kept = Kept()
+        with contextlib.suppress(SessionLockTimeout), sessions.session_scope(KEY):
+            pass
+        seen.append(weakref.ref(kept))
+
+    seen: list[weakref.ref[Kept]] = []
+    sessions: SessionManager[Any] = SessionManager(lock_timeout=0)
+    gc.disable()
+    try:
+        with sessions.session_scope(KEY):
+            threads.start(contextvars.Context().run, handle)
+            threads.join()
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+
+
+@raises_in_flows
+def test_several_sessions_are_left_wherever_that_is_interrupted() -> None:
+    """Each of them, though something still has them: the next block must find none open around it.
+    The first place is before the first line of `__exit__`: nothing can know of that."""
+    for number, interruption in enumerate(everywhere(raise_outside, transaction, entry)):
+        sessions: SessionManager[Any] = SessionManager()
+        scopes = sessions.session_scopes("user:1", "user:2")
+        for session in scopes.__enter__():
+            session.a = 1
+        with contextlib.suppress(OutsideError), interruption:
+            scopes.__exit__(None, None, None)
+        if number > 0:
+            with sessions.session_scope("user:1") as session:
+                session.b = 2
+        del scopes, session
+        until(lambda sessions=sessions: is_free(sessions))
+        one, two = (sessions.storage.get(key) or {} for key in ("user:1", "user:2"))
+        assert one.pop("b", None) == (2 if number > 0 else None)
+        assert one == two
+
+
+@raises_in_flows
+def test_a_task_leaves_several_sessions_wherever_that_is_interrupted() -> None:
+    async def handle(scopes: Any, interruption: Any, is_left: bool) -> None:
+        for session in await scopes.__aenter__():
+            session.a = 1
+        with contextlib.suppress(OutsideError), interruption:
+            await scopes.__aexit__(None, None, None)
+        if is_left:
+            async with sessions.session_scope("user:1") as session:
+                session.b = 2
+
+    for number, interruption in enumerate(everywhere(raise_outside, transaction, entry)):
+        sessions: SessionManager[Any] = SessionManager()
+        scopes: list[Any] = [sessions.session_scopes("user:1", "user:2")]
+        asyncio.run(handle(scopes[0], interruption, number > 0))
+        scopes.clear()
+        until(lambda sessions=sessions: is_free(sessions))
+        one, two = (sessions.storage.get(key) or {} for key in ("user:1", "user:2"))
+        assert one.pop("b", None) == (2 if number > 0 else None)
+        assert one == two
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_key_that_the_thread_beneath_is_giving_up_cannot_be_waited_for(
+    threads: Threads, blocking: bool
+) -> None:
+    """By a signal handler that has interrupted a finaliser: that would have to go on first. Until
+    that has said so, a few lines long, the handler waits in vain, as long as it may."""
+
+    def enter() -> None:
+        never_left.append(sessions.session_scope(KEY))
+        never_left[0].__enter__()
+
+    def open_too() -> None:
+        raised.extend(raised_by_opening(sessions))
+
+    raised: list[type[Exception]] = []
+    never_left: list[Any] = []
+    for interruption in everywhere(open_too, scope):
+        storage = OwnStorage()
+        storage.blocking = blocking
+        sessions: SessionManager[Any] = SessionManager(storage=storage, lock_timeout=0.05)
+        threads.start(enter)
+        threads.join()
+        with interruption:
+            never_left.clear()
+        until(lambda sessions=sessions: is_free(sessions))
+    assert set(raised[raised.index(SessionDeadlockError) :]) == {SessionDeadlockError}
+
+
+def test_a_signal_handler_in_the_middle_of_a_release_does_not_wait_for_that(
+    threads: Threads,
+) -> None:
+    """A release of a session that another thread has opened, which goes on meanwhile."""
+
+    def handle() -> None:
+        with sessions.session_scope(KEY) as session:
+            opened.append(session)
+            is_open.set()
+            assert go_on.wait(SOON)
+
+    def open_too() -> None:
+        raised.extend(raised_by_opening(sessions))
+
+    raised: list[type[Exception]] = []
+    for interruption in everywhere(open_too, scope):
+        opened: list[Any] = []
+        is_open, go_on = threading.Event(), threading.Event()
+        sessions: SessionManager[Any] = SessionManager(lock_timeout=0.2)
+        threads.start(handle)
+        assert is_open.wait(SOON)
+        with interruption:
+            opened[0].release()
+        go_on.set()
+        threads.join()
+    # Before the release has begun, it is a session that a thread has; and then it is refused.
+    assert set(raised[raised.index(SessionDeadlockError) :]) == {SessionDeadlockError}
+
+
+@raises_in_flows
+def test_the_sessions_of_an_update_are_left_wherever_that_is_interrupted() -> None:
+    """As the integrations leave them."""
+    for number, interruption in enumerate(everywhere(raise_outside, transaction, entry)):
+        sessions: SessionManager[Any] = SessionManager()
+        update_scope = UpdateScope((sessions, SessionManager(prefix="chat")), message())
+        update_scope.__enter__()
+        with contextlib.suppress(OutsideError), interruption:
+            update_scope.leave(None)
+        assert number == 0 or not any(each.is_entered for each in update_scope.in_order)
+        del update_scope
+        until(lambda sessions=sessions: is_free(sessions))
+
+
+@raises_in_flows
+def test_an_update_is_left_wherever_that_is_interrupted() -> None:
+    for number, interruption in enumerate(everywhere(raise_outside, update, transaction, entry)):
+        sessions: SessionManager[Any] = SessionManager()
+        update_scope = UpdateScope((sessions,), message())
+        (session,) = update_scope.__enter__()
+        assert session is not None
+        session["a"] = 1
+        with contextlib.suppress(OutsideError), interruption:
+            update_scope.__exit__(None, None, None)
+        if number > 0:
+            with sessions.session_scope(session.key) as later:
+                later.b = 2
+            assert sessions.storage.get(session.key) == {"a": 1, "b": 2}
+        del update_scope
+        until(lambda sessions=sessions: is_free(sessions))
+
+
+def test_an_update_whose_scopes_could_not_be_entered_leaves_no_record_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Interrupted when the record was open; the threads that close it are all busy."""
+
+    class Opened:
+        record = size = None
+
+        def save(self, record: Any) -> None: ...
+        def close(self, record: Any) -> None:
+            closed.append(record)
+
+    class Shared(OwnStorage):
+        def open_record(self, key: str, timeout: float) -> Opened:
+            return Opened()
+
+    def interrupt(self: Any) -> None:
+        raise OutsideError
+
+    closed: list[Any] = []
+    gate = threading.Event()
+    for _ in range(16):
+        pools.errands.run_soon(lambda: gate.wait(SOON) and None)
+    sessions: SessionManager[Any] = SessionManager(storage=Shared())
+    update_scope = UpdateScope((sessions,), message())
+    monkeypatch.setattr(scope.Scope, "session", interrupt)
+    with pytest.raises(OutsideError):
+        update_scope.__enter__()
+    gate.set()
+    until(lambda: closed and is_free(sessions))
+    assert closed == [None]

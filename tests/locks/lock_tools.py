@@ -96,6 +96,14 @@ def table_of(sessions: SessionManager[Any]) -> LockTable:
 # -- fixtures
 
 
+def make_table() -> LockTable:
+    return LockTable()
+
+
+def make_sessions() -> SessionManager[Any]:
+    return SessionManager()
+
+
 def check_that_nothing_is_left(table: LockTable) -> Iterator[None]:
     """After a test: no lock in the table, no caller noted as waiting, nothing left to do."""
     yield

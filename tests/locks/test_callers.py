@@ -6,9 +6,12 @@ import asyncio
 import gc
 import threading
 import weakref
+from contextlib import AbstractContextManager
 
 from conftest import Threads
+from interruptions import everywhere
 
+from session_sync.locks import callers as callers_module
 from session_sync.locks.callers import Caller, current_caller
 
 
@@ -89,3 +92,19 @@ def test_a_blocked_thread_stops_its_tasks_and_a_waiting_task_only_itself() -> No
 
     asyncio.run(main())
     assert current_caller().stops(current_caller(), blocking=True)
+
+
+def test_a_finaliser_has_a_caller_while_that_of_its_thread_is_being_made(threads: Threads) -> None:
+    def come_in_between() -> None:
+        found.append(current_caller().thread)
+
+    def work(interruption: AbstractContextManager[object]) -> None:
+        with interruption:
+            current_caller()
+        assert set(found) <= {threading.current_thread()}
+
+    found: list[threading.Thread] = []
+    for interruption in everywhere(come_in_between, callers_module):
+        found.clear()
+        threads.start(work, interruption)
+        threads.join()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,20 +31,12 @@ from session_sync.locks.lock import LockHandle, ThreadWaiter
 from session_sync.locks.table import LockTable
 from session_sync.locks.tickets import Tickets
 
+table = pytest.fixture(lock_tools.make_table)
+sessions = pytest.fixture(lock_tools.make_sessions)
 loops = pytest.fixture(lock_tools.make_loops)
 hasty = pytest.fixture(lock_tools.make_hasty)
 standing = pytest.fixture(lock_tools.make_standing)
 nothing_is_left = pytest.fixture(autouse=True)(lock_tools.check_that_nothing_is_left)
-
-
-@pytest.fixture
-def table() -> LockTable:
-    return LockTable()
-
-
-@pytest.fixture
-def sessions() -> SessionManager[Any]:
-    return SessionManager()
 
 
 # -- an event loop's own thread
@@ -165,6 +158,48 @@ def test_a_blocked_loop_that_is_in_the_way_of_its_own_key_is_seen(
     b.release()
     coroutine.result(SOON)
     threads.join()
+
+
+def test_those_ahead_are_looked_at_once_each_however_many_wait(
+    table: LockTable, threads: Threads, loops: Callable[[], Loop]
+) -> None:
+    """While a loop's thread is blocked, those ahead of a caller count as the holders do; and so do
+    those ahead of them."""
+    release, stuck, waiting = take_elsewhere(table, threads, "a"), loops(), loops()
+    k = take_unowned(table, "k")
+
+    async def take_and_release() -> None:
+        (await take_async(table, "k")).release()
+
+    async def block() -> None:
+        take(table, "a").release()
+
+    def calls_behind(number: int) -> int:
+        tasks.extend(waiting.run(take_and_release()) for _ in range(number - len(tasks)))
+        until(lambda: queued(table) == number)
+        counted = 0
+
+        def count(_frame: object, event: str, _arg: object) -> None:
+            nonlocal counted
+            counted += event == "call"
+
+        sys.setprofile(count)
+        try:
+            with pytest.raises(SessionLockTimeout):
+                take(table, "k", timeout=0)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    blocked = stuck.run(block())
+    until(lambda: queued(table, "a") == 1)
+    tasks: list[Any] = []
+    few = calls_behind(50)
+    assert calls_behind(500) < 15 * few  # linear: 10, quadratic: 100
+    k.release()
+    release()
+    for task in (blocked, *tasks):
+        task.result(SOON)
 
 
 def test_a_thread_behind_a_coroutine_whose_loop_waits_for_that_thread_is_refused(

@@ -18,13 +18,9 @@ from session_sync import SessionLockTimeout, SessionManager
 from session_sync.locks.lock import ThreadWaiter
 from session_sync.locks.table import LockTable
 
+table = pytest.fixture(lock_tools.make_table)
 hasty = pytest.fixture(lock_tools.make_hasty)
 nothing_is_left = pytest.fixture(autouse=True)(lock_tools.check_that_nothing_is_left)
-
-
-@pytest.fixture
-def table() -> LockTable:
-    return LockTable()
 
 
 def test_a_cancelled_waiter_disturbs_nobody(table: LockTable) -> None:

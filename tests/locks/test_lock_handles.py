@@ -20,19 +20,11 @@ from session_sync import MemoryStorage, SessionLockTimeout, SessionManager
 from session_sync.locks.lock import LockHandle
 from session_sync.locks.table import LockTable
 
+table = pytest.fixture(lock_tools.make_table)
+sessions = pytest.fixture(lock_tools.make_sessions)
 loops = pytest.fixture(lock_tools.make_loops)
 hasty = pytest.fixture(lock_tools.make_hasty)
 nothing_is_left = pytest.fixture(autouse=True)(lock_tools.check_that_nothing_is_left)
-
-
-@pytest.fixture
-def table() -> LockTable:
-    return LockTable()
-
-
-@pytest.fixture
-def sessions() -> SessionManager[Any]:
-    return SessionManager()
 
 
 # -- exclusion

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import interruptions
 import lock_tools
 import pytest
 from conftest import Threads
@@ -20,10 +21,12 @@ from lock_tools import (
     Guest,
     Interrupted,
     Interruption,
+    Loop,
     assert_nothing_is_left,
     is_unlocked,
     queued,
     take,
+    take_async,
     take_unowned,
 )
 from waiting import SOON, until
@@ -34,12 +37,9 @@ from session_sync.locks.lock import LockHandle, ThreadWaiter
 from session_sync.locks.table import LockTable
 from session_sync.locks.tickets import Tickets
 
+table = pytest.fixture(lock_tools.make_table)
+loops = pytest.fixture(lock_tools.make_loops)
 nothing_is_left = pytest.fixture(autouse=True)(lock_tools.check_that_nothing_is_left)
-
-
-@pytest.fixture
-def table() -> LockTable:
-    return LockTable()
 
 
 class Elsewhere:
@@ -121,6 +121,40 @@ def test_an_interrupted_release_gives_the_key_to_the_waiter_all_the_same(
         assert_nothing_is_left(table)
 
     assert interrupt_everywhere(work) > 20
+
+
+def test_an_interrupted_release_does_not_take_the_key_from_the_task_that_has_gone_on_with_it(
+    table: LockTable, loops: Callable[[], Loop]
+) -> None:
+    """What the interrupt has left half-done, which may be to tell the task, is done once more."""
+
+    async def work(has_it: threading.Event, go_on: asyncio.Event) -> bool:
+        handle = await take_async(table)
+        has_it.set()
+        await go_on.wait()
+        was_held = handle.is_held
+        handle.release()
+        return was_held
+
+    def interrupt() -> None:
+        has_it.wait(0.02)  # in vain, if it comes before the task was told
+        raise Interrupted
+
+    loop = loops()
+    for interruption in interruptions.everywhere(interrupt, lock):
+        has_it, go_on = threading.Event(), asyncio.Event()
+        handle = take_unowned(table)
+        task = loop.run(work(has_it, go_on))
+        until(lambda: queued(table) == 1)
+        try:
+            with interruption:
+                handle.release()
+        except Interrupted:
+            handle.release()
+        assert has_it.wait(SOON)
+        loop.loop.call_soon_threadsafe(go_on.set)
+        assert task.result(SOON)
+        assert_nothing_is_left(table)
 
 
 def test_an_interrupted_wait_leaves_the_queue_or_hands_the_key_on(

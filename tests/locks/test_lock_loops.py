@@ -12,6 +12,7 @@ from typing import Any
 import lock_tools
 import pytest
 from conftest import Threads
+from interruptions import everywhere, raise_outside
 from lock_tools import (
     StandingLoop,
     is_unlocked,
@@ -21,21 +22,18 @@ from lock_tools import (
     take_elsewhere,
     take_unowned,
 )
+from stops import Stop, stopping
 from waiting import SOON, until, until_async
 
-from session_sync import SessionLockTimeout
+from session_sync import SessionLockTimeout, SessionManager
 from session_sync.locks import lock
 from session_sync.locks.deadlock import waits
 from session_sync.locks.lock import LockHandle, TaskWaiter
 from session_sync.locks.table import LockTable
 
+table = pytest.fixture(lock_tools.make_table)
 standing = pytest.fixture(lock_tools.make_standing)
 nothing_is_left = pytest.fixture(autouse=True)(lock_tools.check_that_nothing_is_left)
-
-
-@pytest.fixture
-def table() -> LockTable:
-    return LockTable()
 
 
 def release_and_stop(holder: LockHandle, loop: asyncio.AbstractEventLoop) -> None:
@@ -172,6 +170,74 @@ def test_a_waiter_that_looks_while_it_is_being_told_to_look_is_not_forgotten(
     standing.go_on(task).release()
 
 
+def test_a_loop_that_goes_on_as_it_is_told_to_look_is_told_again_when_it_stands_still(
+    table: LockTable, threads: Threads, standing: StandingLoop
+) -> None:
+    def hold(handle: LockHandle) -> None:
+        handle.acquire(None)
+        holds.set()
+        assert let_go.wait(SOON)
+        handle.release()
+
+    def run_loop() -> None:
+        standing.loop.run_until_complete(until_async(gives_on.is_set))
+
+    holds, let_go, gives_on = (threading.Event() for _ in range(3))
+    holder = take_unowned(table)
+    task = standing.wait_for(table)
+    threads.start(hold, table.handle("k"))
+    until(lambda: queued(table) == 2)
+    asks = Stop(TaskWaiter.can_take, "self._asked = True")
+    giver = threads.start(stopping(holder.release, asks))
+    asks.wait()
+    loop = threads.start(run_loop)
+    until(standing.loop.is_running)
+    gives_on.set()
+    asks.go_on()
+    giver.join(SOON)
+    assert holds.wait(SOON)
+    loop.join(SOON)  # it has looked, and stands still again
+    let_go.set()
+    threads.join()
+    standing.go_on(task).release()
+
+
+def test_a_loop_that_is_interrupted_as_it_looks_looks_again(
+    threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal handler that raises, of which asyncio tells only the log."""
+    sessions: SessionManager[Any] = SessionManager(lock_timeout=None)
+
+    async def handle() -> None:
+        async with sessions.session_scope("k"):
+            pass
+
+    def hold() -> None:
+        with sessions.session_scope("k"):
+            holds.set()
+            assert let_go.wait(SOON)
+
+    look = TaskWaiter._look
+    for interruption in everywhere(raise_outside, lock):
+
+        def interrupted(waiter: TaskWaiter, interruption: Any = interruption) -> None:
+            monkeypatch.setattr(TaskWaiter, "_look", look)
+            with interruption:
+                look(waiter)
+
+        holds, let_go = threading.Event(), threading.Event()
+        threads.start(hold)
+        assert holds.wait(SOON)
+        standing = StandingLoop()
+        task = standing.loop.create_task(handle())
+        standing.loop.run_until_complete(until_async(lambda: sessions.locks.waiters("k") == 1))
+        monkeypatch.setattr(TaskWaiter, "_look", interrupted)
+        let_go.set()
+        threads.join()  # the loop stands still, and is told to look
+        standing.go_on(task)
+        standing.loop.close()
+
+
 # -- loops that are closed or thrown away
 
 
@@ -218,6 +284,44 @@ def test_a_loop_that_is_closed_in_the_moment_its_waiter_is_woken_gives_the_key_o
     assert len(table) == 0
     del task
     gc.collect()
+
+
+def test_a_key_that_a_closed_loop_cannot_take_while_its_task_is_thrown_away_has_one_owner(
+    table: LockTable, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that gives it the key takes it back, and the task lets it go: of these two, the
+    second one finds the key with another owner."""
+    gives, taken_back = threading.Event(), threading.Event()
+
+    def wake(_waiter: TaskWaiter) -> bool:
+        gives.set()
+        assert taken_back.wait(SOON)
+        return False
+
+    def come_in() -> None:
+        taken_back.set()
+        giver.join(SOON)
+        other.try_acquire()
+
+    monkeypatch.setattr(TaskWaiter, "can_take", lambda _: True)  # as if the loop were running
+    monkeypatch.setattr(TaskWaiter, "wake", wake)
+    for interruption in everywhere(come_in, lock):
+        gives.clear()
+        taken_back.clear()
+        release = take_elsewhere(table, threads)
+        standing, other = StandingLoop(), table.handle("k")
+        task: Any = standing.wait_for(table)
+        giver = threads.start(release)
+        assert gives.wait(SOON)
+        with interruption:
+            task.get_coro().close()
+        if not interruption.happened:
+            come_in()
+        assert other.is_held
+        other.release()
+        standing.loop.close()
+        del task
+        gc.collect()
 
 
 @pytest.mark.parametrize("closed", [True, False])

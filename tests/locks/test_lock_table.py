@@ -22,17 +22,9 @@ from session_sync import SessionManager
 from session_sync.locks import table as table_module
 from session_sync.locks.table import LockTable, StoreLocks
 
+table = pytest.fixture(lock_tools.make_table)
+sessions = pytest.fixture(lock_tools.make_sessions)
 nothing_is_left = pytest.fixture(autouse=True)(lock_tools.check_that_nothing_is_left)
-
-
-@pytest.fixture
-def table() -> LockTable:
-    return LockTable()
-
-
-@pytest.fixture
-def sessions() -> SessionManager[Any]:
-    return SessionManager()
 
 
 # -- nothing is left behind

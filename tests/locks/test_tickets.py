@@ -20,13 +20,9 @@ from session_sync.locks.lock import LockHandle, Ticket
 from session_sync.locks.table import LockTable
 from session_sync.locks.tickets import Tickets
 
+table = pytest.fixture(lock_tools.make_table)
 loops = pytest.fixture(lock_tools.make_loops)
 nothing_is_left = pytest.fixture(autouse=True)(lock_tools.check_that_nothing_is_left)
-
-
-@pytest.fixture
-def table() -> LockTable:
-    return LockTable()
 
 
 class Called(list[Tickets]):

@@ -29,6 +29,7 @@ from session_sync.locks.table import LockTable, StoreLocks
 from session_sync.locks.tickets import Tickets
 from session_sync.locks.watch import WaitReport, Watch
 
+table = pytest.fixture(lock_tools.make_table)
 nothing_is_left = pytest.fixture(autouse=True)(lock_tools.check_that_nothing_is_left)
 
 
@@ -57,11 +58,6 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
-
-
-@pytest.fixture
-def table() -> LockTable:
-    return LockTable()
 
 
 @pytest.fixture
@@ -420,18 +416,24 @@ def test_a_hurried_wait_wakes_the_thread_that_sleeps_for_a_patient_one(
     thread.join(SOON)
 
 
+def fail_to_start_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> Any:
+    """The thread that watches; returns what starts threads, as it is again afterwards."""
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "session_sync-watch":
+            monkeypatch.setattr(threading.Thread, "start", start)
+            raise error
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    return start
+
+
 def test_a_thread_that_could_not_be_started_is_started_by_the_next_wait(
     table: LockTable, watch: Watch, threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = threading.Thread.start
-
-    def fail_once(thread: threading.Thread) -> None:
-        if thread.name == "session_sync-watch":
-            monkeypatch.setattr(threading.Thread, "start", start)
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    start = fail_to_start_once(monkeypatch, RuntimeError("can't start new thread"))
     missed = Patience(0.001)
     holder = take(table, "missed")
 
@@ -446,6 +448,21 @@ def test_a_thread_that_could_not_be_started_is_started_by_the_next_wait(
     assert missed.next().key == "missed"  # it was not lost, only late
     holder.release()
     thread.join(SOON)
+
+
+def test_an_interrupt_while_the_thread_starts_does_not_keep_the_next_wait_from_being_reported(
+    table: LockTable, watch: Watch, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            table.handle("k").acquire(SOON, patience=Patience(1000))
+
+    start = fail_to_start_once(monkeypatch, KeyboardInterrupt())
+    holder = take(table, "k")
+    threads.start(work).join(SOON)
+    assert threading.Thread.start is start
+    holder.release()
+    wait_for_report(table, threads, "k", Patience(0.001))
 
 
 def test_after_a_report_that_has_failed_the_next_wait_is_reported(

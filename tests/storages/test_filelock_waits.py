@@ -326,7 +326,7 @@ def test_where_no_thread_can_be_started_time_outs_are_kept_and_nothing_is_left(
     assert locks.waiting() == set()
     assert locks.generation.file().claims == {}
     assert descriptors(tmp_path / "locks") == before
-    assert not background.start_thread(lambda: None, "wait for nothing")
+    assert not background.start_thread(lambda: None)
     held.release()
     locks.acquire("key", 0).release()
 

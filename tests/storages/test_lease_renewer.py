@@ -8,7 +8,7 @@ import ctypes
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
 from interruptions import OutsideError, everywhere, raise_outside
@@ -17,6 +17,7 @@ from session_sync.storages import background, leases
 from session_sync.storages.leases import Lease, Renewer
 
 SOON = 20.0
+NAME = "a renewer of a test"
 HERE = (leases, background)
 
 
@@ -51,11 +52,9 @@ def server() -> Server:
 
 
 @pytest.fixture
-def renewer(monkeypatch: pytest.MonkeyPatch) -> Renewer:
+def renewer() -> Renewer:
     """Not the one of the process; its thread has another name."""
-    start = background.start_thread
-    monkeypatch.setattr(leases, "start_thread", lambda target, name: start(target, f"test {name}"))
-    return Renewer()
+    return Renewer(NAME)
 
 
 @contextlib.contextmanager
@@ -84,12 +83,30 @@ def test_a_thread_that_could_not_be_started_is_started_at_the_next_lease(
     server.wait_for(first, second, third)
 
 
+def test_of_two_threads_that_are_started_at_once_one_renews(
+    monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    renewer = Renewer("one of two")
+    begins: list[Callable[[], object]] = []
+    start = leases.start_thread
+    monkeypatch.setattr(leases, "start_thread", lambda target: begins.append(target) or True)
+    one, another = Lease(server, 0.03), Lease(server, 0.03)
+    renewer.keep(one)
+    renewer.keep(another)
+    assert len(begins) == 2
+    for begin in begins:
+        start(begin)
+    server.wait_for(one, another, times=5)
+    assert len(server.threads) == 1
+    assert [thread.name for thread in threading.enumerate()].count("one of two") == 1
+
+
 def test_an_exception_at_any_place_does_not_keep_leases_from_being_renewed(
-    monkeypatch: pytest.MonkeyPatch, server: Server, renewer: Renewer
+    server: Server,
 ) -> None:
     for interruption in everywhere(raise_outside, *HERE):
         one, another, third = (Lease(server, 0.03) for _ in range(3))
-        some = Renewer()
+        some = Renewer(NAME)
         with contextlib.suppress(OutsideError), interruption:
             some.keep(one)
             some.drop(third)
@@ -103,7 +120,7 @@ def test_an_exception_at_any_place_does_not_keep_leases_from_being_renewed(
 
 def test_what_comes_into_the_middle_of_it_breaks_nothing(server: Server) -> None:
     """A finaliser in the renewing thread that closes a record, or a signal handler in another."""
-    renewer = Renewer()
+    renewer = Renewer(NAME)
     renewer._owner["thread"] = 0  # no thread: what it does is done here
     others = [Lease(server, 1000) for _ in range(5)]
     for lease in others:
@@ -144,7 +161,7 @@ def test_a_lease_that_comes_while_the_thread_looks_wakes_it(server: Server) -> N
         renewer.keep(soon)
 
     for interruption in everywhere(nested, *HERE):
-        renewer, soon = Renewer(), Lease(server, 1)
+        renewer, soon = Renewer(NAME), Lease(server, 1)
         renewer._owner["thread"] = 0  # no thread: what it does is done here
         renewer.keep(late)
         while not renewer._news.empty():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import session_sync
@@ -22,6 +22,8 @@ Verdict = Literal["must", "may", "never"]
 # By key and field, the bits of each verdict.
 Bits: TypeAlias = "dict[str, dict[str, dict[str, int]]]"
 
+# What CPython says where what closes a coroutine is interrupted, or comes in two ways at once.
+_THROWN_AWAY = ("coroutine ignored GeneratorExit", "coroutine already executing")
 COINS = 100  # that each key begins with
 FIELDS = {  # whose bits stand where
     "a": "changed by whoever has the key; with `box` and `n` it makes a whole",
@@ -64,6 +66,7 @@ class Record:
         "bit",
         "changed",
         "done",
+        "entered",
         "error",
         "field",
         "flushed",
@@ -72,6 +75,7 @@ class Record:
         "keeps",
         "key",
         "kind",
+        "left",
         "loose",
         "may_circle",
         "may_time_out",
@@ -95,8 +99,14 @@ class Record:
         self.may_time_out = False
         self.inside = False  # nobody else may be
         self.turn: Record | None = None  # which of those that have joined it is inside
+        self.entered = self.left = 0.0  # time.monotonic(), if it began and if it has failed
         # By name and text: an exception keeps frames alive, and with them scopes.
         self.error = self.message = ""
+
+    def finish(self) -> None:
+        """It has left the block without an error."""
+        self.left = time.monotonic()
+        self.done = True
 
     def failed(self, error: BaseException) -> None:
         """It has raised this."""
@@ -104,6 +114,7 @@ class Record:
         if error.__context__ is not None:
             self.message += f" [after {type(error.__context__).__name__}]"
         self.error = self.op.error = type(error).__name__
+        self.left = time.monotonic()
 
     def all_joined(self) -> Iterator[Record]:
         """This one and those whose session it shares."""
@@ -182,6 +193,7 @@ class Ledger:
         self.torn: list[str] = []  # seen by an operation
         self.owners: dict[str, Record] = {}
         self.alarmed = False  # somebody has waited too long, so this round should end
+        self.diagnose: Callable[[], str] = str  # what can be seen of the locks
         self._false_circles = 0
         self._numbers = {key: itertools.count(process, 2) for key in keys}
 
@@ -205,8 +217,9 @@ class Ledger:
         """It has raised this. A time-out that should not be also says who is where just now."""
         record.failed(error)
         if isinstance(error, LockTimeoutError) and not record.may_time_out:
-            record.message += f" Meanwhile:{self.going_on()}"
-            self.alarmed = True
+            if not self.alarmed:
+                self.alarmed = True
+                record.message += f" Meanwhile:{self.going_on()}\n{self.diagnose()}"
         elif type(error) is session_sync.SessionDeadlockError and not record.may_circle:
             self._false_circles += 1
             self.alarmed |= self._false_circles > 100
@@ -241,6 +254,7 @@ class Ledger:
         """Change three things that belong together; where it yields, others get a chance."""
         bit = 1 << record.bit
         self.look(session, record)
+        record.entered = time.monotonic()
         record.began = True
         value = session["a"]
         yield
@@ -252,6 +266,7 @@ class Ledger:
 
     def change_one(self, session: Any, record: Record) -> Iterator[None]:
         """Change a single field."""
+        record.entered = time.monotonic()
         record.began = True
         value = session[record.field]
         yield
@@ -266,6 +281,14 @@ class Ledger:
             place, what = found[record.key][record.field], verdict(record)
             place[what] = place.get(what, 0) | 1 << record.bit
         return found
+
+    def story(self) -> list[tuple[str, str, int, float, str]]:
+        """What has begun: key, field, bit, when, and all about it."""
+        return [
+            (r.key, r.field, r.bit, r.entered, f"{r.left - r.entered if r.left else 0:.4f} {r}")
+            for r in self.records
+            if r.began
+        ]
 
     def open_pairs(self) -> list[tuple[str, int, str, int]]:
         return [(x.key, x.bit, y.key, y.bit) for x, y in self.pairs]
@@ -293,6 +316,8 @@ class Ledger:
             return
         if error in ("Interrupt", "Alarm") or (error == "TimeoutError" and record.interrupted):
             return
+        if record.interrupted and record.message.startswith(_THROWN_AWAY):
+            return
         if record.kind == "signal" and error != LockTimeoutError.__name__:
             return  # it may find this thread in the middle of anything; it must not harm it
         if error == "SessionClosedError" and record.joined is not None and record.joined.raised:
@@ -308,7 +333,10 @@ class Ledger:
 
 
 def compare(
-    stored: dict[str, dict[str, int]], bits: list[Bits], failures: Failures, ledger: Ledger
+    stored: dict[str, dict[str, int]],
+    bits: list[Bits],
+    failures: Failures,
+    story: list[tuple[str, str, int, float, str]],
 ) -> None:
     """Whether what is stored is what must be."""
     for key, fields in stored.items():
@@ -320,9 +348,9 @@ def compare(
                 never |= found.get("never", 0)
                 known |= found.get("must", 0) | found.get("may", 0)
             value = fields[field]
-            _tell(failures, "lost", key, field, must & ~value, ledger)
-            _tell(failures, "undone", key, field, value & never, ledger)
-            _tell(failures, "torn", key, field, value & ~known & ~never, ledger)
+            _tell(failures, "lost", key, field, must & ~value, stored, story)
+            _tell(failures, "undone", key, field, value & never, stored, story)
+            _tell(failures, "torn", key, field, value & ~known & ~never, stored, story)
         if not (fields["a"] == fields["m"] and fields["a"].bit_count() == fields["n"]):
             failures.add("torn", f"{key} is stored as {fields}")
     coins = sum(fields["coins"] for fields in stored.values())
@@ -339,14 +367,26 @@ def compare_pairs(
             failures.add("torn", f"a transfer: {one} a:{bit} is {here}, {other} a:{its} is {there}")
 
 
-def _tell(failures: Failures, kind: str, key: str, field: str, bits: int, ledger: Ledger) -> None:
+def _tell(
+    failures: Failures,
+    kind: str,
+    key: str,
+    field: str,
+    bits: int,
+    stored: dict[str, dict[str, int]],
+    story: list[tuple[str, str, int, float, str]],
+) -> None:
     while bits:
         bit = (bits & -bits).bit_length() - 1
         bits &= bits - 1
-        whose = [
-            str(r) for r in ledger.records if (r.key, r.field, r.bit) == (key, field, bit)
-        ] or ["an operation of the other process"]
-        failures.add(kind, f"{key} {field}:{bit}: {whose[0]}")
+        told = sorted((each for each in story if each[0] == key), key=lambda each: each[3])
+        at = next((n for n, each in enumerate(told) if each[1:3] == (field, bit)), None)
+        about = "" if at is None else told[at][4]
+        if at is not None and failures.number[kind] < 2:
+            for _key, its_field, its_bit, entered, text in told[max(0, at - 8) : at + 12]:
+                is_there = stored[key][its_field] >> its_bit & 1
+                about += f"\n    {entered:.6f} {'is  ' if is_there else 'is not'} stored: {text}"
+        failures.add(kind, f"{key} {field}:{bit}: {about}")
 
 
 class Slot:

@@ -37,6 +37,7 @@ class World:
     without: frozenset[str] = frozenset()  # what is left out, to find out what it takes
     stopped: bool = False
     broken: list[str] = field(default_factory=list)  # what went wrong outside of sessions
+    open_before: list[str] = field(default_factory=list)  # blocks that were never left, most likely
 
     def manager(self, op: Op, rng: Random) -> tuple[str, SessionManager[Any]]:
         # One that saves in spite of errors would save half a change, if an interrupt halves it.
@@ -64,6 +65,19 @@ class World:
         record.may_time_out = name == "short"
         record.keeps = name == "keep"
         return record
+
+    def prepare_pair(
+        self, op: Op, rng: Random, kind: str
+    ) -> tuple[SessionManager[Any], list[Record]]:
+        """The records of a block of one of the managers around two sessions: both or neither."""
+        name, manager = self.manager(op, rng)
+        records = [self.ledger.record(op, kind, key) for key in rng.sample(self.ledger.keys, 2)]
+        self.ledger.pairs.append((records[0], records[1]))
+        for record in records:
+            record.may_circle = True  # with nested blocks
+            record.may_time_out = name == "short"
+            record.keeps = name == "keep"
+        return manager, records
 
 
 class Job:
@@ -178,7 +192,7 @@ class Threaded:
         try:
             with manager.session_scope(key) as session:
                 self.body(op, session, record, held)
-            record.done = True
+            record.finish()
         except BaseException as error:
             self.ledger.failed(record, error)
             raise
@@ -236,7 +250,7 @@ class Threaded:
             self.pause()
         if self.rng.random() < 0.5 and job.wait():
             confirm(record)
-        late.done = True
+        late.finish()
 
     def _release(self, op: Op, session: Any, record: Record, held: Held) -> None:
         for each in record.all_joined():
@@ -287,7 +301,7 @@ class Threaded:
                         time.sleep(0)
                 finally:
                     record.inside = False
-            record.done = True
+            record.finish()
         except BaseException as error:
             self.ledger.failed(record, error)
             raise
@@ -308,19 +322,13 @@ class Threaded:
 
     def _transfer(self, op: Op) -> None:
         """Coins from one to another."""
-        one, other = self.rng.sample(self.ledger.keys, 2)
-        name, manager = self.world.manager(op, self.rng)
-        records = [self.ledger.record(op, "transfer", key) for key in (one, other)]
-        self.ledger.pairs.append((records[0], records[1]))
-        for record in records:
-            record.may_circle = True  # with nested blocks
-            record.may_time_out = name == "short"
-            record.keeps = name == "keep"
+        manager, records = self.world.prepare_pair(op, self.rng, "transfer")
+        keys = [record.key for record in records]
         try:
-            with manager.session_scopes(one, other) as sessions:
+            with manager.session_scopes(*keys) as sessions:
                 self._move(sessions, records)
             for record in records:
-                record.done = True
+                record.finish()
         except BaseException as error:
             for record in records:
                 self.ledger.failed(record, error)
@@ -357,7 +365,7 @@ class Threaded:
             else:
                 with self.world.managers["eager"].session_scope(key) as session:
                     self.ledger.look(session, record)
-            record.done = True
+            record.finish()
         except BaseException as error:
             self.ledger.failed(record, error)
             raise
@@ -383,7 +391,7 @@ def _enter_in_cycle(manager: SessionManager[Any], record: Record) -> None:
     cycle.append(cycle)
     try:
         scope.__enter__()
-        record.done = True
+        record.finish()
     except BaseException as error:
         record.failed(error)
 
@@ -432,7 +440,7 @@ class Tasked:
         try:
             async with manager.session_scope(key) as session:
                 await self.body(op, session, record, held, name)
-            record.done = True
+            record.finish()
         except BaseException as error:
             self.ledger.failed(record, error)
             raise
@@ -490,7 +498,7 @@ class Tasked:
         if self.rng.random() < 0.7:
             await flush
             confirm(record)
-        late.done = True
+        late.finish()
 
     async def _release(self, op: Op, session: Any, record: Record, held: Held) -> None:
         for each in record.all_joined():
@@ -529,7 +537,7 @@ class Tasked:
                         await asyncio.sleep(0)
                 finally:
                     record.inside = False
-            record.done = True
+            record.finish()
         except BaseException as error:
             self.ledger.failed(record, error)
             raise
@@ -554,19 +562,13 @@ class Tasked:
             await self.block(op, key, held, *self.world.manager(op, self.rng))
 
     async def _transfer(self, op: Op) -> None:
-        one, other = self.rng.sample(self.ledger.keys, 2)
-        name, manager = self.world.manager(op, self.rng)
-        records = [self.ledger.record(op, "async transfer", key) for key in (one, other)]
-        self.ledger.pairs.append((records[0], records[1]))
-        for record in records:
-            record.may_circle = True  # with nested blocks
-            record.may_time_out = name == "short"
-            record.keeps = name == "keep"
+        manager, records = self.world.prepare_pair(op, self.rng, "async transfer")
+        keys = [record.key for record in records]
         try:
-            async with manager.session_scopes(one, other) as sessions:
+            async with manager.session_scopes(*keys) as sessions:
                 await self._move(sessions, records)
             for record in records:
-                record.done = True
+                record.finish()
         except BaseException as error:
             for record in records:
                 self.ledger.failed(record, error)
@@ -602,7 +604,7 @@ class Tasked:
             else:
                 async with self.world.managers["eager"].session_scope(key) as session:
                     self.ledger.look(session, record)
-            record.done = True
+            record.finish()
         except BaseException as error:
             self.ledger.failed(record, error)
             raise
@@ -622,7 +624,7 @@ class Tasked:
                     raise
                 finally:
                     record.inside = False
-            record.done = True
+            record.finish()
         except BaseException as error:
             self.ledger.failed(record, error)
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import logging
 import os
 import signal
 import sys
@@ -16,8 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from random import Random
+from types import FrameType
 from typing import Any
 
+from diagnosis import collections, locks_and_stacks, open_blocks
 from model import (
     COINS,
     FIELDS,
@@ -46,12 +49,6 @@ LIMIT = PATIENCE + 30  # seconds that anything may last
 OPENS = 10.0  # seconds in which a key can be had after the round
 
 
-def table_size(manager: SessionManager[Any]) -> int:
-    """How many keys are locked or wanted, in the old core and in the new one."""
-    locks = getattr(manager, "locks", None)
-    return len(manager._options.door.locks if locks is None else locks)
-
-
 def open_storage(url: str) -> Any:
     if url.startswith("memory"):
         return MemoryStorage()
@@ -73,7 +70,7 @@ class Interruptible:
         """By another thread. It first says so, and then looks once more; `close` does these two
         things the other way round, so one of them knows of the other."""
         op = self.window
-        if op is None or op.interrupted:
+        if op is None or op.interrupted or _is_logging(sys._current_frames().get(self.ident)):
             return False
         self._target = op
         sent = self.window is op
@@ -92,6 +89,16 @@ class Interruptible:
                 time.sleep(0)
             for _ in range(1000):
                 pass
+
+
+def _is_logging(frame: FrameType | None) -> bool:
+    """Whether a thread is in `logging`, as redis-py is when it connects: an interrupt may leave the
+    mutex of that locked."""
+    while frame is not None:
+        if frame.f_code.co_filename == logging.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def note(world: World, op: Op, error: BaseException) -> None:
@@ -119,6 +126,7 @@ class ThreadWorker(threading.Thread):
     def _once(self) -> None:
         op = Op(calm=self.rng.random() < 0.25)
         self.slot.beat("an operation")
+        self.world.open_before += open_blocks()
         try:
             if not op.calm:
                 self.guard.window = op
@@ -240,7 +248,10 @@ class DoomedLoops(threading.Thread):
 def _soon_empty(manager: SessionManager[Any]) -> int:
     """How many keys are in the lock table after all; what blocks is unlocked by a thread."""
     give_up = time.monotonic() + OPENS
-    while (size := table_size(manager)) and time.monotonic() < give_up:
+    locks = manager._options.backend.locks
+    while (size := len(manager.locks)) and time.monotonic() < give_up:
+        if all(handle.is_orphaned for handle in list(locks.held.values())) and not locks.queues:
+            return 0  # its finaliser was interrupted, too: it is given to whoever comes to wait
         time.sleep(0.01)
     return size
 
@@ -286,6 +297,7 @@ class BotWorker(threading.Thread):
     def handle(self, error: Exception) -> bool:  # as telebot calls it
         if not isinstance(error, Boom):
             self.world.broken.append(f"the bot: {type(error).__name__}: {error}")
+            self.handled.put(None)  # perhaps before its handler was called
         return True
 
     def run(self) -> None:
@@ -324,7 +336,7 @@ class BotWorker(threading.Thread):
         record = self.records[message.text]
         try:
             self.ops.body(record.op, message.session, record, {})
-            record.done = True
+            record.finish()
         except BaseException as error:
             self.world.ledger.failed(record, error)
             raise
@@ -371,19 +383,24 @@ class MainWorker:
         op = Op(calm=self.rng.random() < 0.25)
         self._holder = Record(op, "the operation around", "", 0, "a")
         self.slot.beat("an operation")
+        self.world.open_before += open_blocks()
         try:
             self.window = op
             self.ops.operate(op)
-            self._holder.done = True
+            self._holder.finish()
         except BaseException as error:
             note(self.world, op, error)
         self.window = None
 
-    def _set_timer(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, self.rng.uniform(0.0003, 0.006))
+    def _set_timer(self, spent: float = 0.0) -> None:
+        """The next signal; what is interrupted gets as much time as the handler has taken."""
+        signal.setitimer(signal.ITIMER_REAL, self.rng.uniform(0.0003, 0.006) + spent)
 
-    def _on_alarm(self, _number: int, _frame: object) -> None:
+    def _on_alarm(self, _number: int, frame: FrameType | None) -> None:
         if self._in_handler:
+            return
+        if _is_logging(frame):
+            self._set_timer()
             return
         op, roll = self.window, self.rng.random()
         is_fair = op is not None and not op.calm and not op.interrupted
@@ -392,13 +409,15 @@ class MainWorker:
             self.sent += 1
             self._set_timer()
             raise Interrupt if roll < 0.2 else Alarm
-        if roll < 0.7:
+        began = time.monotonic()
+        # What a collection of this thread would unlock, the handler could wait for in vain.
+        if roll < 0.7 and not collections.begun:
             self._in_handler = True
             try:
                 self._use_session()
             finally:
                 self._in_handler = False
-        self._set_timer()
+        self._set_timer(time.monotonic() - began)
 
     def _use_session(self) -> None:
         """It may find its own thread in the middle of a handler, whose session it joins, or of
@@ -413,7 +432,7 @@ class MainWorker:
             with self.world.managers["short"].session_scope(key) as session:
                 for _ in self.world.ledger.change_one(session, record):
                     pass
-            record.done = True
+            record.finish()
         except Exception as error:
             record.failed(error)
 
@@ -465,6 +484,7 @@ class Round:
             without=frozenset(plan["without"]),
             broken=broken,
         )
+        self.world.ledger.diagnose = lambda: locks_and_stacks(self.world.managers["eager"])
         self._draw(rng)
 
     def _draw(self, rng: Random) -> None:
@@ -536,7 +556,8 @@ class Round:
         for text in self.world.broken:
             failures.add("unexpected", text)
         if (size := _soon_empty(self.world.managers["eager"])) != 0:
-            failures.add("locked", f"{size} keys are left in the lock table")
+            seen = locks_and_stacks(self.world.managers["eager"])
+            failures.add("locked", f"{size} keys are left in the lock table\n{seen}")
 
     def check(self, others: list[dict[str, Any]], failures: Failures) -> None:
         """Whether all keys can be had, and hold what they must."""
@@ -555,11 +576,16 @@ class Round:
             return
         ledger = self.world.ledger
         bits: list[Bits] = [ledger.bits(), *(other["bits"] for other in others)]
-        compare(stored, bits, failures, ledger)
+        story = ledger.story()
+        for other in others:
+            story += map(tuple, other["story"])
+        compare(stored, bits, failures, story)
         pairs = ledger.open_pairs()
         for other in others:
             pairs += other["pairs"]
         compare_pairs(stored, pairs, failures)
+        if failures:
+            failures.details += self.world.open_before
         gc.collect()
         if (size := _soon_empty(manager)) != 0:
             failures.add("locked", f"{size} keys are left in the lock table after all were opened")

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import faulthandler
+import functools
 import gc
 import json
 import logging
@@ -34,8 +35,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from diagnosis import locks_and_stacks
 from model import Failures, Slot
-from rounds import LIMIT, SHARED, Round, open_storage, table_size
+from rounds import LIMIT, SHARED, Round, open_storage
 
 STORES = ("memory", "lru", "sqlite", "disk", "redis")
 HUNG = 3  # the exit code of a process that hangs
@@ -86,8 +88,13 @@ class Watchdog:
                     print(task, file=sys.stderr)
         if current is not None:
             with contextlib.suppress(Exception):
-                size = table_size(current.world.managers["eager"])
-                print(f"{size} keys are in the lock table", file=sys.stderr)
+                for _ in range(2):
+                    used = current.main.used
+                    print(
+                        f"{used} sessions in signal handlers; gc {gc.get_count()}", file=sys.stderr
+                    )
+                    time.sleep(2)
+                print(locks_and_stacks(current.world.managers["eager"]), file=sys.stderr)
             going_on = current.world.ledger.going_on()
             print(f"going on:{going_on}", file=sys.stderr)
         if self._status is not None:
@@ -172,6 +179,8 @@ class Partner:
 def prepare_process() -> Unraisable:
     faulthandler.enable()
     logging.disable(logging.CRITICAL)
+    # Asked for at each connection by redis-py; an interrupt may leave its mutex locked.
+    logging.getLogger = functools.cache(logging.getLogger)  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     sys.set_int_max_str_digits(0)
     with contextlib.suppress(ImportError):
@@ -202,6 +211,7 @@ def be_partner(about: str) -> None:
         answer = {
             "bits": ledger.bits(),
             "pairs": ledger.open_pairs(),
+            "story": ledger.story(),
             "counts": counts,
             "number": failures.number,
             "details": failures.details,

@@ -1,0 +1,175 @@
+"""Mistakes that would pass in silence, or mislead: each is told at once, with the way out."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from session_sync import (
+    DiskStorage,
+    LruMemoryStorage,
+    MemoryStorage,
+    SessionManager,
+    SQLiteStorage,
+    StorageKey,
+    storage_from_url,
+)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def _nothing(_fields: dict[str, Any]) -> None:
+    return None
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "the class of a storage": (
+        lambda: SessionManager(storage=SQLiteStorage),  # type: ignore[arg-type]
+        TypeError,
+        r"SQLiteStorage is a class; .* storage=SQLiteStorage\(...\)",
+    ),
+    "a URL as storage": (
+        lambda: SessionManager(storage="sqlite:///s.db"),  # type: ignore[arg-type]
+        TypeError,
+        "str is no storage",
+    ),
+    "in memory": (lambda: SQLiteStorage(":memory:"), ValueError, r"':memory:'; .* MemoryStorage"),
+    "no name": (lambda: SQLiteStorage(""), ValueError, "takes the path of a file, not ''"),
+    "SQLite's own URLs": (lambda: SQLiteStorage("file:s.db?mode=ro"), ValueError, "path of a file"),
+    "a folder": (lambda: SQLiteStorage("."), IsADirectoryError, "is a folder; .*sessions.db"),
+    "a slash too few": (
+        lambda: storage_from_url("sqlite:bot/x.db"),
+        ValueError,
+        "too few slashes: sqlite:///bot/x.db is relative",
+    ),
+    "two slashes too few": (
+        lambda: storage_from_url("disk:/bot"),
+        ValueError,
+        "'disk:/bot' has too few slashes",
+    ),
+    "a file's name as URL": (
+        lambda: storage_from_url("s.db"),
+        ValueError,
+        "'s.db' is no URL of a storage; the file of that name is sqlite:///s.db",
+    ),
+    "a # in a file's name": (lambda: storage_from_url("sqlite:///a#b.db"), ValueError, "%23"),
+    "a # at the end of it": (lambda: storage_from_url("sqlite:///a#"), ValueError, "%23"),
+    "an unknown storage": (
+        lambda: storage_from_url("mysql://localhost"),
+        ValueError,
+        "no storage is called 'mysql'; there are disk, memory, ",
+    ),
+    "migrations with a hole": (
+        lambda: SessionManager(migrations={2: _nothing, 4: _nothing}),
+        ValueError,
+        "migrations has number 4 and no number 3",
+    ),
+}
+for name, what in (("sqlite", SQLiteStorage), ("disk", DiskStorage)):
+    MISTAKES[f"a text as ttl, {name}"] = (
+        lambda what=what: what("x", ttl="1h"),  # type: ignore[misc]
+        TypeError,
+        "ttl must be a positive number of seconds .*, not '1h'",
+    )
+for storage in (MemoryStorage, LruMemoryStorage):
+    MISTAKES[f"a text as ttl, {storage.__name__}"] = (
+        lambda storage=storage: storage(ttl="1h"),  # type: ignore[misc]
+        TypeError,
+        "ttl must be a positive number of seconds .*, not '1h'",
+    )
+MISTAKES["a text as lock_timeout"] = (
+    lambda: SessionManager(lock_timeout="5"),  # type: ignore[arg-type]
+    TypeError,
+    "lock_timeout must be a number of seconds",
+)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_at_once_and_leaves_no_file(
+    mistake: tuple[Callable[[], object], type[Exception], str],
+) -> None:
+    make, error, message = mistake
+    with pytest.raises(error, match=message):
+        make()
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("character", "#/?")
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster"])
+def test_no_part_of_a_password_is_in_a_message(scheme: str, character: str) -> None:
+    pytest.importorskip("redis", reason="needs the extra 'redis'")
+    url = f"{scheme}://user:secret{character}word@localhost/0"
+    with pytest.raises(ValueError, match=r"quote\(password, safe=\"\"\)") as raised:
+        storage_from_url(url)
+    for part in ("secret", "word@"):
+        assert part not in str(raised.value)
+
+
+def test_a_port_that_is_none_is_not_in_the_message() -> None:
+    pytest.importorskip("redis", reason="needs the extra 'redis'")
+    with pytest.raises(ValueError, match="the port is no number") as raised:
+        storage_from_url("redis://localhost:secret/0")
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("library", ["telebot", "ptb"])
+def test_install_takes_no_storage(library: str) -> None:
+    bot: Any
+    if library == "telebot":
+        telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
+        import session_sync.telebot
+
+        bot = telebot.TeleBot("1:token", threaded=False)
+    else:
+        telegram = pytest.importorskip("telegram.ext", reason="needs the extra 'ptb'")
+        import session_sync.ptb
+
+        bot = telegram.Application.builder().token("1:token")
+    install: Any = getattr(session_sync, library).install
+    storage: Any = MemoryStorage()
+    with pytest.raises(TypeError, match=r"takes a SessionManager for session, not a MemoryStorage"):
+        install(bot, storage)
+    with pytest.raises(TypeError, match=r"takes a SessionManager for chat_session, not a Memory"):
+        install(bot, SessionManager(), chat_session=storage)
+
+
+def test_a_manager_that_was_closed_opens_nothing() -> None:
+    storage = SQLiteStorage("s.db")
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
+    with sessions, sessions.session_scope("user:1") as session:
+        session.a = 1
+    with pytest.raises(RuntimeError, match="session 'user:1' cannot be opened: its SessionManager"):
+        sessions.session_scope("user:1")
+    other: SessionManager[Any] = SessionManager(storage=storage)
+    with other.session_scope("user:1") as session:
+        assert session.a == 1
+    storage.close()
+
+
+def test_a_name_may_have_any_character_if_it_is_quoted() -> None:
+    storage: Any = storage_from_url("sqlite:///a@b%23%3F%25.db")
+    storage.close()
+    assert "a@b#?%.db" in os.listdir()
+
+
+@pytest.mark.parametrize("key", ["user:1", StorageKey(user=1)])
+def test_a_decorated_handler_takes_an_update_and_no_key(key: str | StorageKey) -> None:
+    sessions: SessionManager[Any] = SessionManager()
+
+    @sessions.with_session
+    def greet(language: Any, message: Any, session: Any) -> None:
+        session.language = language
+
+    with pytest.raises(
+        TypeError, match=r"with a (str|StorageKey) in place of an update, .*partial"
+    ):
+        functools.partial(greet, key)({"from": {"id": 1}})
+    assert list(sessions.storage.keys()) == []
