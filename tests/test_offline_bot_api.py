@@ -22,6 +22,7 @@ from urllib.parse import urlencode
 
 import pytest
 from conftest import run_client, stop_telebot
+from waiting import SOON
 
 from session_sync.testing import OfflineBotAPI, Upload, chats
 from session_sync.testing.wire import HttpServer
@@ -130,14 +131,16 @@ def test_a_connection_is_kept_and_answers_are_not_delayed(api: OfflineBotAPI) ->
     connection = http.client.HTTPConnection(api.url.removeprefix("http://"))
     connection.connect()
     sock = connection.sock
-    start = time.perf_counter()
+    took = []
     for _ in range(50):
+        start = time.perf_counter()
         connection.request("POST", f"/bot{api.token}/getMe", b"{}")
         response = connection.getresponse()
         assert response.getheader("Content-Length") is not None
         assert json.load(response)["ok"]
+        took.append(time.perf_counter() - start)
     assert connection.sock is sock
-    assert time.perf_counter() - start < 1.0  # 50 times 40 ms would be 2 s
+    assert min(took) < 0.03  # delayed, each of them takes 40 ms and more
     connection.close()
 
 
@@ -278,13 +281,13 @@ def test_a_long_poll_ends_with_the_next_update(patient: OfflineBotAPI) -> None:
         poll = pool.submit(call, patient, "getUpdates", timeout=50)
         patient.wait_call("getUpdates")
         patient.push(text_update("now"))
-        assert ids(poll.result(timeout=5)) == [1]
+        assert ids(poll.result(timeout=SOON)) == [1]
 
 
 def test_a_long_poll_without_updates_ends_empty(patient: OfflineBotAPI) -> None:
     start = time.monotonic()
     assert ids(call(patient, "getUpdates", timeout=1)) == []
-    assert 0.9 < time.monotonic() - start < 4
+    assert 0.9 < time.monotonic() - start < SOON
 
 
 def test_of_two_polls_the_older_one_ends_in_conflict(patient: OfflineBotAPI) -> None:
@@ -292,11 +295,11 @@ def test_of_two_polls_the_older_one_ends_in_conflict(patient: OfflineBotAPI) -> 
         older = pool.submit(call, patient, "getUpdates", timeout=50)
         patient.wait_call("getUpdates")
         newer = pool.submit(call, patient, "getUpdates", timeout=50)
-        failed = older.result(timeout=5)
+        failed = older.result(timeout=SOON)
         assert failed["error_code"] == 409
         assert failed["description"].startswith("Conflict: terminated by other getUpdates request")
         patient.push(text_update("now"))
-        assert ids(newer.result(timeout=5)) == [1]
+        assert ids(newer.result(timeout=SOON)) == [1]
     errors = [c.error for c in patient.calls_of("getUpdates")]
     assert errors == [failed["description"], None]
 
@@ -311,8 +314,8 @@ def test_closing_ends_a_long_poll_at_once_and_leaves_no_thread() -> None:
         api.wait_call("getUpdates")
         start = time.monotonic()
         api.close()
-        assert time.monotonic() - start < 1
-        assert ids(poll.result(timeout=5)) == []
+        assert time.monotonic() - start < SOON  # and not 50 s
+        assert ids(poll.result(timeout=SOON)) == []
     api.close()
     idle.close()
     assert set(threading.enumerate()) == before
@@ -334,7 +337,7 @@ def test_closing_waits_for_the_thread_of_a_connection_that_is_just_ending() -> N
         client = http.client.HTTPConnection(api.url.removeprefix("http://"))
         client.connect()
         client.close()
-        assert is_ending.wait(5)
+        assert is_ending.wait(SOON)
     finally:
         threading.setprofile(None)  # type: ignore[arg-type]
     api.close()
@@ -756,7 +759,7 @@ def test_polling_and_a_webhook_exclude_each_other(hook: Hook, hooked: OfflineBot
         poll = pool.submit(call, hooked, "getUpdates", timeout=50)
         hooked.wait_call("getUpdates")
         call(hooked, "setWebhook", url=hook.url)
-        assert poll.result(5)["description"] == "Conflict: terminated by setWebhook request"
+        assert poll.result(SOON)["description"] == "Conflict: terminated by setWebhook request"
     assert "webhook is active" in call(hooked, "getUpdates")["description"]
     assert call(hooked, "deleteWebhook")["description"] == "Webhook was deleted"
     assert call(hooked, "setWebhook", url="")["description"] == "Webhook is already deleted"
@@ -797,9 +800,9 @@ def test_closing_does_not_wait_for_a_webhook_that_hangs(hook: Hook) -> None:
     with OfflineBotAPI() as api:
         call(api, "setWebhook", url=hook.url)
         api.push(text_update("a"))
-        assert reached.wait(5)
+        assert reached.wait(SOON)
         start = time.monotonic()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < SOON  # and not 30 s
     released.set()
 
 

@@ -298,7 +298,7 @@ def test_a_fork_waits_for_a_statement_and_statements_wait_for_a_fork(
         time.sleep(0.001)
     events.append(in_use.execute("SELECT 1").fetchone())
     connections.give_back(in_use)
-    assert forked.wait(5)
+    assert forked.wait(20)
     threads.start(lambda: events.append(storage.get("user:1")))
     go_on.set()
     threads.join()

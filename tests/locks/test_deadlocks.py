@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import lock_tools
 import pytest
 from conftest import Threads
+from counting import lines_run
 from lock_tools import (
     Loop,
     StandingLoop,
@@ -174,28 +174,21 @@ def test_those_ahead_are_looked_at_once_each_however_many_wait(
     async def block() -> None:
         take(table, "a").release()
 
-    def calls_behind(number: int) -> int:
+    def lines_behind(number: int) -> int:
         tasks.extend(waiting.run(take_and_release()) for _ in range(number - len(tasks)))
         until(lambda: queued(table) == number)
-        counted = 0
 
-        def count(_frame: object, event: str, _arg: object) -> None:
-            nonlocal counted
-            counted += event == "call"
-
-        sys.setprofile(count)
-        try:
+        def wait() -> None:
             with pytest.raises(SessionLockTimeout):
                 take(table, "k", timeout=0)
-        finally:
-            sys.setprofile(None)
-        return counted
+
+        return lines_run(wait)
 
     blocked = stuck.run(block())
     until(lambda: queued(table, "a") == 1)
     tasks: list[Any] = []
-    few = calls_behind(50)
-    assert calls_behind(500) < 15 * few  # linear: 10, quadratic: 100
+    few = lines_behind(50)
+    assert lines_behind(500) < 20 * few  # linear: 10, quadratic: 100
     k.release()
     release()
     for task in (blocked, *tasks):

@@ -13,6 +13,7 @@ from typing import Any
 import lock_tools
 import pytest
 from conftest import Threads
+from counting import lines_run
 from lock_tools import Loop, is_unlocked, queued, table_of, take, take_async, take_elsewhere
 from waiting import SOON, until, until_async
 
@@ -289,22 +290,23 @@ def test_scopes_of_threads_and_tasks_are_served_in_the_order_they_came(
 
 
 def test_many_waiting_coroutines_are_served_in_linear_time(table: LockTable) -> None:
-    """Quadratic, four times as many take 16 times as long, and linear 4 times."""
-
     async def work() -> None:
         (await take_async(table, timeout=None)).release()
 
-    async def serve(count: int) -> float:
-        handle = await take_async(table)
-        tasks = [asyncio.create_task(work()) for _ in range(count)]
-        await until_async(lambda: queued(table) == count)
-        begin = time.process_time()
-        handle.release()
-        await asyncio.gather(*tasks)
-        return time.process_time() - begin
+    def serve(count: int) -> int:
+        with asyncio.Runner() as runner:
+            handle = runner.run(take_async(table))
+            loop = runner.get_loop()
+            tasks = [loop.create_task(work()) for _ in range(count)]
+            runner.run(until_async(lambda: queued(table) == count))
 
-    few = min(asyncio.run(serve(4_000)) for _ in range(3))
-    assert asyncio.run(serve(16_000)) < 9 * few
+            def release_and_wait() -> None:
+                handle.release()
+                loop.run_until_complete(asyncio.wait(tasks))
+
+            return lines_run(release_and_wait)
+
+    assert serve(2_000) < 20 * serve(200)  # linear: 10, quadratic: 100
 
 
 def test_a_newcomer_does_not_overtake_a_waiter(table: LockTable, threads: Threads) -> None:

@@ -322,7 +322,7 @@ def test_where_no_thread_can_be_started_time_outs_are_kept_and_nothing_is_left(
         begin = time.monotonic()
         with pytest.raises(SessionLockTimeout, match="another process has it"):
             locks.acquire("key", 0.1)
-        assert 0.1 <= time.monotonic() - begin < 1
+        assert 0.1 <= time.monotonic() - begin < SOON
     assert locks.waiting() == set()
     assert locks.generation.file().claims == {}
     assert descriptors(tmp_path / "locks") == before
@@ -357,7 +357,7 @@ def test_a_thousand_waits_leave_64_threads_and_keep_their_time_outs(
         begin = time.monotonic()
         with pytest.raises(SessionLockTimeout):
             locks.acquire(f"key:{number}", 0.002)
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < 10
     assert waiting_threads() == 64 == len(locks.waiting())
     assert descriptors(tmp_path / "locks") == 2
     for one in held:

@@ -83,7 +83,7 @@ def test_an_exception_at_any_place_locks_no_key_for_longer_than_a_lease(
             use(storage)
         begin = time.monotonic()
         in_thread(other)  # which knows of no token that was kept here
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 10
         was = other.get("key")
         use(storage)
         assert was is not None
