@@ -165,8 +165,6 @@ class Asked:
 
     def answer(self) -> Any:
         """The answer, however long it takes."""
-        if not self._line:  # an interrupt came when it was there
-            return self._lines.ask(self._request)
         try:
             return self._lines.answer(self._line)
         except (redis.ConnectionError, redis.TimeoutError):

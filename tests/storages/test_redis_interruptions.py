@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from conftest import Threads
 from interruptions import OutsideError, everywhere, raise_outside
 from waiting import SOON, until
 
@@ -19,7 +20,7 @@ import redis
 from session_sync import RedisStorage, SessionLockTimeout
 from session_sync.storages import background, leases, lines
 from session_sync.storages import redis as redis_module
-from session_sync.storages.base import record_of
+from session_sync.storages.base import OpenRecord, record_of
 from session_sync.storages.lines import Asked
 
 LEASE = 0.1
@@ -155,6 +156,25 @@ def test_what_was_begun_long_ago_is_asked_again(
     assert dict(again.record) == {"a": 2}
     again.close(record_of({"a": 3}))
     assert other.get("key") == {"a": 3}
+
+
+def test_what_was_begun_while_another_one_has_the_key_goes_on_with_waiting(
+    make: Callable[..., RedisStorage],
+    client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: Threads,
+) -> None:
+    storage, other = make(), make()
+    held = other.open_record("key", SOON)
+    monkeypatch.setattr(Asked, "has_come", lambda asked: False)
+    assert storage.open_at_once("key") is None
+    opened: list[OpenRecord] = []
+    threads.start(lambda: opened.append(storage.open_record("key", SOON)))
+    until(lambda: client.info("clients")["blocked_clients"])
+    held.close(record_of({"a": 1}))
+    threads.join()
+    assert opened[0].record == {"a": 1}
+    opened[0].close(None)
 
 
 def test_what_was_begun_and_forgotten_goes_when_others_are_begun(
