@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from session_sync import SessionManager, storage_from_url
 from session_sync.testing import OfflineBotAPI
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CLIENTS, USERS, POSTS = 16, 8, 10  # each client posts so often for each user
+CLIENTS, USERS, POSTS = 16, 8, 5  # each client posts so often for each user
 SECRET = "s3cret"
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +37,17 @@ def gunicorn(port: int) -> list[str]:
     pytest.importorskip("flask", reason="needs Flask")
     call = ["gunicorn", "--workers", "4", "--threads", "4", "--chdir", str(EXAMPLES)]
     return [*call, "--bind", f"127.0.0.1:{port}", "--log-level", "warning", "webhook_flask:app"]
+
+
+def preloaded(port: int) -> list[str]:
+    """The manager is made before the workers are forked."""
+    return [*gunicorn(port), "--preload"]
+
+
+def gevent(port: int) -> list[str]:
+    """The workers have greenlets in the place of threads."""
+    pytest.importorskip("gevent", reason="needs gevent")
+    return [*gunicorn(port), "--worker-class", "gevent"]
 
 
 def uvicorn(port: int) -> list[str]:
@@ -83,8 +95,14 @@ def post(connection: http.client.HTTPConnection, update: dict[str, Any], secret:
     return response.status
 
 
-@pytest.mark.parametrize("storage", ["sqlite", "disk", "redis"])
-@pytest.mark.parametrize("command", [gunicorn, uvicorn])
+@pytest.mark.parametrize(
+    ("command", "storage"),
+    [
+        *product([gunicorn, uvicorn], ["sqlite", "disk", "redis"]),
+        *product([preloaded], ["sqlite", "redis"]),
+        (gevent, "sqlite"),
+    ],
+)
 def test_four_workers_keep_every_message(
     command: Any,
     storage: str,
@@ -99,7 +117,7 @@ def test_four_workers_keep_every_message(
     with OfflineBotAPI(longest_poll=0.1) as api:
         people = [api.user(number, first_name="Alex") for number in range(1, USERS + 1)]
         messages = [[p.send("hi") for _ in range(CLIENTS * POSTS)] for p in people]
-        bot_api = api.telebot_url if command is gunicorn else api.base_url
+        bot_api = api.base_url if command is uvicorn else api.telebot_url
         with serving(command, url, bot_api, api.token) as port:
             statuses: list[int] = []
             mutex = threading.Lock()

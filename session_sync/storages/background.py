@@ -31,6 +31,12 @@ def start_thread(target: Callable[[], object]) -> bool:
     return True
 
 
+def threads_may_block() -> bool:
+    """Whether a thread can wait in the kernel and hold up no other one. Not where gevent or
+    eventlet has put its greenlets in the place of threads: they all run in one."""
+    return _thread.start_new_thread.__module__ == "_thread"
+
+
 def for_each(known: WeakValueDictionary[int, T], act: Callable[[T], object]) -> None:
     """Call `act` with each of these that is still there, whatever it raises for another one."""
     failed = None

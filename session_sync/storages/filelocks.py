@@ -21,7 +21,7 @@ from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 from ..errors import SessionConflictError, SessionLockTimeout
-from .background import Slot, Slots, for_each, start_thread
+from .background import Slot, Slots, for_each, start_thread, threads_may_block
 from .base import Record
 
 if sys.platform == "win32":
@@ -54,8 +54,8 @@ class FileLocks:
     They cannot be waited for with a time-out, so a thread waits, and the caller waits for the
     thread. When the caller gives up, the thread stays where it is: it keeps the place for the next
     one in this process who asks for the key, or lets the lock go when it gets it and nobody has
-    asked again. There are at most 64 such threads; where none is to be had, the caller looks again
-    and again, so that every time-out is kept.
+    asked again. There are at most 64 such threads. Where none is to be had, or threads are
+    greenlets, the caller looks again and again, so that every time-out is kept.
 
     Why nothing stays locked, and no key has two owners, whatever comes between two lines: an
     exception, a signal handler or a finaliser that opens and closes other sessions here, a fork.
@@ -202,7 +202,7 @@ class Generation:
         waiter = self.waiters.get(handle.key)
         if waiter is not None:
             waiter.callers.append(caller)
-        elif handle.claim() and (slot := _slots.take()) is not None:
+        elif threads_may_block() and handle.claim() and (slot := _slots.take()) is not None:
             waiter = _Waiter(self, handle, slot, caller)
             if not start_thread(waiter.run):
                 return None
