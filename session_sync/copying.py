@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .containers import freeze
 from .manager import SessionManager
-from .storages.base import KVStorage
-from .stored import for_each_key
+from .storages.base import KVStorage, record_of
+from .stored import for_each_key, refuse_open_around, replace_record
 
 
 def copy_storage(
@@ -28,7 +29,9 @@ def copy_storage(
 
     Returns how many sessions were copied. Raises TypeError if `source` cannot list its keys, and
     what the storages raise. What `source` cannot decode, `target` cannot keep, or a bot does not
-    let go of, is left out: an ExceptionGroup at the end has the errors, which name the keys.
+    let go of, is left out, as is a session whose lock was lost while it was copied
+    (SessionConflictError: a lease that ran out, say), and one of `target` that is open around the
+    call: an ExceptionGroup at the end has the errors, which name the keys.
 
     >>> from session_sync import MemoryStorage
     >>> laptop, cluster = MemoryStorage(), MemoryStorage()
@@ -41,10 +44,15 @@ def copy_storage(
     here, there = SessionManager(storage=source), SessionManager(storage=target)
 
     def copy(key: str) -> bool:
-        with here.scope_as_stored(key), there.scope_as_stored(key):
+        goal = there.scope_as_stored(key)
+        with here.scope_as_stored(key), goal:
+            refuse_open_around(goal, "copy_storage")
             fields = source.get(key)
             if fields is not None:  # else it was deleted meanwhile
-                target.set(key, fields)
+                # With containers of its own, and not by target.set(): that would write also if the
+                # lock was lost meanwhile.
+                own = {name: freeze(value) for name, value in fields.items()}
+                replace_record(goal, record_of(own))
         return fields is not None
 
     return for_each_key(source, copy, "copied", progress)

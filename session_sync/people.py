@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .containers import freeze
-from .errors import SessionDeadlockError, SessionMigrationError
+from .errors import SessionMigrationError
 from .expiry import TIMERS, Timers, Ttl
 from .keys import StorageKey
 from .lifecycle.entry import SessionScope
@@ -21,7 +21,7 @@ from .repeats import UPDATES, updates_in
 from .schema import NO_SCHEMA, is_field
 from .session import Fields, Session
 from .storages.base import Record, record_of
-from .stored import for_each_key, stored_keys
+from .stored import for_each_key, refuse_open_around, replace_record, stored_keys
 
 
 def find(options: Options[Any], prefix: str, user: int | None, chat: int | None) -> Iterator[str]:
@@ -48,7 +48,7 @@ def forget(options: Options[Any], prefix: str, user: int | None, chat: int | Non
         with _opened(options, prefix, "forget", name) as (session,):
             found = bool(_record(session))
             if found:
-                _store(session, record_of({}))
+                replace_record(session, record_of({}))
         return found
 
     return for_each_key(options.backend.storage, delete, "deleted", None, prefix)
@@ -73,8 +73,8 @@ def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
                 return False
             if existing:
                 record = _merged(options, source, goal)
-            _store(goal, record)
-            _store(source, record_of({}))
+            replace_record(goal, record)
+            replace_record(source, record_of({}))
         return True
 
     return for_each_key(options.backend.storage, move, "moved", None, prefix)
@@ -123,12 +123,7 @@ def _opened(
     scopes = [SessionScope(options, key, name, key) for name, key in keys.items()]
     with SessionScopes(scopes):
         for scope in scopes:
-            if scope.joined is not None:
-                raise SessionDeadlockError(
-                    f"session {scope.key!r} is open around {what}(), which has to wait until it is "
-                    f"closed; call session.release() before (in async code `await "
-                    f"session.arelease()`), or call {what}() outside of handlers"
-                )
+            refuse_open_around(scope, what)
         yield scopes
 
 
@@ -136,12 +131,6 @@ def _record(scope: SessionScope[Session]) -> Record:
     """What is stored."""
     assert scope.fields is not None
     return scope.fields.record
-
-
-def _store(scope: SessionScope[Session], record: Record) -> None:
-    """Store `record` instead, at the end; an empty one deletes the session."""
-    fields = scope.fields = Fields(scope.key, record)
-    fields.save_as_it_is()
 
 
 # -- where the new chat has a session already

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
-from .errors import SessionError
-from .storages.base import KVStorage, ListableStorage
+from .errors import SessionDeadlockError, SessionError
+from .lifecycle.entry import SessionScope
+from .session import Fields
+from .storages.base import KVStorage, ListableStorage, Record
 
 
 def stored_keys(storage: KVStorage[Any], prefix: str = "") -> Iterator[str]:
@@ -56,6 +58,26 @@ def for_each_key(
     if errors:
         raise ExceptionGroup(f"{len(errors)} sessions were not {done}, {count} were", errors)
     return count
+
+
+# -- whole records, through the scope that has them open: a lock that was lost is noticed then
+
+
+def replace_record(scope: SessionScope[Any], record: Record) -> None:
+    """Store `record` instead when the scope closes; an empty one deletes the session."""
+    fields = scope.fields = Fields(scope.key, record)
+    fields.save_as_it_is()
+
+
+def refuse_open_around(scope: SessionScope[Any], what: str) -> None:
+    """Raise SessionDeadlockError if `scope` has joined one that is open around the call of `what`:
+    a handler's, whose own changes would be stored over what `what` stores."""
+    if scope.joined is not None:
+        raise SessionDeadlockError(
+            f"session {scope.key!r} is open around {what}(), which has to wait until it is "
+            f"closed; call session.release() before (in async code `await session.arelease()`), "
+            f"or call {what}() outside of handlers"
+        )
 
 
 _IN_FULL: Final = 5

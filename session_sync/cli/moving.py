@@ -16,6 +16,8 @@ import click
 from ..copying import copy_storage
 from ..errors import SessionDecodeError, SessionError
 from ..importers import IMPORTERS
+from ..storages.base import record_of
+from ..stored import replace_record
 from .exits import Failure, code_of, say
 from .lines import check, from_line, to_line
 from .output import progress
@@ -143,10 +145,11 @@ def _summary(done: int, skipped: int, failed: int, dry_run: bool) -> str:
 
 
 def _put(store: Store, key: str, fields: dict[str, Any], skip_existing: bool) -> bool:
-    with store.sessions.scope_as_stored(key):
+    scope = store.sessions.scope_as_stored(key)
+    with scope:
         if skip_existing and store.has(key):
             return False
-        store.put(key, fields)
+        replace_record(scope, record_of(fields))
     return True
 
 

@@ -22,6 +22,7 @@ from ..errors import SessionDecodeError, SessionLockTimeout
 from ..manager import SessionManager
 from ..storages.base import KVStorage, OpenRecord, StoredEntry, record_of
 from ..storages.urls import storage_from_url
+from ..stored import replace_record
 from .exits import Code, Failure, say
 from .lines import CODEC
 
@@ -70,17 +71,15 @@ class Store:
     def has(self, key: str) -> bool:
         return self.storage.has(self.prefix + key)
 
-    def put(self, key: str, fields: dict[str, Any]) -> None:
-        """Store fields as they are; inside a scope of the key."""
-        self.storage.set(self.prefix + key, fields)
-
     def remove(self, key: str) -> bool:
         """Delete a session under its lock, also one that cannot be read; False: there is none."""
         name = self.prefix + key
         try:
-            with self.sessions.scope_as_stored(key):
+            scope = self.sessions.scope_as_stored(key)
+            with scope:
                 found = self.storage.has(name)
-                self.storage.delete(name)
+                if found:
+                    replace_record(scope, record_of({}))
             return found
         except SessionDecodeError:
             pass  # no handler can open it either; but another one may be removing it
