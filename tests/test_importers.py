@@ -705,6 +705,9 @@ def test_what_nothing_can_hold_spoils_its_record_only(tmp_path: Path, payload: b
         pytest.param(b"\x96\xff\xff\xff\xff\xff\xff\xff\x7fx", id="bytearray"),
         pytest.param(b"\x8d\xff\xff\xff\xff\xff\xff\xff\x7fx", id="text"),
         pytest.param(b"\x8b\xff\xff\xff\x7fx", id="int"),
+        pytest.param(b"\x8e\0\0\0\x40\0\0\0\0x", id="a gigabyte of bytes"),
+        pytest.param(b"\x96\0\0\0\x40\0\0\0\0x", id="a bytearray of a gigabyte"),
+        pytest.param(b"\x8d\0\0\0\x40\0\0\0\0x", id="a gigabyte of text"),
     ],
 )
 def test_a_number_in_a_pickle_reserves_no_memory(tmp_path: Path, payload: bytes) -> None:

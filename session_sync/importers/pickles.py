@@ -11,12 +11,16 @@ So this is a machine of its own, on the parser of `pickletools`. Numbers, texts,
 tuples become what they are. All else, dicts and sets included, becomes a `Thing`: the name of what
 would have been called, and what it would have been given. What a name means is for the reader of
 the Things to know (`plain.py`); none is looked up here.
+
+Most instructions make no more than their bytes in the file are worth. Those that copy what others
+have made could make gigabytes of half a megabyte, so what they copy is paid from a `Budget`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pickletools import genops
+from sys import getsizeof
 from typing import Any, Final
 
 # What the parser raises, or a stack that is not as it should be. All else comes from outside.
@@ -31,6 +35,37 @@ _DAMAGED: Final = (
 )
 
 PERSISTENT: Final = "<persistent id>"  # the name of a Thing that the writer keeps elsewhere
+
+
+class ExhaustedError(Exception):
+    """More was to be made of a file than its size allows."""
+
+
+class Budget:
+    """How many bytes may be made of a file of `size` bytes by copying what it has once.
+
+    What is copied and thrown away again counts, too, so this bounds the time as well.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size: Final = size
+        self._most: Final = _SPARE + _TIMES * size
+        self._left = self._most
+
+    def spend(self, size: int) -> None:
+        """Pay for `size` bytes, or raise ExhaustedError."""
+        self._left -= size
+        if self._left < 0:
+            raise ExhaustedError(
+                f"would make more than {self._most >> 20} MB of its {self._size} bytes, by "
+                f"repeating them: no bot writes such a file"
+            )
+
+
+# Of what bots store, the most is repeated where all users have the same long text, which a pickle
+# has once.
+_SPARE: Final = 64 * 2**20
+_TIMES: Final = 64
 
 
 class Global:
@@ -65,7 +100,8 @@ def read_pickle(data: bytes) -> Any:
     Returns None, a bool, an int, a float, a str, bytes, a bytearray, a list or tuple of such, a
     `Global` or a `Thing`. What contains itself there contains itself here.
 
-    Raises ValueError, with the number of the byte, if `data` is no pickle of Python 3.
+    Raises ValueError, with the number of the byte, if `data` is no pickle of Python 3, or takes far
+    more memory or time than its size allows.
 
     >>> import pickle
     >>> class Evil:
@@ -75,7 +111,7 @@ def read_pickle(data: bytes) -> Any:
     >>> thing.name, thing.args
     ('builtins.eval', ("print('evil')",))
     """
-    machine, at = _Machine(), 0
+    machine, at = _Machine(Budget(len(data))), 0
     try:
         for opcode, argument, position in genops(data):
             at = position or 0
@@ -85,13 +121,16 @@ def read_pickle(data: bytes) -> Any:
     except _DAMAGED as error:
         what = f"cannot be read at byte {at} ({type(error).__name__})"
         raise ValueError(f"{what}: damaged, cut off, or no pickle of Python 3") from None
+    except ExhaustedError as error:
+        raise ValueError(f"{error} (at byte {at})") from None
     raise AssertionError(
         "the parser ends with a STOP or raises"
     )  # pragma: no cover - for type checkers
 
 
 class _Machine:
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
+        self._budget: Final = budget
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}  # a dict: the indices are the file's, and may be anything
         self._below: Final[list[list[Any]]] = []  # the stacks under the marks
@@ -164,10 +203,10 @@ class _Machine:
 
     def make_global(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        self.push(_global(module, name))
+        self.push(self._global(module, name))
 
     def make_stack_global(self, _argument: object) -> None:
-        self.push(_global(*self.last(2)))
+        self.push(self._global(*self.last(2)))
 
     def make_extension(self, code: int) -> None:
         self.push(Global(f"copyreg.extension_{code}"))
@@ -180,20 +219,20 @@ class _Machine:
 
     def call(self, _argument: object) -> None:
         function, args = self.last(2)
-        self.push(_described(function, args))
+        self.push(self._described(function, args))
 
     def new_with_names(self, _argument: object) -> None:
         cls, args, named = self.last(3)
-        self.push(_described(cls, (*args, named)))
+        self.push(self._described(cls, self._copied((*args, named))))
 
     def instance(self, argument: str) -> None:
         args = self.since_mark()
         self.make_global(argument)
-        self.push(_described(self.stack.pop(), tuple(args)))
+        self.push(self._described(self.stack.pop(), tuple(args)))
 
     def instance_from_stack(self, _argument: object) -> None:
         cls, *args = self.since_mark()
-        self.push(_described(cls, tuple(args)))
+        self.push(self._described(cls, tuple(args)))
 
     def build(self, _argument: object) -> None:
         (state,) = self.last(1)
@@ -201,6 +240,34 @@ class _Machine:
         if type(target) is not Thing:
             raise TypeError
         target.state = state
+
+    # -- what copies, and has to be paid for
+
+    def _global(self, module: object, name: object) -> Global:
+        if type(module) is not str or type(name) is not str:
+            raise TypeError
+        return self._named(_MODULES.get(module, module), name)
+
+    def _named(self, owner: str, name: str) -> Global:
+        full = f"{owner}.{name}"
+        self._budget.spend(getsizeof(full))
+        return Global(full)
+
+    def _copied(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self._budget.spend(getsizeof(args))
+        return args
+
+    def _described(self, function: object, args: object) -> Global | Thing:
+        if not isinstance(function, Global | Thing) or type(args) is not tuple:
+            raise TypeError
+        name = function.name
+        if args and type(args[0]) is Global:
+            if name in _CONSTRUCTORS:
+                rest = self._copied(args[2:])
+                return Thing(args[0].name, tuple(arg for arg in rest if arg is not None))
+            if name == "builtins.getattr" and len(args) == 2 and type(args[1]) is str:
+                return self._named(args[0].name, args[1])  # how old protocols write a nested name
+        return Thing(name, args)
 
 
 # Python 2's names, which protocols 0 to 2 are written with.
@@ -210,24 +277,6 @@ _MODULES: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _CONSTRUCTORS: Final = frozenset(
     ("copyreg._reconstructor", "telegram.ext._picklepersistence._reconstruct_to")
 )
-
-
-def _global(module: object, name: object) -> Global:
-    if type(module) is not str or type(name) is not str:
-        raise TypeError
-    return Global(f"{_MODULES.get(module, module)}.{name}")
-
-
-def _described(function: object, args: object) -> Global | Thing:
-    if not isinstance(function, Global | Thing) or type(args) is not tuple:
-        raise TypeError
-    name = function.name
-    if args and type(args[0]) is Global:
-        if name in _CONSTRUCTORS:
-            return Thing(args[0].name, tuple(arg for arg in args[2:] if arg is not None))
-        if name == "builtins.getattr" and len(args) == 2 and type(args[1]) is str:
-            return Global(f"{args[0].name}.{args[1]}")  # how old protocols write a nested name
-    return Thing(name, args)
 
 
 def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:

@@ -19,17 +19,19 @@ from session_sync.errors import SessionDecodeError, SessionEncodeError
 from session_sync.paths import path, short, step
 from session_sync.schema import checked_name
 
-from .pickles import Global, Thing
+from .pickles import Budget, Global, Thing
 
 #: The text of a key with the fields of its session, or with the error that says why not.
 Imported: TypeAlias = tuple[str, dict[str, Any] | SessionDecodeError]
 
 #: What a framework means by a Thing: a value, or the Thing itself, which then stays unknown.
-Meaning: TypeAlias = Callable[[Thing], Any]
+Meaning: TypeAlias = Callable[["Reader", Thing], Any]
 
 # A list that is a hundred times in another one, that again in a third, ... is small in a pickle and
 # has no end once it is written out.
 _LARGEST: Final = 16 * 1024 * 1024  # bytes of one session, about
+_PAIR: Final = 64  # bytes that it is taken to be worth to look at one ...
+_SESSION: Final = 256  # ... and to make one
 
 _TOO_DEEP: Final = f"contains itself, or lies more than {MAX_DEPTH} levels deep"
 _NO_SIZE: Final = frozenset((type(None), bool, float))
@@ -88,44 +90,59 @@ def named(key: object) -> str:
     return short(key) if type(key) is str else step(key)[1:-1]
 
 
-def unknown(thing: Thing) -> Any:
+def unknown(_reader: Reader, thing: Thing) -> Any:
     """The meaning of a Thing without a framework: none."""
     return thing
 
 
-def pairs_of(value: Any) -> Iterator[tuple[Any, Any]]:
-    """The keys and values of what should be a dict, as the pickle describes them."""
-    if type(value) is not Thing or value.name not in _DICTS:
-        raise RefusedError(f"{_is_of_class(value)}, and not a dict")
-    if value.state is not None:
-        raise RefusedError(f"is a {value.name} that has attributes, which no storage can keep")
-    return _two_by_two(value.content)
+class Reader:
+    """Makes values of what the pickle in a file of `size` bytes describes.
 
+    A value that the file has once is made in each place that refers to it. So a session of more
+    than 16 MB is refused, and ExhaustedError is raised if all of them come to far more than the
+    file has, or if a part of it is walked through too often.
+    """
 
-def by_name(value: Any) -> dict[str, Any]:
-    """What should be a dict, as the pickle describes its values; keys that are no str left out."""
-    # No other key is hashed: one of nested tuples could fill the stack.
-    return {key: item for key, item in pairs_of(value) if type(key) is str}
+    def __init__(self, size: int) -> None:
+        self._budget: Final = Budget(size)
+        self._left = _LARGEST  # of the session that is being made
+        self._meaning: Meaning = unknown
 
+    def pairs_of(self, value: Any) -> Iterator[tuple[Any, Any]]:
+        """The keys and values of what should be a dict, as the pickle describes them."""
+        if type(value) is not Thing or value.name not in _DICTS:
+            raise RefusedError(f"{_is_of_class(value)}, and not a dict")
+        if value.state is not None:
+            raise RefusedError(f"is a {value.name} that has attributes, which no storage can keep")
+        self._budget.spend(_PAIR * len(value.content))
+        for pair in value.content:
+            if type(pair) is not tuple or len(pair) != 2:
+                raise RefusedError("is a damaged dict")
+            yield pair
 
-def plain_fields(value: Any, meaning: Meaning = unknown) -> dict[Any, Any]:
-    """The fields in what should be a dict of them; raises RefusedError."""
-    return _Maker(meaning).dict(value, 0)
+    def by_name(self, value: Any) -> dict[str, Any]:
+        """What should be a dict, as the pickle describes its values; keys that are no str left
+        out."""
+        # No other key is hashed: one of nested tuples could fill the stack.
+        return {key: item for key, item in self.pairs_of(value) if type(key) is str}
 
+    def fields(self, value: Any, meaning: Meaning = unknown) -> dict[Any, Any]:
+        """The fields in what should be a dict of them; raises RefusedError."""
+        self._begin(meaning)
+        return self.dict(value, 0)
 
-def plain_value(name: str, value: Any, meaning: Meaning = unknown) -> Any:
-    """The value of one field called `name`; raises RefusedError."""
-    try:
-        return _Maker(meaning).make(value, 1)
-    except RefusedError as refused:
-        refused.path.append(step(name))
-        raise
+    def field(self, name: str, value: Any, meaning: Meaning = unknown) -> Any:
+        """The value of one field called `name`; raises RefusedError."""
+        self._begin(meaning)
+        try:
+            return self.make(value, 1)
+        except RefusedError as refused:
+            refused.path.append(step(name))
+            raise
 
-
-class _Maker:
-    def __init__(self, meaning: Meaning) -> None:
-        self._meaning: Final = meaning
-        self._left = _LARGEST
+    def _begin(self, meaning: Meaning) -> None:
+        self._budget.spend(_SESSION)
+        self._left, self._meaning = _LARGEST, meaning
 
     def make(self, value: Any, depth: int) -> Any:
         kind = type(value)
@@ -159,7 +176,7 @@ class _Maker:
     def dict(self, value: Any, depth: int) -> dict[Any, Any]:
         self._count(8)
         made: dict[Any, Any] = {}
-        for raw_key, raw in pairs_of(value):
+        for raw_key, raw in self.pairs_of(value):
             try:
                 key = self.make(raw_key, depth + 1)
                 made[key] = None
@@ -179,7 +196,7 @@ class _Maker:
         if type(value) is Thing:
             if value.name in _DICTS:
                 return self.dict(value, depth)
-            meant = self._meaning(value)
+            meant = self._meaning(self, value)
             if meant is not value:
                 return self.make(meant, depth + 1)
             make = _MAKERS.get(value.name)
@@ -191,6 +208,7 @@ class _Maker:
         raise RefusedError(f"{_is_of_class(value)}, which no storage can keep")
 
     def _count(self, size: int) -> None:
+        self._budget.spend(size)
         self._left -= size
         if self._left < 0:
             raise RefusedError(f"has more than {_LARGEST // 2**20} MB when it is written out")
@@ -209,16 +227,10 @@ def _is_of_class(value: Any) -> str:
 
 def _shown(name: str) -> str:
     """The name, as the file may have anything in its place."""
+    if len(name) > 100:
+        return short(name)
     name = name.removeprefix("builtins.")
-    parts = name.split(".")
-    return name if len(name) <= 100 and all(map(str.isidentifier, parts)) else short(name)
-
-
-def _two_by_two(content: list[Any]) -> Iterator[tuple[Any, Any]]:
-    for pair in content:
-        if type(pair) is not tuple or len(pair) != 2:
-            raise RefusedError("is a damaged dict")
-        yield pair
+    return name if all(map(str.isidentifier, name.split("."))) else short(name)
 
 
 # -- what the names stand for
@@ -229,51 +241,54 @@ def _require(fit: bool) -> None:
         raise TypeError
 
 
-def _args(thing: Thing, *kinds: type) -> tuple[Any, ...]:
-    """The arguments of `thing`, which have to be of these types."""
-    _require(tuple(map(type, thing.args)) == kinds)
+def _args(reader: Reader, thing: Thing, *kinds: type) -> tuple[Any, ...]:
+    """The arguments of `thing`, which have to be of these types, and are paid for."""
+    _require(len(thing.args) == len(kinds) and tuple(map(type, thing.args)) == kinds)
+    for arg in thing.args:
+        if type(arg) is not list:  # whose members are made one by one
+            reader.make(arg, 0)
     return thing.args
 
 
-def _members(maker: _Maker, thing: Thing, depth: int) -> list[Any]:
+def _members(reader: Reader, thing: Thing, depth: int) -> list[Any]:
     """Of a set: what was put into it, or the list that it would have been made of."""
     values = thing.content
     if thing.args:
-        (values,) = _args(thing, list)
-    return maker.each(values, depth, "{...}")
+        (values,) = _args(reader, thing, list)
+    return reader.each(values, depth, "{...}")
 
 
-def _set(maker: _Maker, thing: Thing, depth: int) -> set[Any]:
-    return set(_members(maker, thing, depth))
+def _set(reader: Reader, thing: Thing, depth: int) -> set[Any]:
+    return set(_members(reader, thing, depth))
 
 
-def _frozenset(maker: _Maker, thing: Thing, depth: int) -> frozenset[Any]:
-    return frozenset(_members(maker, thing, depth))
+def _frozenset(reader: Reader, thing: Thing, depth: int) -> frozenset[Any]:
+    return frozenset(_members(reader, thing, depth))
 
 
-def _no_bytes(_maker: _Maker, thing: Thing, _depth: int) -> bytes:
-    _args(thing)
+def _no_bytes(reader: Reader, thing: Thing, _depth: int) -> bytes:
+    _args(reader, thing)
     return b""
 
 
-def _bytes(maker: _Maker, thing: Thing, depth: int) -> bytes:
+def _bytes(reader: Reader, thing: Thing, _depth: int) -> bytes:
     """How protocols 0 to 2, which have no bytes, write them."""
-    text, encoding = _args(thing, str, str)
+    text, encoding = _args(reader, thing, str, str)
     _require(encoding == "latin1")
-    made = maker.make(text, depth)
-    return bytes(made.encode("latin-1"))
+    made: str = text
+    return made.encode("latin-1")
 
 
-def _packed(maker: _Maker, thing: Thing, depth: int, size: int) -> tuple[bytes, tzinfo | None]:
+def _packed(reader: Reader, thing: Thing, depth: int, size: int) -> tuple[bytes, tzinfo | None]:
     """The bytes that a date or time would be made of, and its time zone."""
-    packed, *zone = (maker.make(arg, depth + 1) for arg in thing.args)
+    packed, *zone = (reader.make(arg, depth + 1) for arg in thing.args)
     _require(type(packed) is bytes and len(packed) == size and len(zone) <= 1)
     _require(not zone or isinstance(zone[0], tzinfo))
     return packed, zone[0] if zone else None
 
 
-def _datetime(maker: _Maker, thing: Thing, depth: int) -> datetime:
-    packed, zone = _packed(maker, thing, depth, 10)
+def _datetime(reader: Reader, thing: Thing, depth: int) -> datetime:
+    packed, zone = _packed(reader, thing, depth, 10)
     month, day, hour, minute, second = packed[2:7]
     return datetime(
         int.from_bytes(packed[:2]),
@@ -288,30 +303,31 @@ def _datetime(maker: _Maker, thing: Thing, depth: int) -> datetime:
     )
 
 
-def _date(maker: _Maker, thing: Thing, depth: int) -> date:
-    packed, zone = _packed(maker, thing, depth, 4)
+def _date(reader: Reader, thing: Thing, depth: int) -> date:
+    packed, zone = _packed(reader, thing, depth, 4)
     _require(zone is None)
     return date(int.from_bytes(packed[:2]), packed[2], packed[3])
 
 
-def _time(maker: _Maker, thing: Thing, depth: int) -> time:
-    packed, zone = _packed(maker, thing, depth, 6)
+def _time(reader: Reader, thing: Thing, depth: int) -> time:
+    packed, zone = _packed(reader, thing, depth, 6)
     hour, minute, second = packed[:3]
     return time(hour & 127, minute, second, int.from_bytes(packed[3:]), zone, fold=hour >> 7)
 
 
-def _timedelta(_maker: _Maker, thing: Thing, _depth: int) -> timedelta:
-    return timedelta(*_args(thing, int, int, int))
+def _timedelta(reader: Reader, thing: Thing, _depth: int) -> timedelta:
+    return timedelta(*_args(reader, thing, int, int, int))
 
 
-def _timezone(maker: _Maker, thing: Thing, depth: int) -> timezone:
-    offset, *name = (maker.make(arg, depth + 1) for arg in thing.args)
+def _timezone(reader: Reader, thing: Thing, depth: int) -> timezone:
+    offset, *name = (reader.make(arg, depth + 1) for arg in thing.args)
     _require(type(offset) is timedelta and all(type(each) is str for each in name))
     return timezone(offset, *name)
 
 
-def _zone_info(_maker: _Maker, thing: Thing, _depth: int) -> ZoneInfo:
+def _zone_info(reader: Reader, thing: Thing, depth: int) -> ZoneInfo:
     name, _from_cache = thing.args
+    name = reader.make(name, depth)
     _require(type(name) is str and _ZONE.fullmatch(name) is not None)
     return ZoneInfo(name)  # reads the file of that name in the system's folder of zones, or raises
 
@@ -320,19 +336,19 @@ def _zone_info(_maker: _Maker, thing: Thing, _depth: int) -> ZoneInfo:
 _ZONE: Final = re.compile(r"[A-Za-z0-9_+-]+(?:/[A-Za-z0-9_+-]+)*")
 
 
-def _decimal(_maker: _Maker, thing: Thing, _depth: int) -> Decimal:
-    return Decimal(*_args(thing, str))
+def _decimal(reader: Reader, thing: Thing, _depth: int) -> Decimal:
+    return Decimal(*_args(reader, thing, str))
 
 
-def _uuid(_maker: _Maker, thing: Thing, _depth: int) -> UUID:
-    _args(thing)
+def _uuid(reader: Reader, thing: Thing, _depth: int) -> UUID:
+    _args(reader, thing)
     _require(type(thing.state) is Thing)
-    number = by_name(thing.state)["int"]
+    number = reader.by_name(thing.state)["int"]
     _require(type(number) is int)
     return UUID(int=number)
 
 
-_MAKERS: Final[dict[str, Callable[[_Maker, Thing, int], Any]]] = {
+_MAKERS: Final[dict[str, Callable[[Reader, Thing, int], Any]]] = {
     "builtins.set": _set,
     "builtins.frozenset": _frozenset,
     "builtins.bytes": _no_bytes,

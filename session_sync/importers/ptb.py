@@ -15,23 +15,21 @@ from typing import Any, Final
 from session_sync.errors import SessionDecodeError
 from session_sync.keys import StorageKey
 
-from .pickles import PERSISTENT, Thing, read_pickle
+from .pickles import PERSISTENT, ExhaustedError, Thing, read_pickle
 from .plain import (
     Imported,
+    Reader,
     RefusedError,
     an_id,
-    by_name,
     imported,
     named,
-    pairs_of,
-    plain_fields,
     unnamed,
 )
 
 #: Where `bot_data` goes, as in docs/migrating/ptb.md.
 BOT: Final = StorageKey(key="bot")
 
-_VALUES: Final = ([str], [int], [float])
+_VALUES: Final = (str, int, float)
 
 _BY_ID: Final[dict[str, Callable[[int], StorageKey]]] = {
     "user_data": lambda user: StorageKey(user=user),
@@ -55,37 +53,49 @@ def ptb_pickle(source: str) -> Iterator[Imported]:
         OSError: a file cannot be read, or there is none.
         ValueError: it is no such file.
     """
+    try:
+        yield from _sessions(source)
+    except ExhaustedError as error:
+        raise SessionDecodeError(f"{source!r} {error}; it should be {_FILE}") from None
+
+
+def _sessions(source: str) -> Iterator[Imported]:
     data = _data(source)
     for kind, key_of in _BY_ID.items():
-        if data.get(kind) is not None:  # as it is where PTB was told not to store it
-            yield from _each(kind, data[kind], key_of)
-    if data.get("bot_data") is not None:
-        yield from imported(str(BOT), partial(plain_fields, data["bot_data"], _meaning))
+        if kind in data:
+            yield from _each(kind, *data[kind], key_of)
+    if "bot_data" in data:
+        reader, value = data["bot_data"]
+        yield from imported(str(BOT), partial(reader.fields, value, _meaning))
 
 
-def _data(source: str) -> dict[str, Any]:
-    """Each kind of data that there is."""
+def _data(source: str) -> dict[str, tuple[Reader, Any]]:
+    """Each kind of data that there is, and its reader."""
     if Path(source).exists():
-        data: dict[str, Any] = _read(source, by_name)
+        reader, data = _read(source, Reader.by_name)
         if not data.keys() & _BY_ID.keys():
             raise SessionDecodeError(
                 f"{source!r} has neither user_data nor chat_data; it should be {_FILE}. Of several "
                 f"files, name what their names begin with: 'bot' for bot_user_data"
             )
-        return data
+        # None, where PTB was told not to store it.
+        return {kind: (reader, value) for kind, value in data.items() if value is not None}
     files = {kind: f"{source}_{kind}" for kind in _KINDS}
     found = {kind: name for kind, name in files.items() if Path(name).exists()}
     if not found:
         raise FileNotFoundError(
             f"there is no file {source!r}, nor {files['user_data']!r}; it should be {_FILE}"
         )
-    return {kind: _read(name, lambda value: value) for kind, name in found.items()}
+    read = {kind: _read(name, lambda _reader, value: value) for kind, name in found.items()}
+    return {kind: (reader, value) for kind, (reader, value) in read.items() if value is not None}
 
 
-def _read(name: str, of: Callable[[Any], Any]) -> Any:
-    """What `of` makes of the pickle in a file."""
+def _read(name: str, of: Callable[[Reader, Any], Any]) -> tuple[Reader, Any]:
+    """What `of` makes of the pickle in a file, and the reader of the rest."""
+    data = Path(name).read_bytes()
+    reader = Reader(len(data))
     try:
-        return of(read_pickle(Path(name).read_bytes()))
+        return reader, of(reader, read_pickle(data))
     except RefusedError as refused:
         why = refused.reason
     except ValueError as error:
@@ -93,10 +103,12 @@ def _read(name: str, of: Callable[[Any], Any]) -> Any:
     raise SessionDecodeError(f"{name!r} {why}; it should be {_FILE}")
 
 
-def _each(kind: str, data: Any, key_of: Callable[[int], StorageKey]) -> Iterator[Imported]:
+def _each(
+    kind: str, reader: Reader, data: Any, key_of: Callable[[int], StorageKey]
+) -> Iterator[Imported]:
     """The sessions of all users, or of all chats."""
     try:
-        records = list(pairs_of(data))
+        records = list(reader.pairs_of(data))
     except RefusedError as refused:
         yield unnamed(kind, f"it {refused.reason}")
         return
@@ -106,14 +118,15 @@ def _each(kind: str, data: Any, key_of: Callable[[int], StorageKey]) -> Iterator
         except (TypeError, ValueError):
             yield unnamed(f"{kind}[{named(number)}]", "this is no id of Telegram's")
         else:
-            yield from imported(key, partial(plain_fields, record, _meaning))
+            yield from imported(key, partial(reader.fields, record, _meaning))
 
 
-def _meaning(thing: Thing) -> Any:
+def _meaning(_reader: Reader, thing: Thing) -> Any:
     """What PTB has put into the place of a bot has its class; a member of an enum of PTB's, such as
     `ChatType.PRIVATE`, is the str or the number that it is, as a storage would keep it."""
     if thing.name == PERSISTENT:
         return Thing("telegram.Bot")
-    if thing.name.startswith("telegram.constants.") and list(map(type, thing.args)) in _VALUES:
-        return thing.args[0]
+    if thing.name.startswith("telegram.constants.") and len(thing.args) == 1:
+        (value,) = thing.args
+        return value if type(value) in _VALUES else thing
     return thing

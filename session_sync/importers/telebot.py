@@ -20,17 +20,14 @@ from session_sync.errors import SessionDecodeError
 from session_sync.keys import StorageKey
 from session_sync.paths import short
 
-from .pickles import Thing, read_pickle
+from .pickles import ExhaustedError, Thing, read_pickle
 from .plain import (
     Imported,
+    Reader,
     RefusedError,
     an_id,
-    by_name,
     imported,
     named,
-    pairs_of,
-    plain_fields,
-    plain_value,
     unnamed,
     unusable,
 )
@@ -67,25 +64,33 @@ def telebot_pickle(source: str) -> Iterator[Imported]:
     if not Path(source).exists() and "?" in source:
         name, _, query = source.rpartition("?")
         options = options_of(dict(parse_qsl(query, keep_blank_values=True)))
-    states = _states(name)
+    try:
+        yield from _sessions(name, options)
+    except ExhaustedError as error:
+        raise SessionDecodeError(f"{name!r} {error}; it should be {_FILE}") from None
+
+
+def _sessions(name: str, options: Options) -> Iterator[Imported]:
+    reader, states = _states(name)
     newer = {key: item for key, item in states if type(key) is str}
     found = by_session(newer, options)
     yield from found.errors
     for key, each in found.records.items():
-        yield from imported(key, partial(_fields, newer[each]))
+        yield from imported(key, partial(_fields, reader, newer[each]))
     for chat, users in states:
         if type(chat) is not str:
-            yield from _older(chat, users, found)
+            yield from _older(reader, chat, users, found)
 
 
-def _states(name: str) -> list[tuple[Any, Any]]:
-    """What lies in the file."""
+def _states(name: str) -> tuple[Reader, list[tuple[Any, Any]]]:
+    """What lies in the file, and its reader."""
     try:
         data = Path(name).read_bytes()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {name!r}; it should be {_FILE}") from error
+    reader = Reader(len(data))
     try:
-        return list(pairs_of(read_pickle(data)))
+        return reader, list(reader.pairs_of(read_pickle(data)))
     except RefusedError as refused:
         why = refused.reason
     except ValueError as error:
@@ -93,10 +98,10 @@ def _states(name: str) -> list[tuple[Any, Any]]:
     raise SessionDecodeError(f"{name!r} {why}; it should be {_FILE}")
 
 
-def _older(chat: object, users: Any, found: Found) -> Iterator[Imported]:
+def _older(reader: Reader, chat: object, users: Any, found: Found) -> Iterator[Imported]:
     """The records of one chat, as they were until 4.22."""
     try:
-        records = list(pairs_of(users))
+        records = list(reader.pairs_of(users))
     except RefusedError as refused:
         yield unnamed(named(chat), f"it {refused.reason} of users")
         return
@@ -107,20 +112,22 @@ def _older(chat: object, users: Any, found: Found) -> Iterator[Imported]:
             yield unnamed(f"{named(chat)}[{named(user)}]", "these are no ids of a chat and a user")
         else:
             if key not in found.taken:
-                yield from imported(key, partial(_fields, record))
+                yield from imported(key, partial(_fields, reader, record))
 
 
-def _fields(record: Any) -> dict[Any, Any]:
-    parts = by_name(record)
+def _fields(reader: Reader, record: Any) -> dict[Any, Any]:
+    parts = reader.by_name(record)
     if not parts.keys() <= {"state", "data"} or "state" not in parts:
         raise RefusedError(NO_RECORD)
-    fields = plain_fields(parts["data"]) if "data" in parts else {}
-    return with_state(fields, plain_value("state", parts["state"], _meaning))
+    fields = reader.fields(parts["data"]) if "data" in parts else {}
+    return with_state(fields, reader.field("state", parts["state"], _meaning))
 
 
-def _meaning(thing: Thing) -> Any:
+def _meaning(reader: Reader, thing: Thing) -> Any:
     """A State, which the StatePickleStorage of 4.23 and newer keeps whole, is its name."""
-    return by_name(thing.state).get("name") if thing.name == "telebot.states.State" else thing
+    return (
+        reader.by_name(thing.state).get("name") if thing.name == "telebot.states.State" else thing
+    )
 
 
 # -- for both storages
