@@ -25,7 +25,7 @@ from .migrations import Migration, Migrations
 from .session import BaseSession, Session, schema_of
 from .storages.base import KVStorage
 from .storages.memory import MemoryStorage
-from .stored import for_each_key
+from .stored import for_each_key, stored_keys
 
 if TYPE_CHECKING:  # a manager made without arguments is a SessionManager[Session]
     from typing_extensions import TypeVar as TypeVarWithDefault
@@ -351,7 +351,8 @@ class SessionManager(Generic[S]):
         >>> list(sessions.find(user=7)), list(sessions.find(user=8, chat=-100))
         (['user:7:chat:7', 'user:7:chat:-100'], ['user:8:chat:-100'])
         """
-        return people.find(self._options, self.prefix, user, chat)
+        names = stored_keys(self.storage, self.prefix)
+        return people.find(names, self.prefix, user, chat)
 
     def forget(self, *, user: int | None = None, chat: int | None = None) -> int:
         """Delete every stored session of a user, of a chat, or of a user in a chat: those that

@@ -5,7 +5,7 @@ This module knows stored keys and the scopes that open them one by one; it knows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,12 +21,13 @@ from .repeats import UPDATES, updates_in
 from .schema import NO_SCHEMA, is_field
 from .session import Fields, Session
 from .storages.base import Record, record_of
-from .stored import for_each_key, refuse_open_around, replace_record, stored_keys
+from .stored import for_each_key, refuse_open_around, replace_record
 
 
-def find(options: Options[Any], prefix: str, user: int | None, chat: int | None) -> Iterator[str]:
-    """The stored keys, without `prefix`, of a user, of a chat, of a user in a chat, or all."""
-    keys = (name.removeprefix(prefix) for name in stored_keys(options.backend.storage, prefix))
+def find(names: Iterable[str], prefix: str, user: int | None, chat: int | None) -> Iterator[str]:
+    """Of the stored keys `names`, without the `prefix` that all have: those of a user, of a chat,
+    of a user in a chat, or all."""
+    keys = (name.removeprefix(prefix) for name in names)
     if user is None and chat is None:
         return keys
     key_in = _keys_of(StorageKey(user=user, chat=chat))  # which refuses what is no id

@@ -1030,7 +1030,7 @@ def test_the_doctor_counts_versions(sqlite: str) -> None:
     texts = [line["text"] for line in done.objects if line["about"] == "sessions"]
     assert done.code == 1
     assert any("user:3" in text for text in texts)
-    assert "by version: 1 of 1, 1 of 3" in texts
+    assert "sessions by schema version: v1: 1, v3: 1" in texts
 
 
 def test_the_doctor_sees_locks_of_the_dead_and_a_server_that_evicts(

@@ -21,7 +21,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*
 ROOMS = {
     "cachetools": {"storages/memory.py"},
     "click": {f"cli/{path.name}" for path in (PACKAGE / "cli").glob("*.py")}
-    - {"cli/__init__.py", "cli/lines.py"},
+    - {"cli/__init__.py", "cli/files.py", "cli/lines.py", "cli/reader.py"},
     "diskcache": {"storages/disk.py"},
     "msgspec": {
         "cli/lines.py",

@@ -11,13 +11,14 @@ from typing import Any, Final
 import click
 
 from .. import __version__
+from .backup import backup
 from .doctor import doctor
 from .exits import Code, failure_of, say
 from .moving import copy, export, import_
 from .overview import stats
 from .people import forget
 from .sessions import ls, rm, set_, show
-from .store import without_secrets
+from .store import place_options, remember_secrets, without_secrets
 from .watching import watch
 
 _EPILOG: Final = (
@@ -55,12 +56,16 @@ class _App(click.Group):
 
 @click.group(cls=_App, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="session-sync")
-def app() -> None:
+@place_options
+def app(storage: str | None, **_place: object) -> None:
     """Look into a store of sessions, and change it, while bots run on it.
 
     The store is a URL, such as sqlite:///sessions.db, disk:///sessions or redis://localhost: the
-    same one that the bot has, with --storage or in SESSION_SYNC_STORAGE.
+    same one that the bot has, with --storage before or after the command, or in
+    SESSION_SYNC_STORAGE.
     """
+    if storage is not None:
+        remember_secrets(storage)
     warnings.simplefilter("always", RuntimeWarning)
     setattr(warnings, "showwarning", _warn)  # noqa: B010 (mypy wants all parameters by name)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -79,6 +84,7 @@ _COMMANDS: Final[tuple[click.Command, ...]] = (
     export,
     import_,
     copy,
+    backup,
     stats,
     forget,
     watch,

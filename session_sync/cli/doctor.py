@@ -9,9 +9,8 @@ import sqlite3
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import click
@@ -19,10 +18,13 @@ import click
 from .. import __version__
 from ..errors import SessionDecodeError
 from ..migrations import VERSION
-from .exits import Code
+from ..storages.filelocks import held_keys
+from .exits import Code, Failure
+from .files import Files, check_readable, exists, user_name
 from .lines import check
 from .output import json_option, plain, print_rows, progress, size, text
-from .store import OperatorsStorage, Place, Store, at_place, path_of
+from .reader import Database, FileReader
+from .store import Place, ReadStorage, View, at_place, named_files
 
 State: TypeAlias = Literal["ok", "note", "wrong"]
 
@@ -43,21 +45,22 @@ class Finding(NamedTuple):
 @json_option
 @at_place
 def doctor(place: Place, as_json: bool) -> None:
-    """Look for what is wrong: who may read the files, sessions that cannot be decoded, locks that
-    were left behind, space, versions. Exits with 1 if something is.
+    """Look for what is wrong with a store.
 
-    Every session is read; nothing is locked, changed or repaired, but for the mode of a disk
-    storage's folder and files, which opening it sets right.
+    That is: who may read the files, sessions that cannot be decoded, locks that were left behind,
+    space, versions. Exits with 1 if something is wrong. Every session is read; nothing is locked,
+    changed or repaired.
     """
     findings: list[Finding] = []
+    files = named_files(place.url)
     try:
-        # First, since a disk storage closes its folder to others when it is opened.
-        findings += _files(place.url)
-        with place.open() as store:
-            findings += _versions(store.storage)
-            findings += _server(store.storage)
-            findings += _locks(store.storage)
-            findings += _sessions(store)
+        if files is not None and exists(files.database):
+            findings += _files(files)
+        with place.look() as view:
+            findings += _versions(view.storage)
+            findings += _server(view.storage)
+            findings += _locks(view.storage) if files is None else _open_sessions(view, files)
+            findings += _sessions(view)
     finally:  # also if the store cannot be opened: then this may say why
         findings.sort(key=lambda finding: finding.state != "wrong")
         rows = (finding._asdict() for finding in findings)
@@ -70,15 +73,12 @@ def doctor(place: Place, as_json: bool) -> None:
 # -- files
 
 
-def _files(url: str) -> Iterator[Finding]:
-    path = path_of(url)
-    if path is None or not os.path.exists(path):
-        return
+def _files(files: Files) -> Iterator[Finding]:
     if os.name == "posix":
-        yield from _permissions(path)
-    if os.path.isfile(path):
-        yield from _integrity(path)
-    free = shutil.disk_usage(path).free
+        yield from _permissions(files.path)
+    check_readable(files.database)
+    yield from _integrity(files.database)
+    free = shutil.disk_usage(files.path).free
     state: State = "wrong" if free < _LITTLE else "ok"
     yield Finding(state, "space", f"{size(free)} are free on the disk")
 
@@ -95,7 +95,7 @@ def _permissions(path: str) -> Iterator[Finding]:
                 "wrong", "permissions", f"others may use {each}: mode {mode:04o}; chmod {right:o}"
             )
         if found.st_uid != os.geteuid():
-            yield Finding("note", "permissions", f"{each} belongs to the user {found.st_uid}")
+            yield Finding("note", "permissions", f"{each} belongs to {user_name(found.st_uid)}")
     if not open_to_others:
         yield Finding("ok", "permissions", "only the owner may read the files")
 
@@ -109,11 +109,11 @@ def _files_of(path: str) -> list[str]:
 
 
 def _integrity(path: str) -> Iterator[Finding]:
-    try:
-        with closing(sqlite3.connect(f"{Path(path).as_uri()}?mode=ro", uri=True)) as connection:
-            answers = [row[0] for row in connection.execute("PRAGMA quick_check(10)")]
-    except sqlite3.DatabaseError as error:
-        answers = [str(error)]
+    with closing(Database(path)) as database:
+        try:
+            answers = [row[0].decode() for row in database.run("PRAGMA quick_check(10)")]
+        except Failure as failure:
+            answers = [str(failure)]
     if answers == ["ok"]:
         yield Finding("ok", "file", "SQLite finds the file whole")
         return
@@ -124,15 +124,14 @@ def _integrity(path: str) -> Iterator[Finding]:
 # -- versions and servers
 
 
-def _versions(storage: OperatorsStorage) -> Iterator[Finding]:
+def _versions(storage: ReadStorage) -> Iterator[Finding]:
     from importlib.metadata import version  # which takes as long as all other imports here
 
     yield Finding("note", "versions", f"session_sync {__version__}, {_python()}")
-    module = type(storage).__module__.rpartition(".")[2]
-    if module == "sqlite":
+    if isinstance(storage, FileReader):
         yield Finding("note", "versions", f"SQLite {sqlite3.sqlite_version}")
         return
-    library = {"disk": "diskcache"}.get(module, module)
+    library = type(storage).__module__.rpartition(".")[2]
     yield Finding("note", "versions", f"{library} {version(library)}")
 
 
@@ -169,9 +168,6 @@ def _server(storage: Any) -> Iterator[Finding]:
 
 
 def _locks(storage: Any) -> Iterator[Finding]:
-    if not hasattr(storage, "locks"):
-        yield Finding("ok", "locks", "none is left behind: a lock falls with its process")
-        return
     held = 0
     wrong = False
     for lock in storage.locks():
@@ -181,6 +177,21 @@ def _locks(storage: Any) -> Iterator[Finding]:
             yield Finding("wrong", "locks", _trouble(lock))
     if not wrong:
         yield Finding("ok", "locks", f"{held} sessions are open, none of a process that is gone")
+
+
+def _open_sessions(view: View, files: Files) -> Iterator[Finding]:
+    """Which are open now. Of a process that is gone there are none: the system drops its locks."""
+    if not os.path.exists(files.locks):  # as where the system has none between processes
+        return
+    names = (view.prefix + key for key in view.find())
+    try:
+        keys = [name.removeprefix(view.prefix) for name in held_keys(files.locks, names)]
+    except OSError as error:
+        yield Finding("note", "locks", f"which sessions are open cannot be seen: {error}")
+        return
+    which = f": {', '.join(map(plain, keys[:_NAMED]))}" if keys else ""
+    more = ", ..." if len(keys) > _NAMED else ""
+    yield Finding("ok", "locks", f"{len(keys)} stored sessions are open now{which}{more}")
 
 
 def _trouble(lock: Any) -> str:
@@ -195,17 +206,17 @@ def _trouble(lock: Any) -> str:
 # -- sessions
 
 
-def _sessions(store: Store) -> Iterator[Finding]:
+def _sessions(view: View) -> Iterator[Finding]:
     versions: Counter[int] = Counter()
     broken: list[str] = []
     with progress("read") as advance:
-        for error, version in _read(store):
+        for error, version in _read(view):
             if error:
                 broken.append(error)
             else:
                 versions[version] += 1
             advance()
-    unknown: Callable[[], int] | None = getattr(store.storage, "unknown_rows", None)
+    unknown: Callable[[], int] | None = getattr(view.storage, "unknown_rows", None)
     if unknown is not None and (rows := unknown()):
         what = f"rows whose key is no text, which session_sync has not written: {rows}"
         yield Finding("wrong", "sessions", what)
@@ -218,23 +229,20 @@ def _sessions(store: Store) -> Iterator[Finding]:
     else:
         yield Finding("ok", "sessions", f"{versions.total()} can be read")
     if versions.keys() - {1}:
-        yield Finding("note", "sessions", f"by version: {_counts(versions)}")
+        yield Finding("note", "sessions", f"sessions by schema version: {_counts(versions)}")
 
 
-def _read(store: Store) -> Iterator[tuple[str, int]]:
+def _read(view: View) -> Iterator[tuple[str, int]]:
     """For each session what is wrong with it, and its version."""
-    try:
-        for key in store.sessions.find():
-            try:
-                fields = store.get(key)
-                if fields is not None:
-                    check(key, fields)
-                    yield "", fields.get(VERSION, 1)
-            except SessionDecodeError as error:
-                yield str(error), 0
-    except SessionDecodeError as error:  # a key that is none, behind which no other is seen
-        yield str(error), 0
+    for key in view.find():
+        try:
+            fields = view.get(key)
+            if fields is not None:
+                check(key, fields)
+                yield "", fields.get(VERSION, 1)
+        except SessionDecodeError as error:
+            yield str(error), 0
 
 
-def _counts(versions: Iterable[int] | Counter[int]) -> str:
-    return ", ".join(f"{number} of {version}" for version, number in Counter(versions).items())
+def _counts(versions: Mapping[int, int]) -> str:
+    return ", ".join(f"v{version}: {number}" for version, number in sorted(versions.items()))

@@ -10,6 +10,7 @@ from typing import Final
 import click
 
 from ..errors import SessionError, SessionLockTimeout
+from .output import plain
 
 
 class Code(IntEnum):
@@ -32,8 +33,9 @@ class Failure(Exception):  # noqa: N818 (named after what the caller sees)
 
 
 def say(text: str) -> None:
-    """A line for whoever has called, beside the output."""
-    click.echo(f"session-sync: {text}", err=True)
+    """What the caller is told beside the output: a sentence, or several lines."""
+    lines = "\n".join(map(plain, text.split("\n")))
+    click.echo(f"session-sync: {lines}", err=True)
 
 
 def code_of(errors: Iterable[BaseException]) -> Code:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import IO, Any, TypeAlias
 
@@ -19,10 +19,22 @@ from ..importers import IMPORTERS
 from ..storages.base import record_of
 from ..stored import replace_record
 from .exits import Failure, code_of, say
+from .files import new_file
 from .lines import check, from_line, to_line
 from .output import progress
 from .sessions import somebody
-from .store import Place, Store, at_place, opened, path_of, remember_secrets, shown, with_store
+from .store import (
+    Place,
+    Store,
+    View,
+    at_place,
+    named_files,
+    opened,
+    refuse_store_before,
+    remember_secrets,
+    shown,
+    with_view,
+)
 
 #: Where it comes from, for messages; and the key with its fields, or why there are none.
 Incoming: TypeAlias = tuple[str, str, dict[str, Any] | SessionError]
@@ -31,27 +43,31 @@ Incoming: TypeAlias = tuple[str, str, dict[str, Any] | SessionError]
 @click.command()
 @click.argument("file", default="-")
 @somebody
-@with_store
-def export(store: Store, file: str, user: int | None, chat: int | None) -> None:
-    """Write all sessions, or somebody's, to FILE (or the standard output): one JSON object in each
-    line, with all types.
+@with_view
+def export(view: View, file: str, user: int | None, chat: int | None) -> None:
+    """Write all sessions, or those of a user, as lines of JSON.
+
+    They go to FILE (or the standard output), one JSON object in each line, with all types.
 
     FILE is readable by you alone, and complete or not there at all. A session is written as it was
     last saved; nothing is locked.
     """
     failed = written = 0
-    find = partial(store.sessions.find, user=user, chat=chat)
-    with _output(file) as out, progress("exported", lambda: _count(find())) as advance:
+    find = partial(view.find, user, chat)
+    with (
+        _output(file) as out,
+        progress("exported", lambda: _count(find()), hidden=out.isatty()) as advance,
+    ):
         for key in find():
             try:
-                fields = store.get(key)
+                fields = view.get(key)
                 line = None if fields is None else to_line(key, fields)
             except SessionError as error:
                 failed += 1
                 say(str(error))
                 continue
             if line is not None:
-                out.write(line)
+                out.write(_harmless(line) if out.isatty() else line)
                 written += 1
             advance()
     say(f"{written} sessions exported")
@@ -65,26 +81,23 @@ def _count(keys: Iterable[str]) -> int:
 
 @contextmanager
 def _output(file: str) -> Iterator[IO[bytes]]:
-    """A new file of mode 0600, which takes the place of `file` when all is in it."""
+    """A new file, as `new_file` makes it; or the standard output, or a pipe."""
     if file == "-":
         yield sys.stdout.buffer
-        return
-    if os.path.exists(file) and not stat.S_ISREG(os.stat(file).st_mode):  # a pipe, say
+    elif os.path.exists(file) and not stat.S_ISREG(os.stat(file).st_mode):  # a pipe, say
         with open(file, "wb") as out:
             yield out
-        return
-    path = os.path.realpath(file)
-    number, unfinished = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".session-sync-")
-    try:
-        with os.fdopen(number, "wb") as out:
+    else:
+        with new_file(file) as unfinished, open(unfinished, "wb") as out:
             yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(unfinished)
-        raise
+
+
+def _harmless(line: bytes) -> bytes:
+    """The same JSON, without a character that a terminal would obey."""
+    text = line.decode()
+    return (
+        "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text[:-1]).encode() + b"\n"
+    )
 
 
 @click.command("import")
@@ -101,11 +114,11 @@ def _output(file: str) -> Iterator[IO[bytes]]:
 @click.option("--dry-run", is_flag=True, help="Read everything, and store nothing.")
 @at_place
 def import_(place: Place, source: str, kind: str, skip_existing: bool, dry_run: bool) -> None:
-    """Store the sessions of SOURCE: a file, the standard input, or what --from says; for
-    telebot-redis it is the URL of a server. Makes the store if there is none.
+    """Store the sessions of an export, or of a bot without session_sync.
 
-    Each session is stored under its lock, over what is there under its key. What cannot be read is
-    named, and the rest is stored.
+    SOURCE is a file, the standard input, or what --from says; for telebot-redis it is the URL of a
+    server. The store is made if there is none. Each session is stored under its lock, over what is
+    there under its key. What cannot be read is named, and the rest is stored.
     """
     done = skipped = 0
     errors: list[SessionError] = []
@@ -177,17 +190,26 @@ def _foreign(source: str, kind: str) -> Iterator[Incoming]:
         raise Failure(f"{shown(source)} cannot be read: {error}") from None
 
 
+def _is_same_file(source: str, target: str) -> bool:
+    files = [named_files(url) for url in (source, target)]
+    first, second = (each and os.path.realpath(each.database) for each in files)
+    return first is not None and first == second
+
+
 @click.command()
 @click.argument("source")
 @click.argument("target")
 def copy(source: str, target: str) -> None:
-    """Copy all sessions of the store SOURCE into TARGET, both URLs.
+    """Copy all sessions of one store into another.
 
-    Each is locked in both stores meanwhile. TARGET is made if there is none; what it has under the
-    same key is replaced. Stop the bot all the same, or it goes on writing to the old store.
+    Both are URLs. Each session is locked in both stores meanwhile. TARGET is made if there is none;
+    what it has under the same key is replaced. Stop the bot all the same, or it goes on writing to
+    the old store.
     """
-    paths = path_of(source), path_of(target)
-    if source == target or (paths[0] is not None and paths[0] == paths[1]):
+    refuse_store_before("copy")
+    remember_secrets(source)
+    remember_secrets(target)
+    if source == target or _is_same_file(source, target):
         raise click.UsageError("SOURCE and TARGET are the same store")
     with opened(source) as here, opened(target, create=True) as there:
         storages: tuple[Any, Any] = here, there

@@ -128,11 +128,11 @@ def text(value: Any) -> str:
 
 @contextmanager
 def progress(
-    what: str, total: Callable[[], int] | None = None
+    what: str, total: Callable[[], int] | None = None, *, hidden: bool = False
 ) -> Generator[Callable[[], None], None, None]:
     """A bar for something that takes long, where somebody looks; what is yielded is to be called
-    after each piece. `total` counts them, and is called only if the bar is seen."""
-    if not sys.stderr.isatty():
+    after each piece. `total` counts them, and is called only if the bar is seen. `hidden`: none."""
+    if hidden or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich.console import Console

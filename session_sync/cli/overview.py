@@ -21,7 +21,7 @@ from .output import (
     size,
     text,
 )
-from .store import Store, with_store
+from .store import View, with_view
 
 _SMALLEST: Final = 64  # bytes, of the first class of sizes; each next one takes four times as much
 _BAR: Final = 40  # characters
@@ -37,12 +37,15 @@ _BAR: Final = 40  # characters
     help="How many of the largest and the oldest to name.",
 )
 @json_option
-@with_store
-def stats(store: Store, limit: int, as_json: bool) -> None:
-    """Count the sessions, and say how large and how old they are. None is read or touched."""
+@with_view
+def stats(view: View, limit: int, as_json: bool) -> None:
+    """Count the sessions, and say how large and how old they are.
+
+    None is read or touched.
+    """
     entries: list[StoredEntry] = []
     with progress("measured") as advance:
-        for entry in store.entries():
+        for entry in view.entries():
             entries.append(entry._replace(age=_rounded(entry.age), left=_rounded(entry.left)))
             advance()
     classes = _classes(entries)

@@ -18,7 +18,7 @@ from ..schema import is_field
 from .exits import Code, Failure, code_of, say
 from .lines import jsonable, type_name, value_of
 from .output import Columns, is_terminal, json_option, plain, print_json, print_rows, seconds, text
-from .store import Store, confirm, with_store
+from .store import Store, View, confirm, with_store, with_view
 
 _PARTS: Final = ("user", "chat", "thread", "business")
 _NAMED: Final = 10  # keys that a question names
@@ -34,10 +34,10 @@ def somebody(command: Any) -> Any:
 @somebody
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="No more than N.")
 @json_option
-@with_store
-def ls(store: Store, user: int | None, chat: int | None, limit: int | None, as_json: bool) -> None:
-    """List the keys of the sessions, all of them or somebody's."""
-    keys = itertools.islice(store.sessions.find(user=user, chat=chat), limit)
+@with_view
+def ls(view: View, user: int | None, chat: int | None, limit: int | None, as_json: bool) -> None:
+    """List the keys of all sessions, or of those of a user or chat."""
+    keys = itertools.islice(view.find(user, chat), limit)
     if as_json or not is_terminal():
         print_rows(({"key": key} for key in keys), {"key": text}, as_json)
     else:
@@ -54,27 +54,61 @@ def _parts(key: str) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("key")
+@click.argument("key", required=False)
+@somebody
 @click.option("--values", is_flag=True, help="Show what is in the fields, too.")
 @json_option
-@with_store
-def show(store: Store, key: str, values: bool, as_json: bool) -> None:
-    """Show the fields of one session: names, types, and when they expire."""
-    stored = store.get(key)
+@with_view
+def show(
+    view: View, key: str | None, user: int | None, chat: int | None, values: bool, as_json: bool
+) -> None:
+    """Show the fields of one session, or of all of a user.
+
+    Of each field the name, the type, and when it expires. KEY names one session, --user and --chat
+    all sessions of a user, of a chat, or of a user in a chat.
+    """
+    if (key is None) != (user is not None or chat is not None):
+        raise click.UsageError(
+            "say which sessions: a KEY, or --user ID, --chat ID, or both of them"
+        )
+    if key is not None:
+        if not _show(view, key, values, as_json):
+            raise _not_there(key)
+        return
+    found = failed = 0
+    for each in view.find(user, chat):
+        try:
+            found += _show(view, each, values, as_json, named=True)
+        except SessionError as error:
+            failed += 1
+            say(str(error))
+    if failed:
+        raise Failure(f"{failed} sessions cannot be read")
+    if not found:
+        raise Failure("no such session is stored")
+
+
+def _show(view: View, key: str, values: bool, as_json: bool, *, named: bool = False) -> bool:
+    """Print one session; `named`: with its key, also on a pipe. False: there is none."""
+    stored = view.get(key)
     if stored is None:
-        raise _not_there(key)
+        return False
     fields = {field["field"]: field for field in fields_of(key, stored, values)}
     if as_json:
         for field in fields.values():
             del field["field"]
         print_json({"key": key, "version": stored.get(VERSION, 1), "fields": fields})
-        return
+        return True
     columns: dict[str, Any] = {"field": text, "type": text, "expires_in": seconds}
     if values:
         columns["value"] = text
         for field in fields.values():
             field["value"] = repr(stored[field["field"]])
-    print_rows(fields.values(), columns, False, title=key)
+    if named and not is_terminal():
+        columns = {"key": text, **columns}
+    rows = ({"key": key, **field} for field in fields.values())
+    print_rows(rows, columns, False, title=key)
+    return True
 
 
 def fields_of(key: str, stored: dict[str, Any], values: bool) -> Iterator[dict[str, Any]]:
@@ -119,9 +153,10 @@ def set_(
     life_time: float | None,
     create: bool,
 ) -> None:
-    """Set a FIELD of the session KEY to VALUE, which is JSON as in an export: 7, '"text"', [1, 2],
-    '{"$set": [1]}'. A VALUE that is - is read from the standard input, where no list of processes
-    shows it.
+    """Set a field of a session, or delete it.
+
+    VALUE is JSON as in an export: 7, '"text"', [1, 2], '{"$set": [1]}'. A VALUE that is - is read
+    from the standard input, where no list of processes shows it.
 
     With a store that has a ttl, give its URL the same one: the session is stored with that life
     time.
@@ -165,7 +200,10 @@ def _typed_in(value: str, is_text: bool) -> Any:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @with_store
 def rm(store: Store, keys: tuple[str, ...], yes: bool) -> None:
-    """Delete sessions, each under its lock; also those that cannot be read."""
+    """Delete sessions, also those that cannot be read.
+
+    Each is deleted under its lock.
+    """
     keys = tuple(dict.fromkeys(keys))
     confirm(f"Delete {named(keys)}?", yes)
     errors: list[SessionError] = []

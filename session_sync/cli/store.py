@@ -17,45 +17,77 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, cast, runtime_c
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import click
+from click.core import ParameterSource
 
+from .. import people
 from ..errors import SessionDecodeError, SessionLockTimeout
+from ..expiry import life_time
 from ..manager import SessionManager
 from ..storages.base import KVStorage, OpenRecord, StoredEntry, record_of
 from ..storages.urls import storage_from_url
 from ..stored import replace_record
 from .exits import Code, Failure, say
+from .files import Files, check_readable, check_writable, exists, files_of
 from .lines import CODEC
+from .reader import FileReader
 
 P = ParamSpec("P")
-#: Of the folder of a disk storage, and of what SQLite has beside its file.
-_DATABASE: Final = "cache.db"
 _SOME: Final = 100  # sessions, of which one shows whether they have life times
 _SECRET: Final = re.compile("pass|secret|token|credential", re.I)
 _USERINFO: Final = re.compile(r"://\S*@")
 _SECRETS: Final = f"{__name__}.secrets"
 
 
-@runtime_checkable
-class OperatorsStorage(Protocol):
-    """What a command needs of a storage; all have it that outlive a process."""
+class ReadStorage(Protocol):
+    """What a command that only looks needs of a storage."""
 
     def get(self, key: str, /) -> dict[str, Any] | None: ...
-    def set(self, key: str, value: dict[str, Any], /) -> None: ...
-    def delete(self, key: str, /) -> None: ...
-    def has(self, key: str, /) -> bool: ...
     def keys(self) -> Iterator[str]: ...
     def entries(self) -> Iterator[StoredEntry]: ...
-    def open_unread(self, key: str, timeout: float, /) -> OpenRecord: ...
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class OperatorsStorage(ReadStorage, Protocol):
+    """What all commands need of a storage; all have it that outlive a process."""
+
+    def set(self, key: str, value: dict[str, Any], /) -> None: ...
+    def delete(self, key: str, /) -> None: ...
+    def has(self, key: str, /) -> bool: ...
+    def open_unread(self, key: str, timeout: float, /) -> OpenRecord: ...
+
+
 @dataclass(frozen=True)
-class Store:
-    """One bot's sessions in a storage. The manager takes them as they are stored, of whatever
-    class and version they are."""
+class View:
+    """One bot's sessions in a storage, to be looked at: nothing is locked, and no life time
+    renewed. Keys are without the prefix."""
+
+    storage: ReadStorage
+    prefix: str
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The stored fields."""
+        return self.storage.get(self.prefix + key)
+
+    def find(self, user: int | None = None, chat: int | None = None) -> Iterator[str]:
+        """As `SessionManager.find`."""
+        stored = self.storage.keys()
+        names = (name for name in stored if name.startswith(self.prefix))
+        return people.find(names, self.prefix, user, chat)
+
+    def entries(self) -> Iterator[StoredEntry]:
+        """What is known of each session."""
+        for entry in self.storage.entries():
+            if entry.key.startswith(self.prefix):
+                yield entry._replace(key=entry.key.removeprefix(self.prefix))
+
+
+@dataclass(frozen=True)
+class Store(View):
+    """The same, to be changed. The manager takes the sessions as they are stored, of whatever class
+    and version they are."""
 
     storage: OperatorsStorage
-    prefix: str
     lock_timeout: float
     has_ttl: bool
 
@@ -63,10 +95,6 @@ class Store:
     def sessions(self) -> SessionManager[Any]:
         storage = cast("KVStorage[Any]", self.storage)
         return SessionManager(storage=storage, prefix=self.prefix, lock_timeout=self.lock_timeout)
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The stored fields; nothing is locked, and no life time renewed."""
-        return self.storage.get(self.prefix + key)
 
     def has(self, key: str) -> bool:
         return self.storage.has(self.prefix + key)
@@ -105,12 +133,6 @@ class Store:
                     "none until the bot opens it: give the URL the same ?ttl= as the bot's"
                 )
 
-    def entries(self) -> Iterator[StoredEntry]:
-        """What is known of each session, by its key without the prefix."""
-        for entry in self.storage.entries():
-            if entry.key.startswith(self.prefix):
-                yield entry._replace(key=entry.key.removeprefix(self.prefix))
-
 
 @dataclass(frozen=True)
 class Place:
@@ -121,10 +143,37 @@ class Place:
     lock_timeout: float
 
     @contextmanager
+    def look(self) -> Iterator[View]:
+        """The store, of which nothing is changed, nor any file made."""
+        with opened_to_read(self.url) as storage:
+            yield View(storage, self.prefix)
+
+    @contextmanager
     def open(self, create: bool = False) -> Iterator[Store]:
-        """The store; `create`: also one that is not there yet."""
+        """The store, to be changed; `create`: also one that is not there yet."""
         with opened(self.url, create) as storage:
             yield Store(storage, self.prefix, self.lock_timeout, "ttl" in _options(self.url))
+
+
+def place_options(command: Callable[P, None]) -> Callable[P, None]:
+    """The options that say which store: of the group, and of each command."""
+    for option in (
+        click.option(
+            "--lock-timeout",
+            type=click.FloatRange(min=0),
+            metavar="SECONDS",
+            help="How long to wait for a locked session.  [default: 30.0]",
+        ),
+        click.option("--prefix", help="The prefix= of the bot's SessionManager."),
+        click.option(
+            "--storage",
+            "-s",
+            metavar="URL",
+            help="The store, as in sqlite:///sessions.db.  [env var: SESSION_SYNC_STORAGE]",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def at_place(command: Callable[Concatenate[Place, P], None]) -> Callable[P, None]:
@@ -133,35 +182,36 @@ def at_place(command: Callable[Concatenate[Place, P], None]) -> Callable[P, None
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         options = cast("dict[str, Any]", kwargs)
-        place = Place(*(options.pop(name) for name in ("storage", "prefix", "lock_timeout")))
-        command(place, *args, **kwargs)
+        own = {name: options.pop(name) for name in ("storage", "prefix", "lock_timeout")}
+        command(_place(own), *args, **kwargs)
 
-    for option in (
-        click.option(
-            "--lock-timeout",
-            type=click.FloatRange(min=0),
-            default=30.0,
-            show_default=True,
-            metavar="SECONDS",
-            help="How long to wait for a session that somebody has open.",
-        ),
-        click.option("--prefix", default="", help="The prefix= of the bot's SessionManager."),
-        click.option(
-            "--storage",
-            "-s",
-            envvar="SESSION_SYNC_STORAGE",
-            show_envvar=True,
-            required=True,
-            metavar="URL",
-            help="The store, as in sqlite:///sessions.db.",
-        ),
-    ):
-        wrapper = option(wrapper)
-    return wrapper
+    return place_options(wrapper)
+
+
+def _place(own: dict[str, Any]) -> Place:
+    """By the options after the command; what is not given there, by those before it."""
+    group = click.get_current_context().find_root().params
+    given = {name: group.get(name) if value is None else value for name, value in own.items()}
+    url = given["storage"] or os.environ.get("SESSION_SYNC_STORAGE")
+    if not url:
+        raise click.UsageError(
+            "say which store: --storage URL (-s), or SESSION_SYNC_STORAGE in the environment"
+        )
+    timeout = given["lock_timeout"]
+    return Place(url, given["prefix"] or "", 30.0 if timeout is None else timeout)
+
+
+def refuse_store_before(command: str) -> None:
+    """Raise UsageError if a store is named before a command that names its own."""
+    root = click.get_current_context().find_root()
+    for name in ("storage", "prefix", "lock_timeout"):
+        if root.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"{command} takes no {option}: it names its stores itself")
 
 
 def with_store(command: Callable[Concatenate[Store, P], None]) -> Callable[P, None]:
-    """The same; the command gets the store, open."""
+    """The same; the command gets the store, open to be changed."""
 
     @functools.wraps(command)
     def wrapper(place: Place, /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -171,13 +221,71 @@ def with_store(command: Callable[Concatenate[Store, P], None]) -> Callable[P, No
     return at_place(wrapper)
 
 
+def with_view(command: Callable[Concatenate[View, P], None]) -> Callable[P, None]:
+    """The same; the command gets the store, open to be looked at."""
+
+    @functools.wraps(command)
+    def wrapper(place: Place, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        with place.look() as view:
+            command(view, *args, **kwargs)
+
+    return at_place(wrapper)
+
+
 @contextmanager
 def opened(url: str, create: bool = False) -> Iterator[OperatorsStorage]:
     """The storage that `url` names; `create`: also one that is not there yet."""
     remember_secrets(url)
-    path = path_of(url)
-    if path is not None and not create and not _is_store(url, path):
-        raise Failure(f"there is no store at {shown(url)}; nothing was made", Code.UNREACHABLE)
+    files = named_files(url)
+    if files is not None:
+        if exists(files.database):
+            check_writable(files.database)
+        elif not create:
+            raise _missing(url)
+    storage = _made(url)
+    try:
+        yield storage
+    finally:
+        storage.close()
+
+
+@contextmanager
+def opened_to_read(url: str) -> Iterator[ReadStorage]:
+    """The same to be looked at, which makes and changes no file."""
+    remember_secrets(url)
+    files = named_files(url)
+    storage = _made(url) if files is None else _reader(url, files)
+    try:
+        yield storage
+    finally:
+        storage.close()
+
+
+def named_files(url: str) -> Files | None:
+    """The files of a store on this machine; None for one elsewhere."""
+    try:
+        return files_of(url)
+    except ValueError as error:
+        raise _refusal(url, error) from None
+
+
+def _reader(url: str, files: Files) -> FileReader:
+    if not exists(files.database):
+        raise _missing(url)
+    check_readable(files.database)
+    try:
+        ttl = files.options.get("ttl")
+        ttl = None if ttl is None else life_time(ttl)
+        return FileReader(files.database, CODEC, ttl, files.is_disk)
+    except ValueError as error:
+        raise _refusal(url, error) from None
+
+
+def _missing(url: str) -> Failure:
+    return Failure(f"there is no store at {shown(url)}; nothing was made", Code.UNREACHABLE)
+
+
+def _made(url: str) -> OperatorsStorage:
     try:
         storage = storage_from_url(url, codec=CODEC)
     except ImportError as error:
@@ -189,32 +297,22 @@ def opened(url: str, create: bool = False) -> Iterator[OperatorsStorage]:
             f"{shown(url)} is the memory of one process, which nobody else can look into",
             Code.USAGE,
         )
-    try:
-        yield storage
-    finally:
-        storage.close()
+    return storage
 
 
 def _options(url: str) -> dict[str, str]:
     return dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
 
 
-def path_of(url: str) -> str | None:
-    """The file of a SQLite storage, or the folder of one on disk; None for all others."""
-    parts = urlsplit(url)
-    path = unquote(parts.path)[1:]
-    if parts.scheme not in ("sqlite", "disk") or not path:
-        return None
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def _is_store(url: str, path: str) -> bool:
-    # A folder may be of anything; and not to see what is in it is another error.
-    return os.path.exists(os.path.join(path, _DATABASE) if url.startswith("disk:") else path)
-
-
 def _refusal(url: str, error: Exception) -> Failure:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return Failure(
+            f"{shown(url)} is no URL: brackets other than those around an IPv6 address are written "
+            f"%5B and %5D",
+            Code.USAGE,
+        )
     if "@" in url and parts.scheme.startswith("redis"):
         try:
             _ = parts.port, parts.hostname

@@ -12,7 +12,7 @@ import click
 from ..errors import SessionDecodeError
 from .output import is_terminal, json_option, plain, print_json
 from .sessions import fields_of
-from .store import Store, with_store
+from .store import View, with_view
 
 _COLOURS: Final = {"new": "green", "changed": "yellow", "gone": "red"}
 
@@ -32,18 +32,18 @@ State = dict[str, dict[str, Any]]
     help="How long to wait between two looks.",
 )
 @json_option
-@with_store
-def watch(store: Store, key: str, values: bool, interval: float, as_json: bool) -> None:
-    """Print what changes in the session KEY, stored or not yet, until Ctrl-C.
+@with_view
+def watch(view: View, key: str, values: bool, interval: float, as_json: bool) -> None:
+    """Print what changes in a session, until Ctrl-C.
 
-    It is looked at as it was last saved: nothing is locked, and no life time renewed. What comes
-    and goes between two looks is not seen.
+    The session KEY need not be stored yet. It is looked at as it was last saved: nothing is locked,
+    and no life time renewed. What comes and goes between two looks is not seen.
     """
     before: State = {}
     trouble = ""
     while True:
         try:
-            now, problem = _state(store, key), ""
+            now, problem = _state(view, key), ""
         except SessionDecodeError as error:
             now, problem = before, str(error)
         if problem != trouble:
@@ -57,9 +57,9 @@ def watch(store: Store, key: str, values: bool, interval: float, as_json: bool) 
         time.sleep(interval)
 
 
-def _state(store: Store, key: str) -> State:
+def _state(view: View, key: str) -> State:
     # With the values, whether they are shown or not: else a change of one would not be seen.
-    return {field["field"]: field for field in fields_of(key, store.get(key) or {}, values=True)}
+    return {field["field"]: field for field in fields_of(key, view.get(key) or {}, values=True)}
 
 
 def _changes(before: State, now: State) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from threading import get_ident
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from ..codec import Codec
 from ..errors import SessionDeadlockError, SessionDecodeError, SessionLockTimeout
@@ -26,12 +26,18 @@ from .background import for_each
 from .base import OpenRecord, Record, StoredEntry
 from .filelocks import FileLocks, LockedRecord
 
+T = TypeVar("T")
+
 _OURS: Final = 0x73657373  # "sess", in the file's header; 0 there: a file of nobody
 _VERSION: Final = 1  # of the table
 _TABLE: Final = """
     CREATE TABLE IF NOT EXISTS sessions (
         key TEXT PRIMARY KEY, value BLOB NOT NULL, expires REAL
     ) WITHOUT ROWID
+"""
+_STATE: Final = """
+    SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
+    FROM pragma_application_id, pragma_user_version
 """
 _INDEX: Final = """
     CREATE INDEX IF NOT EXISTS expiry ON sessions (expires) WHERE expires IS NOT NULL
@@ -117,11 +123,12 @@ class SQLiteStorage:
         self._connections: Final = _Connections(_private(path), synchronous)
         self._prompt: Final = _Connections(self._connections.path, synchronous, waits=False)
         self._locks: Final = FileLocks(f"{self._connections.path}-locks")
-        handle = self._locks.acquire("$table", _TIMEOUT)  # four workers may begin at once
-        try:
-            self._connections.make_table()
-        finally:
-            handle.release()
+        if not self._connections.has_table():  # before a file of locks is made beside it
+            handle = self._locks.acquire("$table", _TIMEOUT)  # four workers may begin at once
+            try:
+                self._connections.make_table()
+            finally:
+                handle.release()
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None.
@@ -392,6 +399,25 @@ def _bytes(value: object, key: str) -> bytes:
     )
 
 
+def has_table(cursor: sqlite3.Cursor, path: str) -> bool:
+    """Whether the file has the table of sessions; False: it is new.
+
+    Raises ValueError if it is another program's, or a newer session_sync's.
+    """
+    # One statement, which sees one moment: others may just be making the table.
+    ((ours, version, tables),) = cursor.execute(_STATE).fetchall()
+    if ours != _OURS and tables:
+        raise ValueError(
+            f"{path} is a database of another program; give SQLiteStorage a file of its own"
+        )
+    if version > _VERSION:
+        raise ValueError(
+            f"{path} was made by a newer session_sync (its tables have version {version}, known "
+            f"here is {_VERSION}); upgrade this one"
+        )
+    return bool(ours == _OURS and version == _VERSION)
+
+
 class Connection(sqlite3.Connection):
     """A connection that closes itself when it is forgotten; else Python 3.13 complains that nobody
     has closed it. `owner` is the thread that used it last; it `is_shut` by that one's fork."""
@@ -505,34 +531,26 @@ class _Connections:
         connection.close()  # first: a fork waits for those that are known
         self._made.pop(id(connection), None)
 
-    def make_table(self) -> None:
-        """Make the table, if the file is new.
+    def has_table(self) -> bool:
+        """As the function `has_table`, of this file."""
+        return self._once(lambda cursor: has_table(cursor, self.path))
 
-        Raises ValueError if it is somebody else's.
-        """
+    def make_table(self) -> None:
+        """Make the table, if the file is new; raises ValueError if it is somebody else's."""
+        self._once(self._make_table)
+
+    def _once(self, work: Callable[[sqlite3.Cursor], T]) -> T:
         cursor = self.take()
         try:
-            self._make_table(cursor)
+            result = work(cursor)
         except BaseException:
             self.drop(cursor)
             raise
         self.give_back(cursor)
+        return result
 
     def _make_table(self, cursor: sqlite3.Cursor) -> None:
-        ((ours,),) = cursor.execute("PRAGMA application_id").fetchall()
-        ((version,),) = cursor.execute("PRAGMA user_version").fetchall()
-        ((tables,),) = cursor.execute("SELECT count(*) FROM sqlite_master").fetchall()
-        if ours != _OURS and tables:
-            raise ValueError(
-                f"{self.path} is a database of another program; give SQLiteStorage a file of "
-                f"its own"
-            )
-        if version > _VERSION:
-            raise ValueError(
-                f"{self.path} was made by a newer session_sync (its tables have version "
-                f"{version}, known here is {_VERSION}); upgrade this one"
-            )
-        if ours == _OURS and version == _VERSION:
+        if has_table(cursor, self.path):
             return
         cursor.execute("PRAGMA journal_mode = wal")
 

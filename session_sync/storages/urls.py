@@ -39,6 +39,22 @@ def storage_from_url(url: str, *, codec: Codec | None = None) -> KVStorage[Any]:
     return make(parts, dict(parse_qsl(parts.query, keep_blank_values=True)), codec)
 
 
+def file_options(url: str) -> dict[str, Any]:
+    """The options in the URL of a file or folder, `sqlite://` or `disk://`, of which nothing is
+    opened. Raises ValueError as `storage_from_url`."""
+    parts = urlsplit(url)
+    _check_characters(url, parts)
+    _path(parts)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    return _known(parts, options, **_FILE_OPTIONS[parts.scheme])
+
+
+_FILE_OPTIONS: Final[dict[str, dict[str, Callable[[str], Any]]]] = {
+    "sqlite": {"ttl": float, "synchronous": str},
+    "disk": {"ttl": float},
+}
+
+
 def _unknown(url: str, scheme: str, found: str) -> str:
     """What is wrong with a URL that is none of these. The rest of it may be a password."""
     known, _, path = url.partition(":")
@@ -77,14 +93,15 @@ def _memory(url: SplitResult, options: dict[str, str], codec: Codec | None) -> K
 def _sqlite(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
     from .sqlite import SQLiteStorage
 
-    known = _known(url, options, ttl=float, synchronous=str)
+    known = _known(url, options, **_FILE_OPTIONS["sqlite"])
     return SQLiteStorage(_path(url), codec=codec, **known)
 
 
 def _disk(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
     from .disk import DiskStorage
 
-    return DiskStorage(_path(url), codec=codec, **_known(url, options, ttl=float))
+    known = _known(url, options, **_FILE_OPTIONS["disk"])
+    return DiskStorage(_path(url), codec=codec, **known)
 
 
 def _redis(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
