@@ -317,6 +317,10 @@ def test_a_backup_is_one_private_file_of_one_moment_while_a_bot_writes(
                 a.n = b.n = a.get("n", 0) + 1
             written.set()
 
+    # What the bot writes stays in the log for as long as somebody reads what was there before.
+    reader = sqlite3.connect(tmp_path / "bot" / "sessions.db", isolation_level=None)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM sessions").fetchall() == [(200,)]
     threads.start(write)
     assert written.wait(30)
     saved = storage.get("a")["n"]
@@ -327,6 +331,7 @@ def test_a_backup_is_one_private_file_of_one_moment_while_a_bot_writes(
         os.umask(old_mask)
         done.set()
     threads.join()
+    reader.close()
     assert (backup.code, backup.out) == (0, "")
     assert f"written to {target}" in backup.err
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
