@@ -14,7 +14,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast, overload
 
 try:
@@ -317,7 +317,7 @@ def install(
     room = {"managers": managers, "moving": migrating(managers, migrate_chats)}
     # Not by application_class() and context_types(), which may be called once more afterwards.
     kind = type(builder)
-    builder.__class__ = type(kind.__name__, (_SessionBuilder, kind), {"__slots__": (), **room})
+    builder.__class__ = _named_as(kind, (_SessionBuilder, kind), __slots__=(), **room)
     return builder
 
 
@@ -370,16 +370,21 @@ def _chosen(value: Any) -> Any:
 def _application_class(chosen: type[Any]) -> type[Any]:
     """`chosen`, which may do what it likes with an update before it is handled, and then comes by
     here."""
-    if issubclass(_SessionApplication, chosen):
-        return _SessionApplication
-    bases = (chosen, _SessionApplication)
-    return type(chosen.__name__, bases, {"__module__": chosen.__module__})
+    is_ours = issubclass(_SessionApplication, chosen)
+    bases = (_SessionApplication,) if is_ours else (chosen, _SessionApplication)
+    return _named_as(chosen, bases)
+
+
+def _named_as(chosen: type[Any], bases: tuple[type[Any], ...], **inside: Any) -> type[Any]:
+    """A class that is `chosen` to whoever prints it."""
+    names = {"__module__": chosen.__module__, "__qualname__": chosen.__qualname__}
+    return type(chosen.__name__, bases, {**names, **inside})
 
 
 def _context_class(chosen: type[Any], names: tuple[str, ...]) -> type[Any]:
     """`chosen` with sessions of these names."""
     bases: tuple[type[Any], ...] = (_Hooks, chosen)
-    inside: dict[str, Any] = {"__module__": chosen.__module__}
+    inside: dict[str, Any] = {}
     if not issubclass(chosen, SessionContext):
         for name in names:
             if hasattr(chosen, name):
@@ -393,7 +398,7 @@ def _context_class(chosen: type[Any], names: tuple[str, ...]) -> type[Any]:
     for name in NAMES[len(names) :]:
         own = inspect.getattr_static(chosen, name, vars(SessionContext)[name])
         inside[name] = _NoChatSession() if own is vars(SessionContext)[name] else own
-    return type(chosen.__name__, bases, inside)
+    return _named_as(chosen, bases, **inside)
 
 
 class _Room:
@@ -497,9 +502,21 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
 
     # -- tasks: those of a unit keep its scope open, all others run outside of it
 
-    def _Application__create_task(  # noqa: N802 (create_task and PTB itself call this)
+    def create_task(self, coroutine: Any, update: object = None, **named: Any) -> asyncio.Task[Any]:
+        """As PTB's, and in its place: PTB warns of the line two calls above its own private method,
+        which has to be the line that calls this one."""
+        context, member = self._context_of_task(update)
+        create_task = getattr(super(), _CREATE_TASK)
+        return self._begun(context.run(create_task, coroutine, update, **named), member)
+
+    def _Application__create_task(  # noqa: N802 (PTB calls this for non-blocking error handlers)
         self, coroutine: Any, update: object = None, *args: Any, **kw: Any
     ) -> asyncio.Task[Any]:
+        context, member = self._context_of_task(update)
+        create_task = getattr(super(), _CREATE_TASK)
+        return self._begun(context.run(create_task, coroutine, update, *args, **kw), member)
+
+    def _context_of_task(self, update: object) -> tuple[Context, _Member | None]:
         asyncio.get_running_loop()  # without one there will be no task: nobody may have joined
         unit, context = _Unit.of(update), copy_context()
         member = None
@@ -508,8 +525,9 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         elif unit.update_scope is not None:
             member = _Member.of(self, update, unit.update_scope)
         context.run(_Member.current.set, member)
-        create_task = getattr(super(), _CREATE_TASK)
-        task: asyncio.Task[Any] = context.run(create_task, coroutine, update, *args, **kw)
+        return context, member
+
+    def _begun(self, task: asyncio.Task[Any], member: _Member | None) -> asyncio.Task[Any]:
         if member is not None:
             task.add_done_callback(member.ended)
             if not self.running:  # it is stopping, and PTB does not wait for this one

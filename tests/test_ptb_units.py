@@ -402,7 +402,7 @@ def test_stop_waits_for_tasks_that_are_made_while_it_stops(
                 context.application.create_task(work(context), update=update)
 
         def build(made: Any) -> Any:
-            return made.concurrent_updates(8)
+            return made.concurrent_updates(8).job_queue(None)  # which sleeps when it stops
 
         async with running(api, in_memory, on_text(handle), build=build) as app:
             await app.update_queue.put(telegram.Update.de_json(message(), app.bot))
