@@ -34,6 +34,8 @@ MEET_LIBRARIES = [
     "tests/test_async_telebot.py",
     "tests/test_chats.py",
     "tests/test_ptb.py",
+    "tests/test_ptb_slots.py",
+    "tests/test_ptb_tasks.py",
     "tests/test_ptb_units.py",
     "tests/test_redis.py",
     "tests/test_disk.py",

@@ -36,13 +36,24 @@ except ImportError as error:  # pragma: no cover - shown by a test in a process 
 
 from .chats import Migration, amigrate_chat, migrating, migration_in
 from .errors import SessionAwaitError, SessionKeyError
-from .lifecycle.current import entries, step_outside
+from .lifecycle.current import entries, in_handler, step_outside
+from .lifecycle.entry import SessionScope
 from .lifecycle.flow import run_flow
 from .lifecycle.scope import Scope
 from .lifecycle.threads import errands
 from .lifecycle.transaction import aclose_all
-from .lifecycle.update import NAMES, Delivery, Managers, UpdateScope, dedupes, managers_of
+from .lifecycle.update import (
+    NAMES,
+    Delivery,
+    Managers,
+    UpdateScope,
+    dedupes,
+    managers_of,
+    release_all,
+    tickets_for,
+)
 from .locks.callers import Caller, current_caller
+from .locks.tickets import Tickets
 from .manager import SessionManager, no_key
 from .session import BaseSession, Session, replace_fields
 
@@ -158,7 +169,9 @@ class _Hooks(CallbackContext[Any, Any, Any, Any]):
     @classmethod
     def from_job(cls, job: Any, application: Any) -> Any:
         """PTB makes a context for a job, in the job's own task."""
-        _step_outside()  # it has copied its context variables from a handler, if one has made it
+        # It has copied its context variables from a handler, if one has made it.
+        _step_outside()
+        in_handler.set(False)
         return super().from_job(job, application)
 
 
@@ -269,10 +282,11 @@ def install(
     One update is one unit: its session is opened before its handlers and closed after the last of
     them, the non-blocking ones included, and the tasks of `application.create_task(..., update)`.
     The updates of one user are handled one after the other in the order in which they came, those
-    of different users side by side as far as `concurrent_updates` lets them; one that waits holds
-    no thread. When a handler raises, what its unit changed since the last flush is discarded (see
-    `on_error`), and then PTB's error handlers run; ApplicationHandlerStop is no error. An update
-    without a key is handled too; asking for its session raises SessionKeyError.
+    of different users side by side as far as `concurrent_updates` lets them; one that waits for
+    its session occupies no thread, and none of those slots. When a handler raises, what its unit
+    changed since the last flush is discarded (see `on_error`), and then PTB's error handlers run;
+    ApplicationHandlerStop is no error. An update without a key is handled too; asking for its
+    session raises SessionKeyError.
 
     With `chat_session`, a unit has a second session, `context.chat_session`, under the same rules
     and of a manager of its own; what is saved of one does not depend on whether the other can be.
@@ -308,7 +322,7 @@ def install(
         )
     if isinstance(builder, _SessionBuilder):
         raise RuntimeError("this builder has sessions already: install() was called before")
-    if not (hasattr(Application, _CREATE_TASK) and hasattr(Application, _RUN_TASK)):
+    if not all(hasattr(Application, name) for name in (_CREATE_TASK, _RUN_TASK, _PROCESS_FETCHED)):
         raise RuntimeError(
             "this version of python-telegram-bot starts its tasks in a way that is not known here: "
             "pip install --upgrade 'session-sync[ptb]'"
@@ -325,6 +339,9 @@ def install(
 # non-blocking error handlers, and no public method runs in the task itself.
 _CREATE_TASK: Final = "_Application__create_task"
 _RUN_TASK: Final = "_Application__create_task_callback"
+# And the one that takes a slot for an update that was fetched: by its own semaphore, or by the
+# update processor, whose method that does so is final.
+_PROCESS_FETCHED: Final = "_Application__process_update_wrapper"
 
 
 class _SessionBuilder:
@@ -415,23 +432,203 @@ class _Room:
         self.closing.add(task)
         task.add_done_callback(self.closing.discard)
 
+    def prepare(self, update: object) -> _Arrival:
+        """What an update needs before it can be handled."""
+        arrival = _Arrival(update)
+        if self.moving:
+            arrival.migration = migration_in(getattr(update, "message", None))
+        try:
+            delivery = self._delivery_of(update)
+            arrival.update_scope = UpdateScope(self.managers, update, delivery)
+        except Exception as error:
+            arrival.failures.append(error)
+        return arrival
+
+    async def migrate(self, arrival: _Arrival, migration: Migration) -> None:
+        """Move the sessions of a chat, before the scopes of the update are opened that says so:
+        they are among them."""
+        try:
+            await amigrate_chat(self.moving, migration)
+        except Exception as error:
+            arrival.failures.append(error)
+
+    def _delivery_of(self, update: object) -> Delivery | None:
+        if self.dedupes and isinstance(update, Update):
+            return Delivery(update.update_id)
+        return None
+
+
+class _Arrival:
+    """An update that has come and is not handled yet.
+
+    One that PTB has fetched waits here for its keys, and then for one of PTB's slots
+    (`concurrent_updates`), so that those who wait for their keys occupy no slot. Meanwhile running
+    handlers, which have theirs, may pass it: see Tickets.
+    """
+
+    #: The one that PTB is about to handle in this task.
+    current: Final[ContextVar[_Arrival | None]] = ContextVar(
+        "session_sync_ptb_arrival", default=None
+    )
+
+    __slots__ = (
+        "__weakref__",
+        "_called",
+        "_tickets",
+        "failures",
+        "migration",
+        "update",
+        "update_scope",
+    )
+
+    def __init__(self, update: object) -> None:
+        self.update: Final = update
+        self.migration: Migration | None = None  # that it tells of, and that has to be done first
+        self.update_scope: UpdateScope | None = None  # it could not be made
+        #: What the error handlers are to be told.
+        self.failures: Final[list[Exception]] = []
+        self._tickets: Tickets | None = None  # until the update begins
+        self._called: asyncio.Event | None = None  # the keys may be free
+
+    @classmethod
+    def take(cls, update: object) -> _Arrival | None:
+        """The one that this task has waited for, to be handled now. None if the application has
+        made another update of it: that passes the tickets of this one."""
+        arrival = cls.current.get()
+        if arrival is None:
+            return None
+        cls.current.set(None)
+        if arrival.update is not update:
+            return None
+        if next(entries(), None) is not None:  # the application has opened a scope, to be joined
+            arrival.withdraw()
+        return arrival
+
+    async def wait_for_keys(self) -> None:
+        """Until all of its keys are free for it."""
+        eager = [] if self.update_scope is None else self.update_scope.eager()
+        if eager:
+            self._called = called = asyncio.Event()
+            self._queue(eager)
+            if not called.is_set():
+                await called.wait()
+
+    async def enter(self) -> None:
+        """Open its sessions."""
+        update_scope, called = self.update_scope, self._called
+        assert update_scope is not None
+        try:
+            while self._tickets is not None and called is not None:
+                called.clear()  # first: it may be called again at once
+                if self._tickets.redeem():
+                    self._tickets = None
+                else:  # passed by a handler; at most one update of a key waits for that in a slot
+                    await called.wait()
+            await update_scope.__aenter__()
+        except BaseException:
+            release_all(update_scope.in_order)
+            raise
+
+    def withdraw(self) -> None:
+        """Leave the queues of its keys, unless it has begun."""
+        if self._tickets is not None and self.update_scope is not None:
+            self._tickets = None
+            release_all(self.update_scope.in_order)
+
+    def _queue(self, eager: list[SessionScope[Any]]) -> None:
+        self._tickets = tickets_for(eager)
+        self._tickets.queue(_Call(self), eager[0].options.patience)
+
+    def call(self) -> None:
+        """Its keys are free; told in the thread of its event loop."""
+        if self._called is not None:
+            self._called.set()
+
+    def call_from_outside(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The same in another thread, under the mutex of all locks."""
+        tickets = self._tickets
+        try:
+            if loop.is_running():
+                loop.call_soon_threadsafe(self.call)
+                return
+            # It may go on later. Until then others come first; then it waits again, and so do all
+            # that are called meanwhile, in their old order.
+            loop.call_soon_threadsafe(self._queue_again)
+        except RuntimeError:  # it was closed: this update will never be handled
+            pass
+        if tickets is not None:
+            tickets.withdraw()
+
+    def _queue_again(self) -> None:
+        if self._tickets is not None and self.update_scope is not None:
+            self._queue(self.update_scope.eager())
+
+
+class _Call:
+    """Tells an arrival that its keys are free. The queues have it, and keep neither the arrival nor
+    its event loop alive: what is thrown away has to be collected, so that it is withdrawn."""
+
+    __slots__ = ("_arrival", "_loop")
+
+    def __init__(self, arrival: _Arrival) -> None:
+        self._arrival: Final = weakref.ref(arrival)
+        self._loop: Final = weakref.ref(asyncio.get_running_loop())
+
+    def __call__(self) -> None:
+        arrival, loop = self._arrival(), self._loop()
+        if arrival is None or loop is None:
+            return
+        if asyncio._get_running_loop() is loop:
+            arrival.call()
+        else:
+            arrival.call_from_outside(loop)
+
 
 class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
     """An application in which every update is a unit, and so are the tasks that are tied to it."""
 
     _session_sync: _Room
 
+    async def _Application__process_update_wrapper(  # noqa: N802 (PTB calls this when it has fetched)
+        self, update: object
+    ) -> None:
+        """Let an update wait for its keys before PTB gives it a slot."""
+        process = getattr(super(), _PROCESS_FETCHED)
+        if self.concurrent_updates <= 1:  # one at a time, whoever sends it
+            await process(update)
+            return
+        arrival = self._session_sync.prepare(update)
+        try:
+            if arrival.migration is not None:
+                await self._session_sync.migrate(arrival, arrival.migration)
+            await arrival.wait_for_keys()
+        except BaseException as error:
+            arrival.withdraw()
+            if not isinstance(error, GeneratorExit):
+                self.update_queue.task_done()  # which PTB does for those that have a slot
+            raise
+        _Arrival.current.set(arrival)  # this is a task of its own
+        in_handler.set(True)  # it has a slot soon, so it waits for nobody who does not have one
+        try:
+            await process(update)
+        finally:
+            arrival.withdraw()
+
     async def process_update(self, update: object) -> None:
         """Handle one update inside the scopes of its sessions."""
         self._check_initialized()
-        if self._session_sync.moving:
-            migration = migration_in(getattr(update, "message", None))
-            if migration is not None:
-                await self._migrate_chat(migration, update)
+        arrival = _Arrival.take(update)
+        if arrival is None:
+            arrival = self._session_sync.prepare(update)
+            if arrival.migration is not None:
+                await self._session_sync.migrate(arrival, arrival.migration)
+        while arrival.failures:
+            await self.process_error(update=update, error=arrival.failures.pop(0))
+        update_scope = arrival.update_scope
+        if update_scope is None:
+            return
         try:
-            managers = self._session_sync.managers
-            update_scope = UpdateScope(managers, update, self._delivery_of(update))
-            await update_scope.__aenter__()
+            await arrival.enter()
         except Exception as error:
             await self.process_error(update=update, error=error)
             return
@@ -449,19 +646,6 @@ class _SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
             raise
         _Unit.current.set(around)
         await self._report(update, await update_scope.aleave(None))
-
-    def _delivery_of(self, update: object) -> Delivery | None:
-        if self._session_sync.dedupes and isinstance(update, Update):
-            return Delivery(update.update_id)
-        return None
-
-    async def _migrate_chat(self, migration: Migration, update: object) -> None:
-        """Move the sessions of a chat, before the scopes of the update are opened that says so:
-        they are among them."""
-        try:
-            await amigrate_chat(self._session_sync.moving, migration)
-        except Exception as error:
-            await self.process_error(update=update, error=error)
 
     async def process_error(self, update: object, error: Exception, *args: Any, **kw: Any) -> bool:
         """Let the error handlers see what was before the handler that has failed."""

@@ -1022,9 +1022,8 @@ def test_the_same_without_the_lock_loses(
     monkeypatch.setattr(LockHandle, "try_acquire", lambda handle: True)
 
     async def main() -> None:
-        build = lambda builder: builder.concurrent_updates(1000)  # noqa: E731
-        async with running(api, in_memory, on_text(slow_count), build=build) as app:
-            await queue(app, *(message() for _ in range(100)))
+        async with running(api, in_memory, on_text(slow_count)) as app:
+            await asyncio.gather(*(process(app, message()) for _ in range(100)))
 
     asyncio.run(main())
     assert stored(in_memory)["counter"] < 100
@@ -1033,7 +1032,7 @@ def test_the_same_without_the_lock_loses(
 def test_a_flood_of_one_user_holds_up_nobody_and_takes_no_threads(
     api: OfflineBotAPI, sessions: SessionManager[Any]
 ) -> None:
-    """2,000 queued updates of one user; `concurrent_updates` exceeds them."""
+    """2,000 queued updates of one user; `concurrent_updates` is far less."""
 
     async def main() -> None:
         gate = Gate()
@@ -1043,7 +1042,7 @@ def test_a_flood_of_one_user_holds_up_nobody_and_takes_no_threads(
                 await gate()
             await slow_count(update, context)
 
-        build = lambda builder: builder.concurrent_updates(3000)  # noqa: E731
+        build = lambda builder: builder.concurrent_updates(8)  # noqa: E731
         async with running(api, sessions, on_text(handle), build=build) as app:
             before = threading.active_count()
             flood = [message(1, str(number)) for number in range(2000)]
