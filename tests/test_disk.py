@@ -555,7 +555,7 @@ class TestThreads:
             in_thread(lambda n=n: storage.set(f"user:{n}", {"n": n}))
             # The last reference goes when the thread itself is gone.
             gc.collect()
-        assert len(storage._cache._connections) <= 2
+        assert len(storage._cache._connections._made) <= 2
         assert len(list(storage.keys())) == 50
 
     def test_that_go_on_are_cut_off_by_close_and_may_come_back(self, folder: Path) -> None:

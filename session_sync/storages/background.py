@@ -8,7 +8,8 @@ exception may come between any two lines.
 from __future__ import annotations
 
 import _thread
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final, TypeVar
 from weakref import WeakValueDictionary
 
@@ -39,13 +40,22 @@ def threads_may_block() -> bool:
 
 def for_each(known: WeakValueDictionary[int, T], act: Callable[[T], object]) -> None:
     """Call `act` with each of these that is still there, whatever it raises for another one."""
+    for_all([partial(_act_on, reference, act) for reference in known.valuerefs()])
+
+
+def _act_on(reference: Callable[[], T | None], act: Callable[[T], object]) -> None:
+    if (one := reference()) is not None:
+        act(one)
+
+
+def for_all(acts: Iterable[Callable[[], object]]) -> None:
+    """Call each of these, whatever another one raises."""
     failed = None
-    for reference in known.valuerefs():
-        if (one := reference()) is not None:
-            try:
-                act(one)
-            except BaseException as error:
-                failed = error
+    for act in acts:
+        try:
+            act()
+        except BaseException as error:
+            failed = error
     if failed is not None:
         raise failed
 

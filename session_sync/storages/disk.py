@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import stat
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -20,16 +17,15 @@ from typing import Any, Final, TypeVar
 from session_sync.codec import Codec
 from session_sync.errors import SessionDecodeError
 from session_sync.expiry import life_time
-from session_sync.storages.background import for_each
+from session_sync.storages import files
 from session_sync.storages.base import OpenRecord, Record, StoredEntry
-from session_sync.storages.filelocks import FileLocks, LockedRecord
-from session_sync.storages.sqlite import (
-    Connection,
+from session_sync.storages.connections import (
+    Connections,
     in_transaction,
     is_inside_transaction,
-    make_file,
     refuse_inside_transaction,
 )
+from session_sync.storages.filelocks import FileLocks, LockedRecord
 
 try:
     import diskcache as _diskcache
@@ -44,7 +40,8 @@ _FILE: Final[str] = diskcache.core.DBNAME
 _TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
 
 # Of a folder with anything else in it, the mode is its owner's affair: it may be /tmp.
-_OUR_FILES: Final = (_FILE, "locks")
+_LOCKS: Final = "locks"
+_OUR_FILES: Final = (_FILE, _LOCKS)
 
 # All of them, since what lies in the folder wins over diskcache's defaults.
 _SETTINGS: Final = {
@@ -91,7 +88,7 @@ _ENTRIES: Final = """
 """
 _PAUSE: Final = 1.0  # seconds between two sweeps
 _KNOWN_SETTINGS: Final = _SETTINGS.keys() | diskcache.core.METADATA.keys()
-_CONNECTION_PRAGMAS: Final = ("synchronous = NORMAL", "mmap_size = 0", "cache_size = 2048")
+_PRAGMAS: Final = ("synchronous = NORMAL", "mmap_size = 0", "cache_size = 2048")
 
 
 class DiskStorage:
@@ -134,7 +131,7 @@ class DiskStorage:
         self._codec = Codec() if codec is None else codec
         path = _private(directory)
         self._cache = _Cache(path, disk=_Disk, **_SETTINGS)
-        self._locks = FileLocks(os.path.join(path, "locks"))
+        self._locks = FileLocks(os.path.join(path, _LOCKS), self._cache.file.check)
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None.
@@ -189,9 +186,10 @@ class DiskStorage:
             raise self._refusal(error, f"a key in {self._cache.directory!r}") from None
 
     def close(self) -> None:
-        """Close every thread's connection. The storage opens new ones when it is used again."""
+        """Close all connections. The storage opens new ones when it is used again."""
         self._cache.close()
         self._locks.close()
+        self._cache.file.forget()
 
     def load(self, key: str, /) -> Record | None:
         """The stored record, its life time started anew, or None."""
@@ -310,89 +308,24 @@ class _Rows(list[Any]):
 
 
 class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
-    """diskcache's cache, with the connections looked after: one for each thread, as before.
+    """diskcache's cache, with the connections of SQLiteStorage instead of one for each thread.
 
     What writes is our own, and one statement where that will do. A transaction of diskcache's that
     is interrupted as it begins stays open, and all later writes of its thread are lost with it.
     """
 
     def __init__(self, directory: str, **settings: object) -> None:
-        self._era = 0
         self._swept = 0.0
-        self._connections: weakref.WeakValueDictionary[int, Connection] = (
-            weakref.WeakValueDictionary()
-        )
-        #: Those that no thread uses just now. Whichever takes one out may use it, or close it.
-        self._free: weakref.WeakValueDictionary[int, Connection] = weakref.WeakValueDictionary()
+        self.file: Final = files.StoreFile(os.path.join(directory, _FILE))
+        self._connections: Final = Connections(self.file, *_PRAGMAS, timeout=_TIMEOUT)
         super().__init__(directory, timeout=_TIMEOUT, **settings)
-        _ = self._con  # what is wrong with the file is found now
-        _caches[id(self)] = self
-
-    @property
-    def _con(self) -> Connection:
-        local = self._local
-        era = (os.getpid(), self._era)
-        con: Connection | None = getattr(local, "con", None)
-        if con is None or local.era != era:
-            self._close_own()
-            con = self._connect()
-            local.con, local.era = con, era
-        return con
-
-    def _connect(self) -> Connection:
-        # Not bound to its thread: close() runs in another one.
-        con = sqlite3.connect(
-            os.path.join(self.directory, _FILE),
-            timeout=_TIMEOUT,
-            isolation_level=None,
-            check_same_thread=False,
-            factory=Connection,
-        )
-        for pragma in _CONNECTION_PRAGMAS:
-            con.execute(f"PRAGMA {pragma}")
-        con.owner = threading.get_ident()
-        self._connections[id(con)] = con
-        self._free[id(con)] = con
-        return con
-
-    def _close_own(self) -> None:
-        self._local.era = None  # first: a closed one must not be taken for an open one
-        super().close()
 
     @property
     def _sql(self) -> Callable[..., _Rows]:
         return self._read  # diskcache's own statements, too
 
     def _read(self, statement: str, values: Sequence[object] = ()) -> _Rows:
-        return self._use(lambda con: _Rows(con.execute(statement, values)))
-
-    def _use(self, act: Callable[[sqlite3.Connection], T]) -> T:
-        """Do `act` with this thread's connection.
-
-        It has that alone. What comes in between, a signal handler or a finaliser, connects anew: it
-        must not be undone with a transaction beneath it, nor see only what was there when a read
-        beneath it began. Nor is one used again that was interrupted by an exception from outside.
-        """
-        local = self._local
-        while True:
-            con, local.con = self._con, None
-            era, is_usable = local.era, False
-            if self._free.pop(id(con), None) is con:
-                break
-            con.close()  # as close() is about to do
-        try:
-            result = act(con)
-            is_usable = True
-        except sqlite3.Error:  # SQLite has reset what it was about to do
-            is_usable = not con.in_transaction
-            raise
-        finally:
-            if is_usable and local.con is None and local.era == era:
-                local.con = con
-                self._free[id(con)] = con
-            else:
-                con.close()
-        return result
+        return self._connections.use(lambda cursor: _Rows(cursor.execute(statement, values)))
 
     def find(self, key: str) -> tuple[bytes, float | None] | None:
         """What lies under `key`, and when it expires."""
@@ -427,14 +360,16 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         diskcache stays open if it is interrupted as it begins, or fails as it ends."""
         now = time.time()
 
-        def write(con: sqlite3.Connection) -> None:
+        def write(cursor: sqlite3.Cursor) -> None:
             for key, value in values.items():
                 if value is None:
-                    con.execute(_DELETE, (self._disk.put(key)[0],))
+                    cursor.execute(_DELETE, (self._disk.put(key)[0],))
                 else:
-                    con.execute(_UPSERT, self._row(key, value, now, ttl))
+                    cursor.execute(_UPSERT, self._row(key, value, now, ttl))
 
-        self._write(lambda con: in_transaction(con, self.directory, lambda: write(con)))
+        self._write(
+            lambda cursor: in_transaction(cursor.connection, self.directory, lambda: write(cursor))
+        )
 
     def _row(self, key: str, value: bytes, now: float, ttl: float | None) -> tuple[object, ...]:
         expires = None if ttl is None else now + ttl
@@ -451,11 +386,11 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         self._execute(_TOUCH, now + ttl, self._disk.put(key)[0], now)
 
     def _execute(self, statement: str, *values: object) -> None:
-        self._write(lambda con: con.execute(statement, values))
+        self._write(lambda cursor: cursor.execute(statement, values))
 
-    def _write(self, write: Callable[[sqlite3.Connection], object]) -> None:
+    def _write(self, write: Callable[[sqlite3.Cursor], object]) -> None:
         try:
-            self._use(write)
+            self._connections.use(write)
         except sqlite3.OperationalError as error:
             raise _as_timeout(error) from None
 
@@ -464,30 +399,8 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         return super().reset(key, *value, **options) if key in _KNOWN_SETTINGS else None
 
     def close(self) -> None:
-        """Close the connections, those in use as soon as their threads come for the next ones:
-        CPython crashes where one is closed in the middle of a statement."""
-        self._era += 1
-        for ref in self._free.valuerefs():
-            if (con := ref()) is not None and self._free.pop(id(con), None) is con:
-                con.close()
-
-    def before_fork(self) -> None:
-        """Leave no connection to a child: SQLite would take the parent's locks for its own.
-
-        diskcache closes what the child has inherited, but only in the thread that forked. Those of
-        the others are then connected in name only, and lose what they write as soon as the parent
-        closes the file.
-        """
-        me = threading.get_ident()
-        for ref in self._connections.valuerefs():
-            if (con := ref()) is not None and con.owner == me:
-                con.close()  # also one that a transaction beneath this call has for itself
-        self._close_own()
-
-    def after_fork(self) -> None:
-        """The same, if C code has forked; and whoever was writing is not in this process."""
-        self._close_own()
-        self._txn_id = None
+        """Close the connections."""
+        self._connections.close()
 
 
 def _as_timeout(error: sqlite3.OperationalError) -> Exception:
@@ -495,49 +408,13 @@ def _as_timeout(error: sqlite3.OperationalError) -> Exception:
     return diskcache.Timeout() if error.sqlite_errorcode == sqlite3.SQLITE_BUSY else error
 
 
-_caches: Final[weakref.WeakValueDictionary[int, _Cache]] = weakref.WeakValueDictionary()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: for_each(_caches, _Cache.before_fork),
-        after_in_child=lambda: for_each(_caches, _Cache.after_fork),
-    )
-
-
 def _private(directory: str | os.PathLike[str]) -> str:
     """The absolute path of `directory`, made and closed to everybody else."""
-    # As diskcache would do, which could otherwise open another folder than the one made here. And
-    # absolute: each thread connects when it first needs to, maybe after a chdir().
-    path = os.path.expandvars(os.path.abspath(os.path.expanduser(os.fspath(directory))))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        if stat.S_IMODE(os.stat(path).st_mode) & 0o077 and _is_ours(path):
-            _tighten(path, 0o700)
-    else:
-        os.chmod(path, 0o700)
-    _make_file(os.path.join(path, _FILE))
+    # As diskcache would do, which could otherwise open another folder than the one made here.
+    path = files.resolve(os.path.expandvars(os.path.expanduser(directory)))
+    if not files.make_folder(path) and all(n.startswith(_OUR_FILES) for n in os.listdir(path)):
+        files.close_folder(path)
+    files.make_file(os.path.join(path, _FILE))
+    for name in (_LOCKS, f"{_FILE}-wal", f"{_FILE}-shm", f"{_FILE}-journal"):
+        files.close_file(os.path.join(path, name))
     return path
-
-
-def _is_ours(path: str) -> bool:
-    return all(name.startswith(_OUR_FILES) for name in os.listdir(path))
-
-
-def _make_file(path: str) -> None:
-    """Make the database, or close it to others: SQLite gives its mode to the files that come along.
-
-    An existing one is never opened here, see make_file().
-    """
-    make_file(path)
-    for name in (path, f"{path}-wal", f"{path}-shm", f"{path}-journal"):
-        with suppress(FileNotFoundError):
-            _tighten(name, 0o600)
-
-
-def _tighten(path: str, mode: int) -> None:
-    # Somebody else's: his decision.
-    with suppress(PermissionError):
-        os.chmod(path, mode)

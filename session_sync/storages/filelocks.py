@@ -1,4 +1,4 @@
-"""Locks by key between the processes of one machine, all of them in one file that stays empty.
+"""Locks by key between the processes of one machine, all of them in one file.
 
 The kernel keeps them, so they fall with their owner, however it dies. This module knows keys and
 records; it does not know how they are stored.
@@ -14,15 +14,18 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache, partial
+from contextlib import suppress
+from functools import lru_cache
 from hashlib import blake2b
 from io import FileIO
 from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 from ..errors import SessionConflictError, SessionLockTimeout
+from . import forks
 from .background import Slot, Slots, for_each, start_thread, threads_may_block
 from .base import Record
+from .files import identity, open_file, refuse_foreign
 
 if sys.platform == "win32":
     fcntl = None
@@ -36,6 +39,11 @@ _HAS_OFD: Final = hasattr(fcntl, "F_OFD_SETLKW")
 _WAITERS: Final = 64  # threads of one process that wait, for all its stores; then it is polled
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.03  # seconds between two looks
 _BUSY: Final = "another process has it"
+_REPLACEMENTS: Final = 10  # of the file, in one wait for a key
+_TEXT: Final = (
+    b"Processes that use the sessions beside this file lock them here (session_sync). "
+    b"Do not remove it while one of them runs.\n"
+)
 
 
 class FileLocks:
@@ -72,12 +80,18 @@ class FileLocks:
     What was locked before a `close()` or in another process is worth nothing (`check`): a forked
     child closes the files that it has inherited, and otherwise would keep the parent's locks.
 
+    If the file is removed or replaced (a clean-up, a deploy), others lock in another one. So a key
+    is ours only while the file that it is locked in is the one that has the path, which is looked
+    at when the key was locked, and before anything is written. A key that is asked for then is
+    locked in the new file, unless `check_store` raises: what the keys belong to was replaced, too.
+
     Where Python offers no such locks (macOS, Windows), other processes are not kept out, and a
     RuntimeWarning says so.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, check_store: Callable[[], object] = lambda: None) -> None:
         self._path: Final = path
+        self._check_store: Final = check_store
         self._generation = Generation(path)
         _all[id(self)] = self
         if not _HAS_OFD:
@@ -91,11 +105,8 @@ class FileLocks:
     @property
     def generation(self) -> Generation:
         """What this process has opened since the last `close()`."""
-        generation = self._generation
-        if generation.pid != os.getpid():  # forked by C code, which does not call after_fork()
-            self.after_fork()
-            generation = self._generation
-        return generation
+        forks.check()
+        return self._generation
 
     def waiting(self) -> set[str]:
         """The keys for which a thread of this process waits, with a caller or without."""
@@ -108,31 +119,52 @@ class FileLocks:
         Within one object the same key must not be asked for twice at the same time. Raises
         SessionLockTimeout.
         """
-        generation = self.generation
-        if not _HAS_OFD:
-            return FileLockHandle(self, generation, key, None)
-        handle = FileLockHandle(self, generation, key, generation.file())
-        try:
-            if handle.take_at_once():
-                return handle
-            if not timeout:
-                raise SessionLockTimeout(_BUSY)
-        except BaseException:
+        deadline = time.monotonic() + timeout
+        for _ in range(_REPLACEMENTS):
+            generation = self.generation
+            if not _HAS_OFD:
+                return FileLockHandle(self, generation, key, None)
+            file = generation.file()
+            handle = FileLockHandle(self, generation, key, file)
+            try:
+                is_taken = handle.take_at_once()
+                if not is_taken and not timeout:
+                    raise SessionLockTimeout(_BUSY)
+            except BaseException:
+                handle.release()
+                raise
+            if not is_taken:
+                handle = self._wait(generation, handle, deadline)
+            try:
+                if file.is_in_place() and self._generation is generation:
+                    return handle
+            except BaseException:
+                handle.release()
+                raise
             handle.release()
-            raise
-        return self._wait(generation, handle, timeout)
+            self._replace(generation)
+        raise OSError(
+            f"{self._path} is replaced again and again, so no session can be locked in it. Find "
+            f"out which program does that."
+        )
+
+    def _replace(self, generation: Generation) -> None:
+        """Go on in the file that has the path now."""
+        self._check_store()
+        if self._generation is generation:  # of two who find that at once, both get the same one
+            self._generation = generation.successor()
+            generation.leave()
 
     def _wait(
-        self, generation: Generation, handle: FileLockHandle, timeout: float
+        self, generation: Generation, handle: FileLockHandle, deadline: float
     ) -> FileLockHandle:
-        deadline = time.monotonic() + timeout
         caller = _Caller()
         try:
             waiter = generation.waiter(handle, caller)
             if waiter is None:
                 return self._poll(handle, deadline)
             # One that has ended gives nothing any more to whom it did not know.
-            caller.wait(0 if waiter.has_ended else timeout)
+            caller.wait(0 if waiter.has_ended else max(0.0, deadline - time.monotonic()))
         except BaseException:
             if isinstance(given := caller.give_up(), FileLockHandle):
                 given.release()
@@ -196,6 +228,7 @@ class Generation:
         self.pid: Final = os.getpid()
         self.waiters: Final[WeakValueDictionary[str, _Waiter]] = WeakValueDictionary()  # by key
         self._main: Final[dict[str, LockFile]] = {}
+        self._next: Final[dict[str, Generation]] = {}
         self._files: Final[WeakValueDictionary[int, LockFile]] = WeakValueDictionary()
 
     def file(self) -> LockFile:
@@ -208,6 +241,10 @@ class Generation:
         file = LockFile(self.path)
         self._files[id(file)] = file
         return file
+
+    def successor(self) -> Generation:
+        """What follows this one when its file is not the right one any more."""
+        return self._next.get("next") or self._next.setdefault("next", Generation(self.path))
 
     def waiter(self, handle: FileLockHandle, caller: _Caller) -> _Waiter | None:
         """A thread that waits for the key of `handle`, for `caller` now; None if there is none, nor
@@ -249,8 +286,17 @@ class LockFile(FileIO):
     another file's while somebody could still unlock something by it."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, "a+", opener=partial(os.open, mode=0o600))
+        super().__init__(path, "r+", opener=open_file)
         self.number: Final = self.fileno()  # which takes fcntl as long to ask for as to lock
+        found = os.fstat(self.number)
+        refuse_foreign(path, found)
+        if found.st_mode & 0o077:
+            os.fchmod(self.number, 0o600)
+        if not found.st_size:
+            with suppress(OSError):  # a full disk
+                self.write(_TEXT)  # so that nobody takes it for a leftover
+        self._path: Final = path
+        self._identity: Final = identity(found)
         #: By the place of their two bytes, the handles that alone may lock and unlock them.
         self.claims: Final[dict[int, object]] = {}
         #: The same for those of them under which something is being written.
@@ -258,6 +304,13 @@ class LockFile(FileIO):
 
     def __del__(self) -> None:
         self.close()  # FileIO's own way to do it complains
+
+    def is_in_place(self) -> bool:
+        """Whether others who open the path get the same file."""
+        try:
+            return identity(os.lstat(self._path)) == self._identity
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return False
 
     def set(self, request: bytes) -> None:
         """Lock or unlock, without waiting."""
@@ -341,14 +394,18 @@ class FileLockHandle:
         self._file.wait_for(self._range.gate + 1)
         self._file.set(self._range.open)
 
+    def is_valid(self) -> bool:
+        """Whether it keeps others out: everybody locks in the same file."""
+        file = self._file
+        return self._locks.generation is self._generation and (file is None or file.is_in_place())
+
     def check(self) -> None:
         """Raises SessionConflictError if the key is not ours any more."""
-        generation = self._generation
-        if self._locks.generation is not generation or not self._is_ours():
+        if not self._is_ours() or not self.is_valid():
             raise SessionConflictError(
-                f"session {self.key!r} was closed, or opened before its storage was closed, or "
-                f"before this process was forked: another process may have it now, so nothing was "
-                f"written. Open it again."
+                f"session {self.key!r} was closed, or opened before its storage was closed, before "
+                f"this process was forked, or before the file of its lock was removed: another "
+                f"process may have it now, so nothing was written. Open it again."
             )
 
     def begin_to_write(self) -> None:
@@ -568,10 +625,5 @@ _slots: Final = Slots(_WAITERS)
 _all: Final[WeakValueDictionary[int, FileLocks]] = WeakValueDictionary()
 
 
-def _after_fork() -> None:
-    _slots.clear()
-    for_each(_all, FileLocks.after_fork)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+forks.register(_slots.clear)
+forks.register(lambda: for_each(_all, FileLocks.after_fork))

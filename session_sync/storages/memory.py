@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -16,6 +15,7 @@ from cachetools import LRUCache
 from session_sync.codec import Codec
 from session_sync.containers import freeze
 from session_sync.expiry import life_time
+from session_sync.storages import forks
 from session_sync.storages.background import for_each
 from session_sync.storages.base import Record, record_of
 
@@ -335,5 +335,4 @@ def _copy(fields: Mapping[str, Any]) -> Fields:
 
 _all: Final[WeakValueDictionary[int, MemoryStorage]] = WeakValueDictionary()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: for_each(_all, MemoryStorage.after_fork))
+forks.register(lambda: for_each(_all, MemoryStorage.after_fork))

@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sqlite3
-import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from threading import get_ident
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from ..codec import Codec
-from ..errors import SessionDeadlockError, SessionDecodeError, SessionLockTimeout
+from ..errors import SessionDecodeError, SessionLockTimeout
 from ..expiry import life_time
-from .background import for_each
+from . import files
 from .base import OpenRecord, Record, StoredEntry
+from .connections import (
+    TIMEOUT,
+    Connections,
+    in_transaction,
+    is_inside_transaction,
+    refuse_inside_transaction,
+)
 from .filelocks import FileLocks, LockedRecord
-
-T = TypeVar("T")
 
 _OURS: Final = 0x73657373  # "sess", in the file's header; 0 there: a file of nobody
 _VERSION: Final = 1  # of the table
@@ -60,12 +59,10 @@ _MORE_ROWS: Final = _ROWS.replace(
 )
 _TEXT: Final = b"text"
 _DELETE: Final = "DELETE FROM sessions WHERE key = ?"
-_TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
 _PAGE: Final = 4096  # bytes that SQLite writes at least
 _PAGES: Final = 500  # written at once, until one write goes the other way and may wait
 _LARGE: Final = 16 * _PAGE  # bytes of a record that is not written at once
 _PAUSE: Final = 1.0  # seconds between two sweeps
-_MOMENT: Final = 0.001  # seconds between two looks whether the process has forked
 _log: Final = logging.getLogger("session_sync")
 
 
@@ -120,13 +117,17 @@ class SQLiteStorage:
         self._swept = 0.0
         self._waits_for_disk: Final = synchronous == "full"
         self._pages = 0  # written at once since the last write that was not
-        self._connections: Final = _Connections(_private(path), synchronous)
-        self._prompt: Final = _Connections(self._connections.path, synchronous, waits=False)
-        self._locks: Final = FileLocks(f"{self._connections.path}-locks")
-        if not self._connections.has_table():  # before a file of locks is made beside it
-            handle = self._locks.acquire("$table", _TIMEOUT)  # four workers may begin at once
+        self._path: Final = _private(path)
+        self._file: Final = files.StoreFile(self._path)
+        pragma = f"synchronous = {synchronous}"
+        # What is no text would be named in the error of who reads it as text, with its value.
+        self._connections: Final = Connections(self._file, pragma, text=bytes)
+        self._prompt: Final = Connections(self._file, pragma, text=bytes, timeout=0)
+        self._locks: Final = FileLocks(f"{self._path}-locks", self._file.check)
+        if not self._connections.use(self._has_table):  # before a file of locks is made beside it
+            handle = self._locks.acquire("$table", TIMEOUT)  # four workers may begin at once
             try:
-                self._connections.make_table()
+                self._connections.use(self._make_table)
             finally:
                 handle.release()
 
@@ -147,7 +148,7 @@ class SQLiteStorage:
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
-        refuse_inside_transaction(self._connections.path)
+        refuse_inside_transaction(self._path)
         self._run(_DELETE, _stored(key))
 
     def has(self, key: str, /) -> bool:
@@ -158,7 +159,7 @@ class SQLiteStorage:
         """Start the life time of the record anew; no error if there is none."""
         # A signal handler that only reads loses nothing but a part of the life time, and would wait
         # for its own thread.
-        if self._ttl is not None and not is_inside_transaction(self._connections.path):
+        if self._ttl is not None and not is_inside_transaction(self._path):
             now = time.time()
             expires = now + self._ttl
             self._run(f"UPDATE sessions SET expires = ? WHERE {_LIVE}", expires, _stored(key), now)
@@ -196,7 +197,7 @@ class SQLiteStorage:
             _log.warning(
                 "%s: rows whose key is no text were passed over: %d; session_sync has not written "
                 "them",
-                self._connections.path,
+                self._path,
                 unknown,
             )
 
@@ -213,6 +214,7 @@ class SQLiteStorage:
         self._connections.close()
         self._prompt.close()
         self._locks.close()
+        self._file.forget()
 
     def load(self, key: str, /) -> Record | None:
         """The stored record, its life time started anew, or None."""
@@ -230,7 +232,7 @@ class SQLiteStorage:
         data = self._codec.encode(record, key)
         now = time.time()
         expires = None if self._ttl is None else now + self._ttl
-        refuse_inside_transaction(self._connections.path)
+        refuse_inside_transaction(self._path)
         self._run(_UPSERT, _stored(key), data, expires)
         if self._is_sweeping_due(now):
             self._swept = now
@@ -251,21 +253,17 @@ class SQLiteStorage:
         expires = None if self._ttl is None else time.time() + self._ttl
         for each in opened.values():
             each.begin_to_write()
-        cursor = self._connections.take()
 
-        def write() -> None:
+        def write(cursor: sqlite3.Cursor) -> None:
             for key in records:
                 if key in data:
                     cursor.execute(_UPSERT, (_stored(key), data[key], expires))
                 else:
                     cursor.execute(_DELETE, (_stored(key),))
 
-        try:
-            in_transaction(cursor.connection, self._connections.path, write)
-        except BaseException:  # a transaction may still be open
-            self._connections.drop(cursor)
-            raise
-        self._connections.give_back(cursor)
+        self._connections.use(
+            lambda cursor: in_transaction(cursor.connection, self._path, lambda: write(cursor))
+        )
         for key, each in opened.items():
             each.has_written(len(data[key]) if key in data else None)
         return True
@@ -328,23 +326,27 @@ class SQLiteStorage:
         return rows[0] if rows else None
 
     def _run(
-        self, statement: str, *values: object, connections: _Connections | None = None
+        self, statement: str, *values: object, connections: Connections | None = None
     ) -> list[Any]:
-        connections = connections or self._connections
-        while True:
-            cursor = connections.take()
-            try:
-                rows = cursor.execute(statement, values).fetchall()
-            except sqlite3.Error as error:
-                connections.give_back(cursor)
-                if isinstance(error, sqlite3.ProgrammingError) and connections.is_shut(cursor):
-                    continue  # none of our statements does harm twice
-                raise
-            except BaseException:  # from outside: the statement may be half done
-                connections.drop(cursor)
-                raise
-            connections.give_back(cursor)
-            return rows
+        return (connections or self._connections).use(
+            lambda cursor: cursor.execute(statement, values).fetchall()
+        )
+
+    def _has_table(self, cursor: sqlite3.Cursor) -> bool:
+        return has_table(cursor, self._path)
+
+    def _make_table(self, cursor: sqlite3.Cursor) -> None:
+        if has_table(cursor, self._path):
+            return
+        cursor.execute("PRAGMA journal_mode = wal")
+
+        def make() -> None:
+            for statement in (_TABLE, _INDEX):
+                cursor.execute(statement)
+            cursor.execute(f"PRAGMA application_id = {_OURS}")
+            cursor.execute(f"PRAGMA user_version = {_VERSION}")
+
+        in_transaction(cursor.connection, self._path, make)
 
 
 class _WouldWaitError(Exception):
@@ -418,242 +420,6 @@ def has_table(cursor: sqlite3.Cursor, path: str) -> bool:
     return bool(ours == _OURS and version == _VERSION)
 
 
-class Connection(sqlite3.Connection):
-    """A connection that closes itself when it is forgotten; else Python 3.13 complains that nobody
-    has closed it. `owner` is the thread that used it last; it `is_shut` by that one's fork."""
-
-    owner = 0
-    is_shut = False
-
-    def __del__(self) -> None:
-        self.is_shut = True  # its owner may be collected, too, and yet have something to write
-        with suppress(sqlite3.Error):
-            self.close()
-
-
-def in_transaction(connection: sqlite3.Connection, path: str, work: Callable[[], object]) -> None:
-    """All that `work` does is done, or nothing is.
-
-    No context manager, which an interrupt could leave open with the traceback that keeps it.
-    """
-    refuse_inside_transaction(path)
-    thread = threading.get_ident()
-    around = _writing.get(thread, _NONE)
-    try:  # around the beginning, too: an interrupt may come as soon as it has begun
-        _writing[thread] = around | {path}
-        connection.execute("BEGIN IMMEDIATE")
-        work()
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.rollback()  # which does nothing if SQLite has done it
-        raise
-    finally:
-        if around:
-            _writing[thread] = around
-        else:
-            _writing.pop(thread, None)
-
-
-def is_inside_transaction(path: str) -> bool:
-    """Whether this thread is in the middle of a transaction of that file."""
-    return bool(_writing) and path in _writing.get(threading.get_ident(), _NONE)
-
-
-def refuse_inside_transaction(path: str) -> None:
-    """Raise SessionDeadlockError in a signal handler (or a finaliser) that wants to write to a file
-    where the thread that it has interrupted is in the middle of a transaction: SQLite would wait
-    for the end of that until it gives up."""
-    if is_inside_transaction(path):
-        raise SessionDeadlockError(
-            f"a signal handler that has interrupted its own thread while that writes several "
-            f"sessions to {path} cannot write there: that thread would have to go on first. Let "
-            f"the handler set a flag, and use the session later."
-        )
-
-
-_NONE: Final[frozenset[str]] = frozenset()
-# By thread, the files where it is in a transaction: more than one in a signal handler.
-_writing: Final[dict[int, frozenset[str]]] = {}
-
-
-class _Connections:
-    """Connections to one file, each used by one thread at a time, through the one cursor it has.
-
-    SQLite keeps its locks by process, so no connection may be open while the process forks: the
-    child would take the parent's locks for its own. Before a fork no more are made, and those in
-    use are waited for, which takes as long as one statement; not those of the thread that forks (in
-    a signal handler, say), which are closed beneath it, and its statement is done once more.
-
-    Who takes an idle one, or gives it back, passes no gate: that would cost as much as half a
-    statement. Whoever makes one notes that first and then looks whether somebody forks, who looks
-    the other way round, so one of the two sees the other. There is no mutex that a signal handler
-    or a finaliser could wait for. What an exception cuts loose (a connection, one that is just
-    being made, a fork) is known by weak references or for a limited time, so nobody waits for it
-    for ever; and a connection goes back only if its statement has ended.
-    """
-
-    def __init__(self, path: str, synchronous: str, waits: bool = True) -> None:
-        self.path: Final = path
-        self._synchronous: Final = synchronous
-        self._waits: Final = waits  # for other processes, and for the disk at a checkpoint
-        self._idle: Final[deque[sqlite3.Cursor]] = deque()
-        self._made: Final[weakref.WeakValueDictionary[int, Connection | _Making]] = (
-            weakref.WeakValueDictionary()
-        )
-        self._forks: Final[dict[int, float]] = {}  # by thread: until when they are waited for
-        _all[id(self)] = self
-
-    def take(self) -> sqlite3.Cursor:
-        """The cursor of a connection, for one statement, after which it has to be given back or
-        dropped."""
-        while True:
-            try:
-                cursor = self._idle.pop()
-            except IndexError:
-                return self._connect().cursor()
-            connection: Any = cursor.connection
-            connection.owner = get_ident()  # and then look: see shut()
-            if not connection.is_shut:
-                return cursor
-            self.drop(cursor)
-
-    def give_back(self, cursor: sqlite3.Cursor) -> None:
-        """Let others use it."""
-        self._idle.append(cursor)
-
-    def is_shut(self, cursor: sqlite3.Cursor) -> bool:
-        """Whether a fork in this thread has closed it; it is then not handed out any more."""
-        return bool(getattr(cursor.connection, "is_shut", False))
-
-    def drop(self, cursor: sqlite3.Cursor) -> None:
-        """Close it: something came in between."""
-        connection = cursor.connection
-        connection.close()  # first: a fork waits for those that are known
-        self._made.pop(id(connection), None)
-
-    def has_table(self) -> bool:
-        """As the function `has_table`, of this file."""
-        return self._once(lambda cursor: has_table(cursor, self.path))
-
-    def make_table(self) -> None:
-        """Make the table, if the file is new; raises ValueError if it is somebody else's."""
-        self._once(self._make_table)
-
-    def _once(self, work: Callable[[sqlite3.Cursor], T]) -> T:
-        cursor = self.take()
-        try:
-            result = work(cursor)
-        except BaseException:
-            self.drop(cursor)
-            raise
-        self.give_back(cursor)
-        return result
-
-    def _make_table(self, cursor: sqlite3.Cursor) -> None:
-        if has_table(cursor, self.path):
-            return
-        cursor.execute("PRAGMA journal_mode = wal")
-
-        def make() -> None:
-            for statement in (_TABLE, _INDEX):
-                cursor.execute(statement)
-            cursor.execute(f"PRAGMA application_id = {_OURS}")
-            cursor.execute(f"PRAGMA user_version = {_VERSION}")
-
-        in_transaction(cursor.connection, self.path, make)
-
-    def close(self) -> None:
-        """Close those that are not in use."""
-        while True:
-            try:
-                cursor = self._idle.pop()
-            except IndexError:
-                return
-            self.drop(cursor)
-
-    def _connect(self) -> Connection:
-        making = _Making()
-        self._made[id(making)] = making
-        while self._is_forking():
-            self._made.pop(id(making), None)
-            time.sleep(_MOMENT)
-            self._made[id(making)] = making
-        connection = sqlite3.connect(
-            self.path,
-            timeout=_TIMEOUT if self._waits else 0,
-            isolation_level=None,
-            check_same_thread=False,  # one thread at a time has it
-            factory=Connection,
-        )
-        connection.owner = making.owner
-        self._made[id(connection)] = connection
-        # What is no text would be named in the error of who reads it as text, with its value.
-        connection.text_factory = bytes
-        connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-        if not self._waits:
-            connection.execute("PRAGMA wal_autocheckpoint = 0")
-        return connection
-
-    # -- around a fork
-
-    def _is_forking(self) -> bool:
-        now = time.monotonic()
-        return any(end > now for end in list(self._forks.values()))
-
-    def shut(self) -> None:
-        """Close all connections, those in use as soon as they are not."""
-        me = get_ident()
-        end = time.monotonic() + 2 * _TIMEOUT
-        self._forks[me] = end
-        while True:
-            self.close()
-            for made in self._in_use():
-                if made.owner == me:  # beneath this call, or cut loose
-                    made.is_shut = True
-                    if made.owner == me:  # else another thread has just taken it, and may use it
-                        made.close()
-                        self._made.pop(id(made), None)
-            if not self._made or time.monotonic() > end:
-                return
-            time.sleep(_MOMENT)
-
-    def _in_use(self) -> list[Connection | _Making]:
-        return [made for ref in self._made.valuerefs() if (made := ref()) is not None]
-
-    def open_again(self) -> None:
-        """Go on, in the parent."""
-        self._forks.pop(get_ident(), None)
-
-    def begin_anew(self) -> None:
-        """Go on, in the child: whoever forks or connects is not in this process."""
-        self._forks.clear()
-        self._made.clear()
-
-
-class _Making:
-    """A connection that is being made, by the thread `owner`."""
-
-    __slots__ = ("__weakref__", "is_shut", "owner")
-
-    def __init__(self) -> None:
-        self.owner: Final = get_ident()
-        self.is_shut = False
-
-    def close(self) -> None:
-        """Nothing is open yet."""
-
-
-_all: Final[weakref.WeakValueDictionary[int, _Connections]] = weakref.WeakValueDictionary()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: for_each(_all, _Connections.shut),
-        after_in_parent=lambda: for_each(_all, _Connections.open_again),
-        after_in_child=lambda: for_each(_all, _Connections.begin_anew),
-    )
-
-
 def _private(path: str | os.PathLike[str]) -> str:
     """The absolute path of a file that is closed to everybody else; made, with its folders."""
     name = os.fspath(path)
@@ -662,39 +428,14 @@ def _private(path: str | os.PathLike[str]) -> str:
             f"SQLiteStorage takes the path of a file, not {name!r}; what is to be kept in memory "
             f"alone is for MemoryStorage()"
         )
-    absolute = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    folder = os.path.dirname(absolute)
-    if not os.path.isdir(folder):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-    if os.path.isdir(absolute):
+    real = files.resolve(path)
+    if os.path.isdir(real):
         raise IsADirectoryError(
-            f"{absolute} is a folder; SQLiteStorage takes the path of a file in it, say "
-            f"{os.path.join(absolute, 'sessions.db')}"
+            f"{real} is a folder; SQLiteStorage takes the path of a file in it, say "
+            f"{os.path.join(real, 'sessions.db')}"
         )
-    make_file(absolute)
-    return absolute
-
-
-def make_file(path: str) -> None:
-    """Make an empty file that is closed to everybody else, if there is none.
-
-    It has its name only when it is closed again: to close a file drops all locks on it that this
-    process has through SQLite, and another thread, or a nested call, may open it at once.
-    """
-    if os.path.lexists(path):
-        return
-    new = f"{path}-new-{secrets.token_hex(8)}"
-    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
-    try:
-        os.close(os.open(new, flags, 0o600))
-        os.link(new, path)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if isinstance(error, TimeoutError) or not os.path.lexists(new):
-            raise
-        with suppress(FileExistsError):  # a file system without links
-            os.close(os.open(path, flags, 0o600))
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(new)
+    files.make_folder(os.path.dirname(real))
+    files.make_file(real)
+    for end in ("-locks", "-wal", "-shm", "-journal"):  # SQLite gives new ones the mode of the file
+        files.close_file(real + end)
+    return real

@@ -17,7 +17,7 @@ import pytest
 from interruptions import OutsideError, everywhere, raise_outside
 
 from session_sync import LruMemoryStorage, MemoryStorage, SessionDeadlockError, SQLiteStorage
-from session_sync.storages import background, filelocks, memory, sqlite
+from session_sync.storages import background, connections, filelocks, memory, sqlite
 from session_sync.storages.base import record_of
 
 # What comes into a finaliser, Python writes on stderr and forgets.
@@ -216,12 +216,12 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[]
 
 def here(storage: Any) -> tuple[Any, ...]:
     if isinstance(storage, SQLiteStorage):
-        return (sqlite, filelocks)
+        return (sqlite, connections, filelocks)
     import diskcache
 
     from session_sync.storages import disk
 
-    return (disk, sqlite, filelocks, diskcache.core)
+    return (disk, connections, filelocks, diskcache.core)
 
 
 def update(storage: Any) -> None:
@@ -384,7 +384,7 @@ def test_a_statement_that_a_nested_fork_has_cut_off_is_done_again(tmp_path: Path
             os._exit(0)
         os.waitpid(child, 0)
 
-    for interruption in everywhere(nested, sqlite):
+    for interruption in everywhere(nested, sqlite, connections):
         storage.get("key")  # which has a connection
         with interruption:
             storage.set("key", {"a": 1})
@@ -394,10 +394,10 @@ def test_a_statement_that_a_nested_fork_has_cut_off_is_done_again(tmp_path: Path
 
 def test_a_fork_hook_that_is_interrupted_shuts_out_nobody(tmp_path: Path) -> None:
     storages = [SQLiteStorage(tmp_path / f"{number}.db") for number in range(2)]
-    for interruption in everywhere(raise_outside, sqlite, background):
+    for interruption in everywhere(raise_outside, connections, background):
         with contextlib.suppress(OutsideError), interruption:
-            background.for_each(sqlite._all, sqlite._Connections.shut)
-        background.for_each(sqlite._all, sqlite._Connections.open_again)
+            background.for_each(connections._all, connections.Connections.shut)
+        background.for_each(connections._all, connections.Connections.open_again)
         for storage in storages:
             storage.set("key", {"a": 1})
     for storage in storages:

@@ -30,7 +30,7 @@ from session_sync import (
     SQLiteStorage,
     storage_from_url,
 )
-from session_sync.storages import disk, filelocks, memory, sqlite
+from session_sync.storages import connections, filelocks, memory, sqlite
 from session_sync.storages.background import for_each
 from session_sync.storages.base import record_of
 from session_sync.storages.filelocks import FileLocks, LockedRecord
@@ -107,7 +107,7 @@ def test_a_disk_storage_closes_no_connection_in_the_middle_of_a_statement(
 ) -> None:
     """CPython would crash."""
     storage: Any = storage_from_url(f"disk:///{tmp_path}/s")
-    uses = Stop(disk._Cache._use, "result = act(con)")
+    uses = Stop(connections.Connections.use, "result = act(cursor)")
     thread = threads.start(stopping(lambda: storage.set("key", {"a": 1}), uses))
     uses.wait()
     storage.close()
@@ -127,7 +127,7 @@ def test_a_disk_storage_may_be_closed_as_a_thread_begins_to_use_it(
         storage.set("key", {"a": 1})
         storage.set("key", {"a": 2})
 
-    begins = Stop(disk._Cache._use, "is_usable = local.era", when=lambda v: v["con"] is not None)
+    begins = Stop(connections.Connections.use, "result = act(cursor)")
     thread = threads.start(stopping(use, begins))
     begins.wait()
     storage.close()
@@ -158,8 +158,8 @@ def test_a_fork_leaves_alone_a_connection_that_another_thread_has_just_taken(
         assert forks_now.wait(SOON)
         storage.save_all({"one": record_of({"a": 1}), "two": record_of({"a": 1})}, {})
 
-    takes = Stop(sqlite._Connections.take, "connection.owner = get_ident()")
-    shuts = Stop(sqlite._Connections.shut, "if made.owner == me:  # else")
+    takes = Stop(connections.Connections.take, "connection.owner = get_ident()")
+    shuts = Stop(connections.Connections.shut, "if made.owner == me:  # else")
     threads.start(stopping(write, takes))
     threads.start(stopping(fork, shuts))
     shuts.wait()
@@ -178,7 +178,7 @@ def test_a_fork_waits_for_a_connection_that_is_just_being_closed(
     """Else the child inherits it open, and takes the parent's locks for its own."""
     storage = SQLiteStorage(tmp_path / "s.db")
     storage.set("key", {"n": 0})
-    closes = Stop(sqlite._Connections.drop, "connection.close()")
+    closes = Stop(connections.Connections.drop, "connection.close()")
     threads.start(stopping(storage.close, closes))
     closes.wait()
     assert storage._connections._made or storage._prompt._made
@@ -321,7 +321,7 @@ def test_a_close_that_is_interrupted_as_it_lets_others_in_stores_nothing_when_it
     storage: Any = storage_from_url(url)
     other: Any = storage_from_url(url)
     came_in = False
-    for interruption in everywhere(interrupt, filelocks, sqlite):
+    for interruption in everywhere(interrupt, filelocks, connections, sqlite):
         storage.set("key", {})
         opened: Any = storage.open_record("key", SOON)
         with contextlib.suppress(KeyboardInterrupt), interruption:
