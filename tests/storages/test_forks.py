@@ -209,7 +209,8 @@ def uwsgi(app: Path) -> Iterator[int]:
         give_up = time.monotonic() + LONG
         with socket.socket() as probe:
             while probe.connect_ex(("127.0.0.1", port)):
-                assert server.poll() is None and time.monotonic() < give_up, "it did not start"
+                assert server.poll() is None, "it did not start"
+                assert time.monotonic() < give_up, "it did not listen"
                 time.sleep(0.01)
         yield port
     finally:

@@ -1,0 +1,310 @@
+"""The files of a store: whose they are, who may read them, and which of them a path names."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from waiting import until
+
+from session_sync import (
+    DiskStorage,
+    SessionConflictError,
+    SessionLockTimeout,
+    SessionManager,
+    SQLiteStorage,
+)
+from session_sync.storages import filelocks
+from session_sync.storages.base import record_of
+
+pytestmark = pytest.mark.skipif(
+    not filelocks._HAS_OFD, reason="this system has no locks between processes"
+)
+needs_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away"
+)
+STRANGER = 12345
+
+
+class Kind(NamedTuple):
+    """A storage in files."""
+
+    make: Callable[[Path], Any]  # given a folder that is its own
+    data: str
+    locks: str
+
+
+KINDS = {
+    "sqlite": Kind(lambda folder: SQLiteStorage(folder / "s.db"), "s.db", "s.db-locks"),
+    "disk": Kind(DiskStorage, "cache.db", "locks"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o777])
+def _umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+
+
+def is_free(storage: Any, key: str = "key") -> bool:
+    try:
+        storage.open_record(key, 0).close(None)
+    except SessionLockTimeout:
+        return False
+    return True
+
+
+# -- one store, many names
+
+
+def test_two_links_to_one_store_lock_each_other_out(kind: Kind, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("folder")
+    with (
+        closing(kind.make(tmp_path / "folder")) as one,
+        closing(kind.make(tmp_path / "link")) as other,
+    ):
+        opened = one.open_record("key", 0)
+        assert not is_free(other)
+        opened.close(record_of({"a": 1}))
+        assert is_free(other)
+        assert other.get("key") == {"a": 1}
+
+
+def test_a_link_to_the_file_itself_names_the_same_store(tmp_path: Path) -> None:
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "s.db").symlink_to(tmp_path / "shared" / "sessions.db")
+    with (
+        closing(SQLiteStorage(tmp_path / "release" / "s.db")) as linked,  # it is not there yet
+        closing(SQLiteStorage(tmp_path / "shared" / "sessions.db")) as named,
+    ):
+        opened = linked.open_record("key", 0)
+        assert not is_free(named)
+        opened.close(record_of({"a": 1}))
+        assert named.get("key") == {"a": 1}
+        assert set(modes(tmp_path / "shared").values()) == {0o600}
+        assert list(modes(tmp_path / "release")) == ["s.db"]
+
+
+def test_a_folder_that_is_moved_is_the_same_store(kind: Kind, tmp_path: Path) -> None:
+    with closing(kind.make(tmp_path / "old")) as before:
+        opened = before.open_record("key", 0)
+        (tmp_path / "old").rename(tmp_path / "new")
+        with closing(kind.make(tmp_path / "new")) as after:
+            assert not is_free(after)
+            with pytest.raises(SessionConflictError, match="'key'"):
+                opened.save(record_of({"a": 1}))
+            opened.close(None)
+            assert is_free(after)
+            with pytest.raises(OSError, match="was moved, removed or replaced") as raised:
+                before.open_record("key", 0)
+            assert raised.value.errno == errno.ESTALE
+
+
+def test_a_second_hard_link_is_refused(kind: Kind, tmp_path: Path) -> None:
+    kind.make(tmp_path).close()
+    os.link(tmp_path / kind.data, tmp_path.parent / f"{tmp_path.name}.copy")
+    with pytest.raises(ValueError, match=rf"{kind.data} has 2 names \(hard links\)"):
+        kind.make(tmp_path)
+
+
+def test_what_a_killed_maker_has_left_is_removed(kind: Kind, tmp_path: Path) -> None:
+    """It gives a file its name by a link, and was killed before it removed the first name."""
+    kind.make(tmp_path).close()
+    os.link(tmp_path / kind.data, tmp_path / f"{kind.data}-new-0123456789abcdef")
+    kind.make(tmp_path).close()
+    assert kind.data in modes(tmp_path)
+    assert not list(tmp_path.glob("*-new-*"))
+
+
+# -- the file of the locks goes away
+
+
+def test_a_removed_file_of_locks_is_noticed_at_the_next_lock(kind: Kind, tmp_path: Path) -> None:
+    with closing(kind.make(tmp_path)) as one:
+        one.open_record("key", 0).close(None)
+        (tmp_path / kind.locks).unlink()
+        with closing(kind.make(tmp_path)) as other:
+            opened = other.open_record("key", 0)
+            assert not is_free(one)
+            opened.close(record_of({"n": 1}))
+            assert is_free(one)
+
+
+def test_a_file_of_locks_that_is_removed_meanwhile_makes_no_two_owners(
+    kind: Kind, tmp_path: Path
+) -> None:
+    with closing(kind.make(tmp_path)) as one:
+        stale = one.open_record("key", 0)
+        (tmp_path / kind.locks).unlink()
+        with closing(kind.make(tmp_path)) as other:
+            other.open_record("key", 0).close(record_of({"n": 1}))
+            with pytest.raises(SessionConflictError, match="file of its lock was removed"):
+                stale.close(record_of({"n": 5}))
+            assert one.get("key") == {"n": 1}
+            opened = one.open_record("key", 0)
+            assert not is_free(other)
+            opened.close(None)
+
+
+def test_what_waits_in_a_removed_file_of_locks_goes_on_in_the_new_one(
+    kind: Kind, tmp_path: Path, threads: Any
+) -> None:
+    with closing(kind.make(tmp_path)) as one, closing(kind.make(tmp_path)) as other:
+        opened = one.open_record("key", 0)
+        opened.save(record_of({"n": 1}))
+        with pytest.raises(SessionLockTimeout):
+            other.open_record("key", 0.01)  # a thread goes on waiting
+        (tmp_path / kind.locks).unlink()
+        third = kind.make(tmp_path)
+        theirs = third.open_record("key", 0)
+        found: list[Any] = []
+        thread = threads.start(lambda: found.append(other.open_record("key", 20.0)))
+        opened.close(None)
+        theirs.close(record_of({"n": 2}))
+        thread.join(20)
+        assert found[0].record == {"n": 2}
+        assert not is_free(third)
+        found[0].close(record_of({"n": 3}))
+        assert is_free(third)
+        third.close()
+
+
+def test_a_replaced_folder_is_noticed_and_nothing_is_written(kind: Kind, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with closing(kind.make(folder)) as one:
+        one.set("key", {"n": 1})
+        opened = one.open_record("key", 0)
+        folder.rename(tmp_path / "old")
+        with closing(kind.make(folder)) as other:
+            other.set("key", {"n": 2})
+            with pytest.raises(SessionConflictError):
+                opened.save(record_of({"n": 3}))
+            opened.close(None)
+            with pytest.raises(OSError, match="Put it back, or start this process anew"):
+                one.open_record("key", 0)
+            assert other.get("key") == {"n": 2}
+            one.close()  # what is opened next is what is there
+            assert one.get("key") == {"n": 2}
+
+
+def test_a_copy_in_the_place_of_the_file_is_noticed(kind: Kind, tmp_path: Path) -> None:
+    """Though its locks are the same: a backup that is put back under a running bot."""
+    with closing(kind.make(tmp_path)) as storage:
+        storage.set("key", {"n": 1})
+        shutil.copy(tmp_path / kind.data, tmp_path / "copy")
+        os.replace(tmp_path / "copy", tmp_path / kind.data)
+
+        def looks() -> bool:
+            try:
+                storage.get("key")
+            except OSError as error:
+                return error.errno == errno.ESTALE
+            return False
+
+        until(looks)
+
+
+def test_the_file_of_the_locks_says_what_it_is(kind: Kind, tmp_path: Path) -> None:
+    with closing(kind.make(tmp_path)) as storage:
+        storage.open_record("key", 0).close(None)
+        text = (tmp_path / kind.locks).read_text()
+        assert "session_sync" in text
+        assert "Do not remove it" in text
+        (tmp_path / kind.locks).write_text("")  # an old one
+    with closing(kind.make(tmp_path)) as storage:
+        storage.open_record("key", 0).close(None)
+        assert (tmp_path / kind.locks).read_text() == text
+
+
+# -- private files
+
+
+@pytest.mark.usefixtures("_umask")
+def test_all_folders_that_are_made_are_private(kind: Kind, tmp_path: Path) -> None:
+    with closing(kind.make(tmp_path / "a" / "b" / "c")) as storage:
+        sessions: SessionManager[Any] = SessionManager(storage=storage)
+        with sessions.session_scope("key") as session:
+            session.a = 1
+        for folder in ("a", "a/b", "a/b/c"):
+            assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
+        assert set(modes(tmp_path / "a" / "b" / "c").values()) == {0o600}
+        assert kind.locks in modes(tmp_path / "a" / "b" / "c")
+
+
+def test_existing_files_that_are_open_to_others_are_closed(kind: Kind, tmp_path: Path) -> None:
+    (tmp_path / kind.data).touch()
+    (tmp_path / kind.locks).touch()
+    for path in tmp_path.iterdir():
+        path.chmod(0o666)
+    with closing(kind.make(tmp_path)) as storage:
+        storage.open_record("key", 0).close(record_of({"secret": 1}))
+        assert set(modes(tmp_path).values()) == {0o600}
+
+
+@needs_root
+@pytest.mark.parametrize("which", ["data", "locks"])
+def test_a_file_of_another_user_is_refused(kind: Kind, which: str, tmp_path: Path) -> None:
+    planted = tmp_path / getattr(kind, which)
+    planted.touch()
+    planted.chmod(0o666)
+    os.chown(planted, STRANGER, STRANGER)
+    with pytest.raises(PermissionError, match=rf"{planted.name} belongs to another user .*12345"):
+        kind.make(tmp_path)
+    found = planted.stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_size, found.st_uid) == (0o666, 0, STRANGER)
+
+
+@pytest.mark.parametrize("to", ["a file", "nothing"])
+@pytest.mark.parametrize("which", ["locks", "data-journal", "data-wal", "data-shm"])
+def test_no_planted_link_is_followed(kind: Kind, which: str, to: str, tmp_path: Path) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    folder.mkdir()
+    if to == "a file":
+        victim.touch()
+        victim.chmod(0o644)
+    name = kind.locks if which == "locks" else kind.data + which.removeprefix("data")
+    (folder / name).symlink_to(victim)
+    with pytest.raises(PermissionError, match=f"{name} is a link"):
+        kind.make(folder)
+    assert victim.exists() == (to == "a file")
+    if victim.exists():
+        assert stat.S_IMODE(victim.stat().st_mode) == 0o644
+        assert victim.read_bytes() == b""
+
+
+def test_a_link_in_the_place_of_the_locks_is_not_followed_later(kind: Kind, tmp_path: Path) -> None:
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    with closing(kind.make(folder)) as storage:
+        storage.open_record("key", 0).close(None)
+        (folder / kind.locks).unlink()
+        (folder / kind.locks).symlink_to(victim)
+        with pytest.raises(PermissionError, match=f"{kind.locks} is a link"):
+            storage.open_record("key", 0)
+        assert not victim.exists()
+
+
+@needs_root
+def test_a_folder_of_another_user_keeps_its_mode(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    os.chown(tmp_path, STRANGER, STRANGER)
+    with closing(DiskStorage(tmp_path)) as storage:
+        storage.set("key", {"a": 1})
+        assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+        assert set(modes(tmp_path).values()) == {0o600}
