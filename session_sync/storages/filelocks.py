@@ -39,6 +39,7 @@ _HAS_OFD: Final = hasattr(fcntl, "F_OFD_SETLKW")
 _WAITERS: Final = 64  # threads of one process that wait, for all its stores; then it is polled
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.03  # seconds between two looks
 _BUSY: Final = "another process has it"
+_BUSY_HERE: Final = "another storage object of this process has it: use one for each file"
 _REPLACEMENTS: Final = 10  # of the file, in one wait for a key
 _TEXT: Final = (
     b"Processes that use the sessions beside this file lock them here (session_sync). "
@@ -129,7 +130,7 @@ class FileLocks:
             try:
                 is_taken = handle.take_at_once()
                 if not is_taken and not timeout:
-                    raise SessionLockTimeout(_BUSY)
+                    raise SessionLockTimeout(self._owner_of(key))
             except BaseException:
                 handle.release()
                 raise
@@ -187,10 +188,21 @@ class FileLocks:
                     return handle
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            raise SessionLockTimeout(_BUSY)
+            raise SessionLockTimeout(self._owner_of(handle.key))
         except BaseException:
             handle.release()
             raise
+
+    def _owner_of(self, key: str) -> str:
+        """Who seems to have it, for messages."""
+        gate = _range_of(key).gate
+        for reference in _all.valuerefs():
+            locks = reference()
+            if locks is None or locks is self or locks._path != self._path:
+                continue
+            if locks._generation.has_claimed(gate):
+                return _BUSY_HERE
+        return _BUSY
 
     def close(self) -> None:
         """Let all go."""
@@ -272,6 +284,10 @@ class Generation:
         for file in self._open_files():
             file.close()
 
+    def has_claimed(self, gate: int) -> bool:
+        """Whether a handle of this process has the key there, or waits for it."""
+        return any(gate in file.claims for file in self._open_files())
+
     def leave(self) -> None:
         """Keep nothing open that nobody uses any more."""
         self._main.clear()
@@ -290,7 +306,7 @@ class LockFile(FileIO):
         self.number: Final = self.fileno()  # which takes fcntl as long to ask for as to lock
         found = os.fstat(self.number)
         refuse_foreign(path, found)
-        if found.st_mode & 0o077:
+        if found.st_mode & 0o777 != 0o600:  # whatever the umask
             os.fchmod(self.number, 0o600)
         if not found.st_size:
             with suppress(OSError):  # a full disk

@@ -87,6 +87,19 @@ def test_two_links_to_one_store_lock_each_other_out(kind: Kind, tmp_path: Path) 
         assert other.get("key") == {"a": 1}
 
 
+def test_a_second_object_of_this_process_is_not_taken_for_another_process(
+    kind: Kind, tmp_path: Path
+) -> None:
+    with closing(kind.make(tmp_path)) as one, closing(kind.make(tmp_path)) as other:
+        inner: SessionManager[Any] = SessionManager(storage=other, lock_timeout=0.05)
+        with SessionManager(storage=one).session_scope("key"):
+            with pytest.raises(
+                SessionLockTimeout, match=r"'key' .*another storage object of this process has it"
+            ):
+                with inner.session_scope("key"):
+                    pass
+
+
 def test_a_link_to_the_file_itself_names_the_same_store(tmp_path: Path) -> None:
     (tmp_path / "release").mkdir()
     (tmp_path / "release" / "s.db").symlink_to(tmp_path / "shared" / "sessions.db")
