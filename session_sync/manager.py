@@ -124,6 +124,7 @@ class SessionManager(Generic[S]):
         self.prefix: Final = prefix
         self.dedupe: Final = dedupe
         # The same without a StorageKey in between, which is as much work as all the rest.
+        self._given_storage_key: Final = get_storage_key
         is_default = get_storage_key is default_storage_key
         self._get_storage_key: Final = default_key_text if is_default else get_storage_key
         steps = Migrations(
@@ -150,11 +151,32 @@ class SessionManager(Generic[S]):
             save_on_error=on_error == "flush",
             dedupe=dedupe,
         )
+        self._migrations: Final = migrations
         self._patient: Final = replace(self._options, queue_timeout=None)
         self._observers: Final = Observers(on_open, on_close, on_wait)
         self._is_special = any(self._observers)  # each scope takes a further look
         self._is_closed = False
         self.locks: Final = Locks(self._options.backend.locks, prefix)
+
+    def __reduce__(self) -> tuple[Callable[[], SessionManager[S]], tuple[()]]:
+        """By its options: for a process of multiprocessing, which then has a manager of its own."""
+        options = self._options
+        make = functools.partial(
+            type(self),
+            options.session_type,
+            storage=self.storage,
+            get_storage_key=self._given_storage_key,
+            initial=options.initial,
+            lazy=options.lazy,
+            lock_timeout=options.lock_timeout,
+            on_error="flush" if options.save_on_error else "discard",
+            prefix=self.prefix,
+            dedupe=self.dedupe,
+            migrations=self._migrations,
+            migrate_eagerly=options.migrate_eagerly,
+            **self._observers._asdict(),
+        )
+        return make, ()
 
     # -- the doors
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from session_sync.codec import Codec
@@ -132,6 +133,10 @@ class DiskStorage:
         path = _private(directory)
         self._cache = _Cache(path, disk=_Disk, **_SETTINGS)
         self._locks = FileLocks(os.path.join(path, _LOCKS), self._cache.file.check)
+
+    def __reduce__(self) -> tuple[Callable[[], DiskStorage], tuple[()]]:
+        """By its options: another process opens the same folder."""
+        return partial(type(self), self._cache.directory, self._ttl, codec=self._codec), ()
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None.

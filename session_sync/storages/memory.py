@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
@@ -59,6 +59,12 @@ class MemoryStorage:
         self._ages: Final[OrderedDict[str, None]] = OrderedDict()
         self._mutex = threading.RLock()  # for what must not be changed by two threads at once
         _all[id(self)] = self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled: another process would have sessions of its "
+            f"own. Give the manager a storage that processes share: SQLiteStorage(path), say"
+        )
 
     def get(self, key: str) -> Fields | None:
         """A copy of the fields, or None."""

@@ -9,8 +9,9 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, Literal
 
 from ..codec import Codec
@@ -115,6 +116,7 @@ class SQLiteStorage:
         self._ttl: Final = None if ttl is None else life_time(ttl)
         self._codec: Final = Codec() if codec is None else codec
         self._swept = 0.0
+        self._synchronous: Final[Literal["full", "normal", "off"]] = synchronous
         self._waits_for_disk: Final = synchronous == "full"
         self._pages = 0  # written at once since the last write that was not
         self._path: Final = _private(path)
@@ -130,6 +132,17 @@ class SQLiteStorage:
                 self._connections.use(self._make_table)
             finally:
                 handle.release()
+
+    def __reduce__(self) -> tuple[Callable[[], SQLiteStorage], tuple[()]]:
+        """By its options: another process opens the same file."""
+        make = partial(
+            type(self),
+            self._path,
+            self._ttl,
+            synchronous=self._synchronous,
+            codec=self._codec,
+        )
+        return make, ()
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None.
