@@ -1,5 +1,5 @@
 """Threads in the background, where one can be started, slots in a bounded number, and what is to be
-done to all objects of a kind.
+done to all objects of a kind, or when the process ends.
 
 Nothing here waits, has a mutex, or has to be given back: a signal handler, a finaliser or an
 exception may come between any two lines.
@@ -8,6 +8,7 @@ exception may come between any two lines.
 from __future__ import annotations
 
 import _thread
+import atexit
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final, TypeVar
@@ -58,6 +59,15 @@ def for_all(acts: Iterable[Callable[[], object]]) -> None:
             failed = error
     if failed is not None:
         raise failed
+
+
+def at_exit(act: Callable[[], object]) -> None:
+    """Call `act` when the process ends, after the saves that are still on their way."""
+    _at_exit.append(act)
+
+
+_at_exit: Final[list[Callable[[], object]]] = []
+atexit.register(lambda: for_all(_at_exit))  # what registers later, is called before
 
 
 class Slot:

@@ -405,7 +405,7 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
 
     def close(self) -> None:
         """Close the connections."""
-        self._connections.close()
+        self._connections.finish()
 
 
 def _as_timeout(error: sqlite3.OperationalError) -> Exception:

@@ -223,9 +223,10 @@ class SQLiteStorage:
             rows = self._run(_MORE_ROWS, kind == _TEXT, key, key, now := time.time())
 
     def close(self) -> None:
-        """Close all connections. The storage opens new ones when it is used again."""
-        self._connections.close()
-        self._prompt.close()
+        """Close all connections; the file alone is then the whole store, as far as nobody else
+        uses it. The storage opens new ones when it is used again."""
+        self._prompt.finish()
+        self._connections.finish()
         self._locks.close()
         self._file.forget()
 
