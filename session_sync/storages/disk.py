@@ -104,11 +104,14 @@ class DiskStorage:
     the process, also one killed at any moment. A power cut or a crash of the system may take the
     last writes with it, but never a part of one, and never what was there before (SQLite's WAL with
     `synchronous=NORMAL`). Files have mode 0600 and the folder 0700, whatever the umask; only a
-    folder that existed and has something else in it keeps its mode.
+    folder that existed and has something else in it, or belongs to another user, keeps its mode. A
+    symbolic link to the folder names the same store. If the folder is moved or replaced, processes
+    that use it raise OSError (ESTALE).
 
-    Raises ValueError if `ttl` is not positive, `diskcache.Timeout` if other processes write for
-    more than 60 seconds on end, and lets through what SQLite and the file system raise. Do not fork
-    while other threads are using it; a child of `os.fork()` opens connections of its own.
+    Raises ValueError if `ttl` is not positive, or the file has a second name (a hard link);
+    PermissionError if a file belongs to another user, or a link is in its place;
+    `diskcache.Timeout` if other processes write for more than 60 seconds on end; and lets through
+    what SQLite and the file system raise.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:

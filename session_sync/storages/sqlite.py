@@ -85,12 +85,15 @@ class SQLiteStorage:
     disk; all else, and what comes in the second after a slow call, is done in another thread.
 
     The table `sessions` has a key, the fields as JSON, and when the record expires, in seconds
-    since 1970. The file has mode 0600; folders are made with 0700. Beside it lie SQLite's own
-    `-wal` and `-shm`, and `-locks`, which stays empty.
+    since 1970. The file has mode 0600, and folders are made with 0700, whatever the umask. Beside
+    it lie SQLite's own `-wal` and `-shm`, and `-locks`, which holds the locks between processes. A
+    symbolic link to the file names the same store. If the file is moved or replaced, processes that
+    use it raise OSError (ESTALE).
 
     Raises ValueError if `ttl` is not positive, `synchronous` none of the three, `path` no path of a
-    file (`:memory:`), or the file is a database of something else; TypeError if `ttl` is no number;
-    IsADirectoryError. Lets through what SQLite and the file system raise.
+    file (`:memory:`), or the file is a database of something else or has a second name (a hard
+    link); TypeError if `ttl` is no number; PermissionError if a file belongs to another user, or a
+    link is in its place; IsADirectoryError. Lets through what SQLite and the file system raise.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
