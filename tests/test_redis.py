@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 from conftest import Threads
+from redis_servers import SERVER, Server, certificate, free_port
 from waiting import until
 
 import session_sync
@@ -57,7 +58,6 @@ from redis.retry import Retry  # noqa: E402
 from session_sync.storages import redis as module  # noqa: E402
 from session_sync.storages.redis import RedisStorage  # noqa: E402
 
-SERVER = shutil.which("redis-server")
 SOON = 20  # seconds until a test gives up waiting for what has to come
 
 if SERVER is None:
@@ -65,44 +65,6 @@ if SERVER is None:
 
 
 # -- servers, processes, a bad network
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
-class Server:
-    """A redis-server of our own."""
-
-    def __init__(self, folder: Path, *options: str, port: int = 0, **connection: Any) -> None:
-        self.port = port or free_port()
-        self._connection = connection
-        folder.mkdir(parents=True, exist_ok=True)
-        self._command = [str(SERVER), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-        self._command += options or ["--port", str(self.port)]
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-
-        def answers() -> bool:
-            with closing(self.client()) as client, suppress(RedisError):
-                return bool(client.ping())
-            return False
-
-        until(answers)
-
-    def client(self, **options: Any) -> Any:
-        return redis.Redis(port=self.port, **self._connection, **options)
-
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -1579,6 +1541,17 @@ def clustered(
 
 
 class TestCluster:
+    def test_a_storage_that_was_made_for_one_server_says_how_to_name_a_cluster(
+        self, cluster: list[Server], make: Make
+    ) -> None:
+        storage = make(cluster[0].url)
+        elsewhere = next(
+            key for key in map(str, range(99)) if key_slot(b"{%s}" % key.encode()) > 5460
+        )
+        for use in (lambda: storage.open_record(elsewhere, 0), lambda: storage.get(elsewhere)):
+            with pytest.raises(redis.ResponseError, match=rf"'{elsewhere}'.* redis\+cluster://"):
+                use()
+
     def test_keeps_what_it_is_given(self, clustered: Callable[..., RedisStorage]) -> None:
         storage = clustered(ttl=60)
         keys = [f"user:{n}" for n in range(50)] + ["a{b}c", ""]
@@ -1674,30 +1647,18 @@ def owns(client: Any, slot: int) -> bool:
 class TestTls:
     @pytest.fixture
     def guarded(self, tmp_path: Path) -> Iterator[Server]:
-        openssl = shutil.which("openssl")
-        if openssl is None:
-            pytest.skip("needs openssl")
-        key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
-        subprocess.run(
-            [
-                *(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-                *("-keyout", key, "-out", certificate, "-subj", "/CN=localhost"),
-                *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
-            ],
-            check=True,
-            capture_output=True,
-        )
+        public, private = map(str, certificate(tmp_path))
         port = free_port()
         server = Server(
             tmp_path / "tls",
             *("--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no"),
-            *("--tls-cert-file", certificate, "--tls-key-file", key, "--requirepass", "pass word"),
+            *("--tls-cert-file", public, "--tls-key-file", private, "--requirepass", "pass word"),
             port=port,
             ssl=True,
-            ssl_ca_certs=certificate,
+            ssl_ca_certs=public,
             password="pass word",
         )
-        server.url = f"rediss://:pass%20word@127.0.0.1:{port}/2?ssl_ca_certs={certificate}"
+        server.url = f"rediss://:pass%20word@127.0.0.1:{port}/2?ssl_ca_certs={public}"
         yield server
         server.stop()
 

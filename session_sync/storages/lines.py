@@ -15,13 +15,17 @@ from contextlib import suppress
 from typing import Any, Final
 
 import redis
-from redis.cluster import RedisCluster
 from redis.connection import ConnectionPool
-from redis.exceptions import ResponseError
+from redis.exceptions import AuthenticationError, ReadOnlyError, ResponseError
+from redis.retry import Retry
+from redis.sentinel import SentinelConnectionPool
+
+from .redis_clients import TIMEOUT, Client, is_from_replica, no_retries
 
 _MOMENT: Final = 0.0005  # seconds in which a server that is near answers
 _PAUSE: Final = 0.05  # seconds for which nobody waits in place, after one who did in vain
 _SMALL: Final = 16_384  # bytes, which every connection takes without waiting
+_FAILURES: Final = (redis.ConnectionError, redis.TimeoutError, ReadOnlyError)
 
 
 class _Line(list[Any]):
@@ -43,33 +47,50 @@ class Lines:
 
     What redis-py does around a request (its pool, its metrics, its way to pack it) takes longer
     than the server takes for the answer. A request is sent again as often as the client's options
-    say, as redis-py does it; and once more on a new connection if one that was kept has failed,
-    since the server may have closed it long ago. A connection is kept after an answer only: what
-    was interrupted might be answered to somebody else.
+    say, and each time over a new connection, which finds the server wherever that is by now; and
+    once more if a connection that was kept has failed, since a firewall or the server may have
+    dropped it long ago. Those that were kept with it are as old, and are closed. A server that
+    refuses to write, because it is a replica since a failover, counts as a failure, too.
+
+    A connection is kept after an answer only: what was interrupted might be answered to somebody
+    else. None waits for ever for its server.
     """
 
     def __init__(self, pool: redis.ConnectionPool) -> None:
         self._pool: Final = pool
         self._idle: Final[deque[Any]] = deque()
         self._in_vain = 0.0  # until when nobody waits in place; from time.monotonic()
+        self._retry: Final[Retry] = self._make().retry
+        self._retry.update_supported_errors([ReadOnlyError])
 
     @classmethod
-    def of(cls, client: redis.Redis | RedisCluster) -> Lines | None:
-        """None for a client that does more than redis-py's own for one server with a plain pool."""
-        if type(client) is not redis.Redis or type(client.connection_pool) is not ConnectionPool:
+    def of(cls, client: Client) -> Lines | None:
+        """None for a client that does more than redis-py's own for one server with a plain pool, or
+        for one that Sentinel names."""
+        if type(client) is not redis.Redis:
             return None
-        return cls(client.connection_pool)
+        pool = client.connection_pool
+        return cls(pool) if type(pool) in (ConnectionPool, SentinelConnectionPool) else None
 
-    def ask(self, request: bytes) -> Any:
-        """The answer to one request."""
+    def ask(self, request: bytes, deadline: float) -> Any:
+        """The answer to one request; after `deadline` (of time.monotonic()), it is not sent again,
+        but over a new connection if one that was kept has failed."""
         line = self._kept()
         if line:
             try:
-                return self._ask(line, request)
-            except redis.ConnectionError:
+                return self._keeping(line, lambda: _exchange(line[0], request))
+            except _FAILURES:
                 pass
-        new = _Line([self._pool.connection_class(**self._pool.connection_kwargs)])
-        return self._ask(new, request)
+
+        def give_up_in_vain(error: Exception) -> None:
+            if (
+                not isinstance(error, redis.RedisError)  # a time-out of a signal handler, say
+                or isinstance(error, AuthenticationError)
+                or time.monotonic() >= deadline
+            ):
+                raise error
+
+        return self._retry.call_with_retry(lambda: self._ask_anew(request), give_up_in_vain)
 
     def send(self, request: bytes) -> Asked | None:
         """Send one request, if nothing has to be waited for; else None, and nothing was done."""
@@ -113,27 +134,36 @@ class Lines:
             line.append(self._idle.pop())
         return line
 
-    def _ask(self, line: _Line, request: bytes) -> Any:
-        connection = line[0]
+    def _make(self) -> Any:
+        """A connection as the client's own."""
+        options = dict(self._pool.connection_kwargs)
+        if options.get("socket_timeout") is None:
+            options["socket_timeout"] = TIMEOUT
+        return self._pool.connection_class(**options)
 
-        def attempt() -> Any:
-            connection.send_packed_command([request])  # which connects, if need be
-            return connection.read_response()
+    def _ask_anew(self, request: bytes) -> Any:
+        line = _Line([self._make()])
 
-        def insist() -> Any:
-            return connection.retry.call_with_retry(attempt, lambda _: connection.disconnect())
+        def exchange() -> Any:
+            line[0].retry = no_retries()  # within: we try again, from the beginning
+            line[0].connect()  # send_packed_command() alone would ask no sentinel
+            return _exchange(line[0], request)
 
-        return self._keeping(line, insist)
+        return self._keeping(line, exchange)
 
     def _keeping(self, line: _Line, answer_of: Callable[[], Any]) -> Any:
         """What `answer_of` gets on `line`, which is kept if that is an answer."""
         try:
             answer = answer_of()
-        except ResponseError:
-            self._idle.append(line.pop())
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ResponseError) and not is_from_replica(error):
+                self._idle.append(line.pop())
+                raise
             line.pop().disconnect()
+            if isinstance(error, redis.RedisError):
+                self.close()
+            if is_from_replica(error):
+                raise ReadOnlyError(str(error)) from None
             raise
         self._idle.append(line.pop())
         return answer
@@ -164,11 +194,20 @@ class Asked:
         return came
 
     def answer(self) -> Any:
-        """The answer, however long it takes."""
+        """The answer that has come."""
+        return self._lines.answer(self._line)
+
+    def insist(self, deadline: float) -> Any:
+        """The answer, however long it takes; as `Lines.ask`, if this way there is none."""
         try:
-            return self._lines.answer(self._line)
-        except (redis.ConnectionError, redis.TimeoutError):
-            return self._lines.ask(self._request)
+            return self.answer()
+        except _FAILURES:
+            return self._lines.ask(self._request, deadline)
+
+
+def _exchange(connection: Any, request: bytes) -> Any:
+    connection.send_packed_command([request])
+    return connection.read_response()
 
 
 def _is_checked(line: Any) -> bool:

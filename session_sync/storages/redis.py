@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 import platform
 import re
@@ -23,7 +24,6 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from session_sync.codec import Codec
 from session_sync.errors import (
     SessionConflictError,
-    SessionDecodeError,
     SessionError,
     SessionLockTimeout,
 )
@@ -37,19 +37,20 @@ try:
 except ImportError as error:
     raise ImportError("RedisStorage needs redis-py: pip install 'session-sync[redis]'") from error
 
-from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
 from redis.exceptions import NoScriptError, RedisError, ResponseError
-from redis.retry import Retry
 
+from session_sync.storages import redis_clients, redis_refusals
 from session_sync.storages.lines import Asked, Lines
+from session_sync.storages.redis_clients import Client
 
-Client: TypeAlias = redis.Redis | RedisCluster
 _Written: TypeAlias = tuple[bytes, bytes]
 
+_log: Final = logging.getLogger("session_sync")
 _SHORTEST_LEASE: Final = 0.1  # seconds
 _LONGEST_TTL: Final = 10**15  # milliseconds; the server cannot count much further
 _OFFER: Final = 500  # milliseconds in which a waiter has to take the key that is kept for him
+_PATIENCE: Final = 10.0  # seconds in which a request is sent again, if no lock ends meanwhile
 _GRACE: Final = 0.5  # seconds between two calls in which a waiter keeps his place
 _LONGEST_BLOCK: Final = 1.0  # seconds; then whoever waits shows that he is still there
 _REMEMBERED: Final = 10.0  # seconds, or a lease if it is longer: how a close has ended
@@ -69,7 +70,8 @@ class _Script:
         names, numbers = ", ".join(options), ", ".join(f"'{number}'" for number in options.values())
         self.text: Final = f"local {names} = {numbers}\n{_COMMON}{text}"
         self._digest: Final = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-        self._head: Final = _packed(b"EVALSHA", self._digest.encode(), b"5")
+        self._by_digest: Final = _packed(b"EVALSHA", self._digest.encode(), b"5")
+        self._by_text: Final = _packed(b"EVAL", self.text.encode(), b"5")
 
     def run(
         self,
@@ -77,24 +79,35 @@ class _Script:
         lines: Lines | None,
         opened: OpenRedisRecord,
         *values: bytes,
+        deadline: float,
         asked: Asked | None = None,
     ) -> Any:
         """Its answer; asked for on one of `lines`, or by `client` if there are none; or before."""
+        if lines is None:
+            return self._run_by(client, opened, *values)
         try:
             if asked is not None:
-                return asked.answer()
-            if lines is not None:
-                return lines.ask(self.request(opened, *values))
-            with _whole(client):
-                return client.evalsha(self._digest, 5, *opened.names, opened.token, *values)
-        except NoScriptError:  # the first time, or after a restart of the server
-            with _whole(client):
-                return client.eval(self.text, 5, *opened.names, opened.token, *values)
+                return asked.insist(deadline)
+            return lines.ask(self.request(opened, *values), deadline)
+        except NoScriptError:  # the first time, or after a restart of the server, or a failover
+            request = self.request(opened, *values).replace(self._by_digest, self._by_text, 1)
+            return lines.ask(request, deadline)
 
     def request(self, opened: OpenRedisRecord, *values: bytes) -> bytes:
         """What is sent to ask for it."""
         size = b"*%d\r\n" % (9 + len(values))
-        return size + self._head + opened.packed + _packed(*values)
+        return size + self._by_digest + opened.packed + _packed(*values)
+
+    def _run_by(self, client: Client, opened: OpenRedisRecord, *values: bytes) -> Any:
+        values = (*opened.names, opened.token, *values)
+        try:
+            return redis_clients.ask(client, lambda: client.evalsha(self._digest, 5, *values))
+        except NoScriptError:
+            return redis_clients.ask(client, lambda: client.eval(self.text, 5, *values))
+
+
+def _request(*parts: bytes) -> bytes:
+    return b"*%d\r\n" % len(parts) + _packed(*parts)
 
 
 def _packed(*parts: bytes) -> bytes:
@@ -275,19 +288,20 @@ class RedisStorage:
     """Sessions on a Redis server, or a cluster of them, for any number of processes and machines.
 
     `url_or_client` is what `redis.Redis.from_url` takes (`redis://`, `rediss://` for TLS,
-    `unix://`), the same with `redis+cluster://` or `rediss+cluster://`, or a `redis.Redis` or
-    `redis.cluster.RedisCluster` of your own. Records that were left alone for `ttl` seconds (a
-    number or a `timedelta`; None: never) disappear: a read and a write start the time anew.
-    `lease` is how many seconds a key stays locked when its process dies. `prefix` goes before all
-    keys and has no braces; `codec` brings in types of your own.
+    `unix://`), the same with `redis+cluster://` or `rediss+cluster://`, a primary that Sentinel
+    names (`redis+sentinel://host:26379,host:26379/mymaster/0`, `rediss+sentinel://`), or a
+    `redis.Redis` or `redis.cluster.RedisCluster` of your own. Records that were left alone for
+    `ttl` seconds (a number or a `timedelta`; None: never) disappear: a read and a write start the
+    time anew. `lease` is how many seconds a key stays locked when its process dies. `prefix` goes
+    before all keys and has no braces; `codec` brings in types of your own.
 
     A session lies under `prefix{key}`, braces and percent signs in the key written as in a URL.
     Redis Cluster keeps on one node whatever has the same text in braces, so what belongs to a
     session stays together. An update takes two round trips, one to open and one to close. They go
     over connections of the storage's own, as many as there are threads that open or close at once,
     made with the options of the client's pool; a client of a class or with a pool of your own (or
-    one of a cluster, or by Sentinel) is asked itself. A coroutine waits for a server that is
-    near, as a thread does, but for half a millisecond at most, and then goes on in a thread.
+    one of a cluster) is asked itself. A coroutine waits for a server that is near, as a thread
+    does, but for half a millisecond at most, and then goes on in a thread.
 
     Why it is correct. A key is open for whoever's token is in its lock. The lock is taken, and the
     data read, in one script, which the server runs as one step; data are written, and the lock is
@@ -297,10 +311,17 @@ class RedisStorage:
     background while the record is open, so it is lost only where nothing here runs for that long,
     or where the server is unreachable or forgets it. Then a save raises SessionConflictError.
 
-    A request whose answer was lost may be sent again, by redis-py, by this storage or by a proxy.
-    To open twice with one token is to open once. Saves have numbers, which the lock knows. A close
-    leaves a note for the time of a lease, 10 seconds at least, by which it is recognised when it
-    comes again; and by which an open is that comes too late.
+    A request that failed is sent again: by this storage, as often as the options of a client say,
+    or ten times in five seconds where a URL names the server; by redis-py; by a proxy. It may have
+    been carried out before, or arrive twice, or late. That is harmless. To open twice with one
+    token is to open once. Saves have numbers, which the lock knows: one that comes again, or after
+    a later one, writes nothing. A close leaves a note for the time of a lease, 10 seconds at least,
+    by which it is recognised when it comes again, whoever has had the key meanwhile; and by which
+    an open is that comes too late. After that time a close finds no lock of its own, and writes
+    nothing: therefore it is not sent again when the lease is over. Each token is of one opening, so
+    nothing that is late is ever taken for something of a later opening. What a replica refuses
+    (READONLY) it has not done in part, since it refuses each write; and the primary that is asked
+    then knows the lock, if that was replicated, or refuses to save.
 
     When the key is given back, it goes to whoever has waited longest, in the same step: the lock
     then has his token, for half a second, and something is pushed to a list on which he blocks.
@@ -341,10 +362,13 @@ class RedisStorage:
         self._ttl = 0 if ttl is None else min(_milliseconds(life_time(ttl)), _LONGEST_TTL)
         self._prefix: Final = prefix.encode("utf-8", "surrogatepass")
         self._codec = Codec() if codec is None else codec
-        self._owns_client: Final = isinstance(url_or_client, str)
-        self._client: Final = _client_of(url_or_client)
+        self._url_or_client: Final = url_or_client
         self._warned = False
-        self._made: Final[dict[int, _InProcess]] = {}
+        # At once, since redis-py imports modules for its first connection (which is not connected
+        # here): a child that is forked while a thread does so would wait for ever to import them.
+        self._made: Final[dict[int, _InProcess]] = {
+            os.getpid(): _InProcess(url_or_client, self.lease)
+        }
         options = {
             "lease": self._lease,
             "ttl": self._ttl,
@@ -361,11 +385,7 @@ class RedisStorage:
 
         Raises `SessionDecodeError` if what lies there is not ours.
         """
-        try:
-            with _whole(self._client):
-                data: Any = self._client.get(self._name(key))
-        except ResponseError as error:
-            raise self._refusal(error, key) from None
+        data = self._command([key], "GET", self._name(key))
         return None if data is None else self._codec.decode(data, key)
 
     def set(self, key: str, value: Mapping[str, Any], /) -> None:
@@ -373,25 +393,21 @@ class RedisStorage:
 
         Raises `SessionEncodeError` if it holds something that the codec does not keep.
         """
-        data = self._codec.encode(value, key)
-        with _whole(self._client):
-            self._client.set(self._name(key), data, px=self._ttl or None)
+        life = (b"PX", b"%d" % self._ttl) if self._ttl else ()
+        self._command([key], "SET", self._name(key), self._codec.encode(value, key), *life)
 
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
-        with _whole(self._client):
-            self._client.delete(self._name(key))
+        self._command([key], "DEL", self._name(key))
 
     def has(self, key: str, /) -> bool:
         """Whether something is stored under `key`."""
-        with _whole(self._client):
-            return bool(self._client.exists(self._name(key)))
+        return bool(self._command([key], "EXISTS", self._name(key)))
 
     def touch(self, key: str, /) -> None:
         """Start the life time of the record anew; no error if there is none."""
         if self._ttl:
-            with _whole(self._client):
-                self._client.pexpire(self._name(key), self._ttl)
+            self._command([key], "PEXPIRE", self._name(key), b"%d" % self._ttl)
 
     def keys(self) -> Iterator[str]:
         """Every stored key, in any order; those that come and go meanwhile may be among them."""
@@ -435,11 +451,19 @@ class RedisStorage:
             if key is None:
                 continue
             node = self._node_of(key)
-            held: Any = node.get(name)
+            held: Any = self._held(node, name)
             left: Any = node.pttl(name)
             if held is not None and left != _GONE:
                 seconds, microseconds = node.time()
                 yield StoredLock.read(key, held, left, seconds * 1000 + microseconds // 1000)
+
+    def _held(self, node: redis.Redis, name: bytes) -> Any:
+        try:
+            return node.get(name)
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+        return b""  # it was not written here
 
     def info(self, *sections: str) -> list[dict[str, Any]]:
         """What the server says of itself (redis-py's `info`), or each node of a cluster; nothing,
@@ -457,8 +481,6 @@ class RedisStorage:
         made = self._made.get(os.getpid())
         if made is not None:
             made.close()
-        if self._owns_client:
-            self._client.close()
 
     def open_record(self, key: str, timeout: float, /) -> OpenRecord:
         """Wait until nobody else has `key` open, and open it.
@@ -514,10 +536,10 @@ class RedisStorage:
             for key, record in records.items()
             for value in (opened[key].token, *opened[key].to_save(record))
         ]
-        with _whole(self._client):
-            lost: Any = self._client.eval(
-                _SAVE_ALL, len(names), *names, self._lease, self._ttl, *values
-            )
+        options = (b"%d" % self._lease, b"%d" % self._ttl)
+        lost = self._command(
+            list(records), "EVAL", _SAVE_ALL.encode(), b"%d" % len(names), *names, *options, *values
+        )
         if lost:
             raise list(opened.values())[lost - 1].conflict()
         return True
@@ -531,7 +553,7 @@ class RedisStorage:
         here = self._in_process()
         opened, asked = here.pop_begun(key) or (self._record(here, key), None)
         try:
-            return opened, self._take(opened, timeout, here, asked)
+            return opened, self._take(opened, timeout, asked)
         except BaseException:
             # Whether it was opened may be unknown: then whoever is next to ask here has it.
             here.places.keep(key, opened.token)
@@ -552,18 +574,14 @@ class RedisStorage:
         token = here.places.pop(key)
         return OpenRedisRecord(self, key, token, self._names(key, token))
 
-    def _take(
-        self, opened: OpenRedisRecord, timeout: float, here: _InProcess, asked: Asked | None
-    ) -> bytes | None:
+    def _take(self, opened: OpenRedisRecord, timeout: float, asked: Asked | None) -> bytes | None:
         deadline, left = time.monotonic() + timeout, timeout
         while True:
             block = min(left, _LONGEST_BLOCK)
-            try:
-                answer = self._open_script.run(
-                    self._client, here.lines, opened, _place(block), asked=asked
-                )
-            except ResponseError as error:
-                raise self._refusal(error, opened.key) from None
+            patience = time.monotonic() + _PATIENCE
+            answer = self._run(
+                self._open_script, opened, _place(block), deadline=patience, asked=asked
+            )
             asked = None
             if not isinstance(answer, list):
                 data: bytes | None = answer
@@ -573,7 +591,7 @@ class RedisStorage:
                 raise SessionLockTimeout(_whose(held, now))
             until_free = rest / 1000 + 0.001 if rest >= 0 else block
             node = self._node_of(opened.key)
-            here.wait(node, opened.names[0], opened.token, min(block, until_free))
+            self._in_process().wait(node, opened.names[0], opened.token, min(block, until_free))
             left = max(0.0, deadline - time.monotonic())
 
     def _node_of(self, key: str) -> redis.Redis:
@@ -598,15 +616,15 @@ class RedisStorage:
 
     def save_open(self, opened: OpenRedisRecord, number: bytes, *written: bytes) -> bool:
         """Write under the lock; False if it was lost."""
-        lines = self._in_process().lines
-        return bool(self._save_script.run(self._client, lines, opened, number, *written))
+        return bool(self._run(self._save_script, opened, number, *written, deadline=opened.end))
 
     def close_open(
         self, opened: OpenRedisRecord, written: _Written, asked: Asked | None = None
     ) -> bool:
         """Write and give the key back; False if it was lost. `asked`: that was begun before."""
-        lines = self._in_process().lines
-        return bool(self._close_script.run(self._client, lines, opened, *written, asked=asked))
+        return bool(
+            self._run(self._close_script, opened, *written, deadline=opened.end, asked=asked)
+        )
 
     def send_close(self, opened: OpenRedisRecord, written: _Written) -> Asked | None:
         """Begin to close, if nothing in that has to wait; else None, and nothing was done."""
@@ -615,35 +633,56 @@ class RedisStorage:
         return None if lines is None else lines.send(request)
 
     def renew(self, records: Sequence[OpenRedisRecord], /) -> Mapping[OpenRedisRecord, bool]:
-        """Renew the leases of all of `records`, in one round trip to each node."""
+        """Renew the leases of all of `records`, in one round trip to each node. A failure is logged
+        once, until it has worked again."""
         here = self._in_process()
-        nodes: defaultdict[redis.Redis, list[OpenRedisRecord]] = defaultdict(list)
+        nodes: defaultdict[redis.Redis | None, list[OpenRedisRecord]] = defaultdict(list)
         answers: dict[OpenRedisRecord, bool] = {}
+        errors: dict[redis.Redis | None, Exception] = {}
         for opened in records:
             try:
-                nodes[here.aside(self._node_of(opened.key))].append(opened)
-            except RedisError:
-                continue
+                node = here.aside(self._node_of(opened.key))
+            except RedisError as error:
+                node, errors[None] = None, error
+            nodes[node].append(opened)
         for node, group in nodes.items():
             try:
-                answers.update(self._renew_on(node, group))
-            except RedisError:
-                continue
+                if node is not None:
+                    self._renew_on(node, group, answers)
+            except Exception as error:
+                errors[node] = error
+                if node is not None and redis_clients.leads_nowhere(error):
+                    redis_clients.drop_idle(node)
+        for node, group in nodes.items():
+            here.note_renewal(node, errors.get(node), group)
         return answers
 
     def _renew_on(
-        self, node: redis.Redis, group: Sequence[OpenRedisRecord]
-    ) -> Iterator[tuple[OpenRedisRecord, bool]]:
+        self,
+        node: redis.Redis,
+        group: Sequence[OpenRedisRecord],
+        answers: dict[OpenRedisRecord, bool],
+    ) -> None:
+        """Put into `answers` what is known, and raise the first error if there is one."""
         requests = [(_RENEW, 1, opened.names[1], opened.token, self._lease) for opened in group]
         with node.pipeline(transaction=False) as pipe:
             for request in requests:
                 pipe.eval(*request)
-            for opened, request, answer in zip(
-                group, requests, pipe.execute(raise_on_error=False), strict=True
-            ):
-                if isinstance(answer, ResponseError):  # the key has moved to another node, say
-                    answer = self._client.eval(*request)
-                yield opened, bool(answer)
+            said = pipe.execute(raise_on_error=False)
+        failed = None
+        for opened, request, answer in zip(group, requests, said, strict=True):
+            try:
+                if isinstance(answer, ResponseError):
+                    if not isinstance(self._client, RedisCluster):
+                        raise answer
+                    answer = self._client.eval(*request)  # the key has moved to another node, say
+                answers[opened] = bool(answer)
+            except ResponseError as error:
+                failed = failed or self._refusal(error, opened.key)
+            except RedisError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     # -- names
 
@@ -687,19 +726,50 @@ class RedisStorage:
 
     # -- besides
 
-    def _refusal(self, error: ResponseError, key: str) -> Exception:
-        """What to raise for `error`, which may be that no string lies under `key`."""
-        if "WRONGTYPE" not in str(error):
-            return error
-        return SessionDecodeError(
-            f"session {key!r} cannot be read: what lies under {self._name(key)!r} is not a "
-            f"string, which was not written here. It is left as it is. If another program "
-            f"uses such keys, give the storage a prefix."
-        )
+    def _run(
+        self,
+        script: _Script,
+        opened: OpenRedisRecord,
+        *values: bytes,
+        deadline: float,
+        asked: Asked | None = None,
+    ) -> Any:
+        here = self._in_process()
+        try:
+            return script.run(
+                here.client, here.lines, opened, *values, deadline=deadline, asked=asked
+            )
+        except ResponseError as error:
+            raise self._refusal(error, opened.key) from None
+
+    def _command(self, keys: Sequence[str], command: str, *arguments: bytes) -> Any:
+        """What the server answers to a command for `keys`, which may be sent twice."""
+        here = self._in_process()
+        try:
+            if here.lines is not None:
+                request = _request(command.encode(), *arguments)
+                return here.lines.ask(request, time.monotonic() + _PATIENCE)
+            client: Any = here.client
+            return redis_clients.ask(client, lambda: client.execute_command(command, *arguments))
+        except ResponseError as error:
+            raise self._refusal(error, *keys) from None
+
+    def _refusal(self, error: ResponseError, *keys: str) -> Exception:
+        """What to raise for `error`."""
+        names = ", ".join(map(repr, keys))
+        return redis_refusals.refusal(error, names, self._name(keys[0]), self._prefix)
 
     def _warn_of_eviction(self) -> None:
         """Once, at the first use."""
-        policies = {node["maxmemory_policy"] for node in self.info("memory")}
+        lines = self._in_process().lines
+        if lines is None:
+            policies = {node["maxmemory_policy"] for node in self.info("memory")}
+        else:
+            try:
+                said = lines.ask(_request(b"INFO", b"memory"), time.monotonic() + _PATIENCE)
+            except ResponseError:  # it is forbidden
+                said = b""
+            policies = {name.decode() for name in re.findall(rb"maxmemory_policy:([\w-]+)", said)}
         self._warned = True
         for policy in sorted(policies - {"noeviction"}):
             warnings.warn(
@@ -710,10 +780,14 @@ class RedisStorage:
                 stacklevel=3,
             )
 
+    @property
+    def _client(self) -> Client:
+        return self._in_process().client
+
     def _in_process(self) -> _InProcess:
         pid = os.getpid()
         made = self._made.get(pid)
-        return made or self._made.setdefault(pid, _InProcess(self._client, self.lease))
+        return made or self._made.setdefault(pid, _InProcess(self._url_or_client, self.lease))
 
 
 class OpenRedisRecord(Lease):
@@ -817,7 +891,10 @@ class OpenRedisRecord(Lease):
 
 
 class _InProcess:
-    """What a storage has in one process: connections to wait on, and places in queues.
+    """What a storage has in one process: connections, and places in queues.
+
+    A forked child has a client of its own, if it was named by a URL: another thread of the parent
+    may have been inside the other one's pool, whose mutex nobody gives back then.
 
     Waiting has connections of its own, a bounded number, so that closing never lacks one; they do
     not try again by themselves, and their time-out exceeds what they wait for.
@@ -827,14 +904,17 @@ class _InProcess:
     exception: a slot to wait is free when it is forgotten, and what was begun becomes too old.
     """
 
-    def __init__(self, client: Client, lease: float) -> None:
+    def __init__(self, url_or_client: str | Client, lease: float) -> None:
+        self._owns_client: Final = isinstance(url_or_client, str)
+        self.client: Final = redis_clients.client_of(url_or_client)
         self.places: Final = _Places()
-        self.lines: Final = Lines.of(client)
+        self.lines: Final = Lines.of(self.client)
         #: What is being opened, and was asked for in place.
         self.begun: Final[dict[str, tuple[OpenRedisRecord, Asked]]] = {}
         # Soon enough to try again to renew a lease; and well over what anybody blocks for.
         self._timeout: Final = max(2 * _LONGEST_BLOCK, min(lease / 3, 5.0))
         self._slots: Final = Slots(_WAITS)
+        self._failing: Final[set[redis.Redis | None]] = set()  # where leases are not renewed now
         self._clients: Final[dict[tuple[object, ...], redis.Redis]] = {}
 
     def note_begun(self, opened: OpenRedisRecord, asked: Asked) -> None:
@@ -867,7 +947,7 @@ class _InProcess:
             return
         client = self.aside(node)
         try:
-            with _whole(client):
+            with redis_clients.Whole(client):
                 # 0 would be for ever.
                 client.blpop([name + b":wake:" + token], timeout=max(seconds, 0.01))
         except RedisError:
@@ -884,7 +964,7 @@ class _InProcess:
             options.update(
                 socket_timeout=self._timeout,
                 socket_connect_timeout=self._timeout,
-                retry=Retry(NoBackoff(), 0),
+                retry=redis_clients.no_retries(),
                 retry_on_error=[],
             )
             # Of two who make one at once, both get the first: the other one has not connected.
@@ -898,6 +978,28 @@ class _InProcess:
             )
         return client
 
+    def note_renewal(
+        self,
+        node: redis.Redis | None,
+        error: Exception | None,
+        leases: Sequence[OpenRedisRecord],
+    ) -> None:
+        """Log a failure, once until it has worked again."""
+        if error is None:
+            self._failing.discard(node)
+        elif node not in self._failing:
+            self._failing.add(node)
+            _log.warning(
+                "the lock of session %r%s cannot be renewed: %s: %s. This is tried again; if it "
+                "still fails %.1f s from now, another process may open the session, and this one "
+                "cannot save it",
+                leases[0].key,
+                f" (and of {len(leases) - 1} more)" if leases[1:] else "",
+                type(error).__name__,
+                error,
+                max(0.0, leases[0].end - time.monotonic()),
+            )
+
     def close(self) -> None:
         if self.lines is not None:
             self.lines.close()
@@ -907,6 +1009,8 @@ class _InProcess:
                 # Those in use end with their call; redis-py raises what is no error of its own
                 # where one is closed beneath it.
                 client.connection_pool.disconnect(inuse_connections=False)
+        if self._owns_client:
+            redis_clients.close(self.client)
 
 
 class _Places:
@@ -952,7 +1056,8 @@ class StoredLock(NamedTuple):
     def read(cls, key: str, held: bytes, left: int, now: int) -> StoredLock:
         """What lies under the name of a lock; times in milliseconds."""
         rest = left / 1000 if left >= 0 else None
-        found = re.fullmatch(rb"\w+@(.*):(\d+) \d+ (\d+)", held)
+        # As long as no process id or time is longer, so that none of them fails to be a number.
+        found = re.fullmatch(rb"\w+@([\w.-]*):(\d{1,10}) \d{1,19} (\d{1,19})", held)
         if found is None:
             return cls(key, None, None, None, rest)
         host, pid, since = found.groups()
@@ -966,7 +1071,7 @@ class StoredLock(NamedTuple):
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:
+        except (OSError, OverflowError):
             pass
         return False
 
@@ -986,57 +1091,3 @@ def _place(seconds: float) -> bytes:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
-
-
-class _whole:  # noqa: N801 # as those of contextlib, whose generators an interrupt may leave open
-    """Around a command of redis-py's own: if an exception from outside interrupts it, no connection
-    stays in the pool.
-
-    It may have been made by half, or have an answer that nothing has read; and redis-py would take
-    that for the answer to its next command.
-    """
-
-    __slots__ = ("_client",)
-
-    def __init__(self, client: Client) -> None:
-        self._client: Final = client
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, RedisError):
-            return
-        client = self._client
-        if isinstance(client, RedisCluster):
-            nodes: Any = client
-            clients = [node.redis_connection for node in nodes.get_nodes()]
-        else:
-            clients = [client]
-        for each in clients:
-            if each is not None:
-                each.connection_pool.disconnect(inuse_connections=False)
-
-
-def _client_of(url_or_client: str | Client) -> Client:
-    client = _connect(url_or_client) if isinstance(url_or_client, str) else url_or_client
-    if not isinstance(client, redis.Redis | RedisCluster):
-        what = f"{type(client).__module__}.{type(client).__qualname__}"
-        why = " (async handlers are served all the same)" if ".asyncio" in what else ""
-        raise TypeError(
-            f"RedisStorage needs a URL, or a redis.Redis or redis.cluster.RedisCluster, which are "
-            f"synchronous{why}; not a {what}"
-        )
-    if client.get_encoder().decode_responses:
-        raise ValueError(
-            "RedisStorage stores bytes, but this client was made with decode_responses=True: make "
-            "one without it"
-        )
-    return client
-
-
-def _connect(url: str) -> Client:
-    scheme, colon, rest = url.partition(":")
-    if scheme.endswith("+cluster"):
-        return RedisCluster.from_url(scheme.removesuffix("+cluster") + colon + rest)
-    return redis.Redis.from_url(url)

@@ -14,12 +14,13 @@ def storage_from_url(url: str, *, codec: Codec | None = None) -> KVStorage[Any]:
     """The storage that `url` names.
 
     `memory://`, `sqlite:///sessions.db`, `disk:///sessions`, `redis://host:6379/0`, `rediss://...`
-    with TLS, `redis+cluster://host:7000`, `rediss+cluster://...`. A path after three slashes is
-    relative, after four absolute. Options of the storage follow after a question mark, as numbers
-    or words: `sqlite:///sessions.db?ttl=86400&synchronous=full`. What a Redis storage does not know
-    is redis-py's (`redis://host?socket_timeout=5`). Of a path or a password, the characters `#`,
-    `?`, `%` and, in a password, `/` and `@` are written as `urllib.parse.quote(text, safe="")`
-    gives them. `codec` brings in types of your own.
+    with TLS, `redis+cluster://host:7000`, `redis+sentinel://host:26379,host:26379/mymaster/0`, and
+    both with `rediss+`. A path after three slashes is relative, after four absolute. Options of the
+    storage follow after a question mark, as numbers or words:
+    `sqlite:///sessions.db?ttl=86400&synchronous=full`. What a Redis storage does not know is
+    redis-py's (`redis://host?socket_timeout=5`). Of a path or a password, the characters `#`, `?`,
+    `%` and, in a password, `/` and `@` are written as `urllib.parse.quote(text, safe="")` gives
+    them. `codec` brings in types of your own.
 
     Raises ValueError for any other URL, naming what is wrong but never a password; and what the
     storage raises.
@@ -107,13 +108,6 @@ def _disk(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVS
 def _redis(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
     from .redis import RedisStorage
 
-    try:
-        _ = url.port
-    except ValueError:  # whose message has what stands there: a part of a password, perhaps
-        raise ValueError(
-            f"{url.scheme}://: the port is no number. If there is a password, it is written as "
-            f'urllib.parse.quote(password, safe="") gives it'
-        ) from None
     kinds: dict[str, Callable[[str], Any]] = {"ttl": float, "lease": float, "prefix": str}
     ours = {name: options.pop(name) for name in kinds if name in options}
     rest = url._replace(query=urlencode(options)).geturl()
@@ -128,6 +122,8 @@ _MAKERS: Final = {
     "rediss": _redis,
     "redis+cluster": _redis,
     "rediss+cluster": _redis,
+    "redis+sentinel": _redis,
+    "rediss+sentinel": _redis,
 }
 
 

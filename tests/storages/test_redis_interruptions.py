@@ -18,13 +18,13 @@ pytest.importorskip("redis", reason="needs the extra 'redis'")
 import redis
 
 from session_sync import RedisStorage, SessionLockTimeout
-from session_sync.storages import background, leases, lines
+from session_sync.storages import background, leases, lines, redis_clients
 from session_sync.storages import redis as redis_module
 from session_sync.storages.base import OpenRecord, record_of
 from session_sync.storages.lines import Asked
 
 LEASE = 0.1
-HERE = (redis_module, lines, leases, background)
+HERE = (redis_module, redis_clients, lines, leases, background)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_a_time_out_of_a_signal_handler_comes_out(make: Callable[..., RedisStora
     def raise_time_out() -> None:
         raise TimeoutError("the handler's time is up")
 
-    for interruption in everywhere(raise_time_out, redis_module, lines):
+    for interruption in everywhere(raise_time_out, redis_module, redis_clients, lines):
         came = False
         try:
             with interruption:

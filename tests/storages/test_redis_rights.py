@@ -1,0 +1,195 @@
+"""RedisStorage as a user of few rights, where commands are missing, and beside foreign keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import ROOT
+from redis_servers import SERVER, Server, free_port
+
+redis = pytest.importorskip("redis", reason="needs the extra 'redis'")
+
+from redis.exceptions import NoPermissionError, ResponseError  # noqa: E402
+
+from session_sync import (  # noqa: E402
+    RedisStorage,
+    SessionDecodeError,
+    SessionLockTimeout,
+    SessionManager,
+)
+from session_sync.storages import redis as redis_module  # noqa: E402
+from session_sync.storages.base import record_of  # noqa: E402
+from session_sync.storages.redis_refusals import RIGHTS  # noqa: E402
+
+if SERVER is None:
+    pytest.skip("needs redis-server", allow_module_level=True)
+
+PAGE = (ROOT / "docs/storages.md").read_text(encoding="utf-8")
+(LINE,) = re.findall(r"^ACL SETUSER .*$", PAGE, re.M)
+(LISTING,) = re.findall(r"`(\+scan [^`]*)`", PAGE)
+#: Without it, whoever waits looks again and again.
+NOT_NEEDED = "+blpop"
+
+Make = Callable[..., RedisStorage]
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(shared_server: Server) -> Iterator[Any]:
+    with closing(shared_server.client()) as client:
+        client.flushall()
+        client.script_flush()
+        yield client
+        client.acl_deluser("bot")
+
+
+@pytest.fixture
+def make(shared_server: Server, client: Any) -> Iterator[Make]:
+    """Storages of the user `bot`, who is as the docs say, with more rights or fewer."""
+    made: list[RedisStorage] = []
+
+    def make(more: str = "", db: int = 0, **options: Any) -> RedisStorage:
+        client.execute_command(*LINE.split(), *more.split())
+        url = f"redis://bot:password@127.0.0.1:{shared_server.port}/{db}"
+        made.append(RedisStorage(url, prefix="bot:", ttl=100, **options))
+        return made[-1]
+
+    yield make
+    for storage in made:
+        storage.close()
+
+
+def use(storage: RedisStorage, other: RedisStorage) -> None:
+    """All that the storage does for sessions, once."""
+    opened: Any = storage.open_record("key", 0)
+    opened.save(record_of({"a": 1}))
+    renewed = storage.renew([opened])
+    with pytest.raises(SessionLockTimeout):
+        other.open_record("key", 0)
+    opened.close(record_of({"a": 2}))
+    other.open_record("key", 0).close(record_of({}))  # it was kept for this one
+    both: Any = {key: storage.open_record(key, 0) for key in "ab"}
+    storage.save_all(dict.fromkeys("ab", record_of({"a": 1})), both)
+    for each in both.values():
+        each.close(None)
+    storage.set("key", {"a": 3})
+    storage.touch("key")
+    assert storage.has("key")
+    assert storage.get("key") == {"a": 3}
+    storage.delete("key")
+    assert renewed == {opened: True}
+
+
+def test_the_line_of_the_docs_is_the_one_of_the_errors() -> None:
+    assert f"ACL SETUSER bot on >password ~bot:* {RIGHTS}" == LINE
+
+
+def test_the_rights_of_the_docs_are_enough(make: Make) -> None:
+    use(make(), make())
+
+
+def test_more_are_needed_to_list_and_for_another_database(make: Make) -> None:
+    with pytest.raises(NoPermissionError):
+        list(make().keys())
+    storage = make(f"+select {LISTING}", db=1)
+    use(storage, make(f"+select {LISTING}", db=1))
+    storage.set("key", {"a": 1})
+    with closing(storage):
+        assert sorted(entry.key for entry in storage.entries()) == ["a", "b", "key"]
+        opened = storage.open_record("key", 0)
+        assert [lock.key for lock in storage.locks()] == ["key"]
+        opened.close(None)
+
+
+@pytest.mark.parametrize("right", sorted({*RIGHTS.split()} - {NOT_NEEDED}))
+def test_a_right_that_is_missing_is_named_with_the_line_that_helps(
+    make: Make, right: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_module, "_GRACE", 20)  # who waits keeps the place on a busy machine
+    without = right.replace("+", "-")
+    with pytest.raises(NoPermissionError) as caught:
+        use(make(without), make(without))
+    said = str(caught.value)
+    assert re.search(r"'(key|a|b)'", said)
+    assert f"ACL SETUSER <user> ~bot:* {RIGHTS}" in said
+
+
+def test_keys_that_are_not_allowed_say_the_same(make: Make) -> None:
+    with pytest.raises(NoPermissionError, match=r"session 'key': .* ~bot:\* \+evalsha"):
+        make("resetkeys ~other:*").open_record("key", 0)
+
+
+def test_a_server_without_a_command_is_told_by_its_name_and_shows_no_value(tmp_path: Path) -> None:
+    port = free_port()
+    missing = [word for name in ("EVALSHA", "SET") for word in ("--rename-command", name, "")]
+    server = Server(tmp_path / "less", "--port", str(port), *missing, port=port)
+    try:
+        with closing(RedisStorage(server.url)) as storage:
+            with pytest.raises(ResponseError, match=r"'key'.* Lua scripts .*\+evalsha"):
+                storage.open_record("key", 0)
+            with pytest.raises(ResponseError, match="unknown command 'SET'") as caught:
+                storage.set("key", {"password": "hunter2"})
+            assert "hunter2" not in str(caught.value)
+    finally:
+        server.stop()
+
+
+# -- what others wrote
+
+
+PLANTED = [
+    b"1@here:" + b"9" * 5000 + b" 0 1",
+    b"1@here:1 0 " + b"9" * 5000,
+    b"1@here:1 " + b"9" * 5000 + b" 1",
+    b"1@\xff\xfe:1 0 1",
+    b"",
+]
+
+
+@pytest.mark.parametrize("held", PLANTED)
+def test_a_planted_lock_is_told_as_something_else(make: Make, client: Any, held: bytes) -> None:
+    storage = make(LISTING)
+    client.set("bot:{key}:lock", held)
+    (lock,) = storage.locks()
+    assert lock == ("key", None, None, None, None)
+    assert not lock.is_left_over()
+    with pytest.raises(SessionLockTimeout, match="something else holds its lock"):
+        storage.open_record("key", 0)
+
+
+@pytest.mark.parametrize("pid", [0, 2**31, 9_999_999_999])
+def test_a_lock_of_a_process_that_cannot_be_is_not_left_over(
+    make: Make, client: Any, pid: int
+) -> None:
+    storage = make(LISTING)
+    client.set("bot:{key}:lock", f"1@{redis_module._HOST}:{pid} 0 1")
+    (lock,) = storage.locks()
+    assert not lock.is_left_over()
+
+
+def test_a_planted_lock_of_another_kind_hides_no_other(make: Make, client: Any) -> None:
+    storage = make(LISTING)
+    client.hset("bot:{hash}:lock", "a", 1)
+    opened = storage.open_record("key", 0)
+    assert {lock.key: lock.pid is None for lock in storage.locks()} == {"hash": True, "key": False}
+    with pytest.raises(SessionDecodeError, match="'hash'"):
+        storage.open_record("hash", 0)
+    opened.close(None)
+
+
+def test_the_session_of_a_manager_tells_it_too(make: Make) -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=make("-time"))
+    with pytest.raises(NoPermissionError, match="'user:1'"):
+        with sessions.session_scope("user:1"):
+            pass
