@@ -161,6 +161,8 @@ sessions = SessionManager(storage=storage_from_url(sys.argv[1]), lock_timeout=60
 """
 
 COUNT = """
+with sessions.session_scope("warm up " + str(os.getpid())):
+    say("here")
 heard()
 def work():
     for n in range(50):
@@ -957,6 +959,8 @@ class TestWaiting:
 
 def count(server: Server, start: Start, client: Any, keys: int) -> int:
     programs = [start(COUNT, server.url, keys) for _ in range(4)]
+    for program in programs:
+        assert program.hear() == "here"
     for program in programs:
         program.tell()
     for program in programs:
