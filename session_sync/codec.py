@@ -117,8 +117,9 @@ class Codec:
         >>> Codec().encode({"cart": {"items": [1, 2, object()]}}, "user:1")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         session_sync.errors.SessionEncodeError: session 'user:1' cannot be stored: cart.items[2] is
-        of type object. Kept are None, bool, ... and UUID: convert it, or give the storage a Codec
-        with an enc_hook.
+        of type object. Kept are None, bool, ... and UUID: declare the field with its type (an
+        annotation in a subclass of Session), convert it, or give the storage a Codec with an
+        enc_hook.
         """
         try:
             try:
@@ -129,6 +130,25 @@ class Codec:
         except _RefusedError as refused:
             raise SessionEncodeError(
                 f"{_session(key)} cannot be stored: {_at(refused)}"
+            ) from refused.__cause__
+        except RecursionError:
+            raise SessionEncodeError(f"{_session(key)} cannot be stored: {_TOO_DEEP}") from None
+
+    def check(self, value: Any, key: str, place: object) -> None:
+        """Raise SessionEncodeError, as `encode` does, if `value` could not be kept; `key` and
+        `place` (in words, by `str()`: where in the session the value is) are for the message.
+
+        >>> Codec().check({"items": [object()]}, "user:1", "cart")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        session_sync.errors.SessionEncodeError: session 'user:1' cannot keep this value:
+        cart.items[0] is of type object. Kept are ...
+        """
+        try:
+            self._packer.pack(value, 1)
+        except _RefusedError as refused:
+            refused.path.append(str(place))
+            raise SessionEncodeError(
+                f"{_session(key)} cannot keep this value: {_at(refused)}"
             ) from refused.__cause__
         except RecursionError:
             raise SessionEncodeError(f"{_session(key)} cannot be stored: {_TOO_DEEP}") from None
@@ -668,7 +688,8 @@ def _session(key: str | None) -> str:
 def _refusal(value: object, what: str = "") -> str:
     return (
         f"is of type {what or type(value).__name__}. Kept are {_KEPT}: "
-        "convert it, or give the storage a Codec with an enc_hook."
+        "declare the field with its type (an annotation in a subclass of Session), convert it, or "
+        "give the storage a Codec with an enc_hook."
     )
 
 

@@ -24,7 +24,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from itertools import chain, repeat
 from operator import is_, is_not
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from .errors import SessionClosedError, SessionEncodeError
@@ -34,6 +34,13 @@ from .expiry import Ttl
 ATOMS: Final = frozenset(
     (type(None), bool, int, float, str, bytes, datetime, date, time, timedelta, Decimal, UUID)
 )
+#: Those of them that have a time zone, which a store may refuse; of the others it keeps all values.
+ZONED: Final = frozenset((datetime, time))
+_KEPT: Final = ATOMS - ZONED
+#: Raises SessionEncodeError for a value that the store would refuse. It is given what would be
+#: stored of it, and for the message the key of the session and the place of the value in it, which
+#: `str()` says in words.
+Check: TypeAlias = Callable[[Any, str, object], None]
 #: What `freeze` is given where nothing is stored yet.
 MISSING: Final = object()
 _NO_HASH: Final = (None, object.__hash__)
@@ -48,10 +55,17 @@ class Owner:
     value that was begun, by whichever thread.
     """
 
-    __slots__ = ("_begun", "key", "met_object", "met_old_form", "open")
+    __slots__ = ("_begun", "check", "key", "met_object", "met_old_form", "open", "place_of")
 
-    def __init__(self, key: str) -> None:
+    def __init__(
+        self,
+        key: str,
+        check: Check | None = None,
+        place_of: Callable[[object], str] | None = None,
+    ) -> None:
         self.key: Final = key
+        self.check: Final = check  # None: the store keeps whatever it is given
+        self.place_of: Final = place_of  # where a container is, for messages
         self.open = True
         self._begun: object = None
         self.met_object = self.met_old_form = False
@@ -86,13 +100,16 @@ class Owner:
         )
 
 
-_NOBODY: Final = Owner("")  # the owner of a container that was made outside any session
+#: The owner of a container that was made outside any session; what it has met, nobody asks.
+NOBODY: Final = Owner("")
 
 
 class SessionDict(dict[Any, Any]):
-    """A dict inside a session."""
+    """A dict inside a session. Of one whose content is declared, the shape knows what may be in it;
+    the same goes for lists and sets."""
 
-    _owner = _NOBODY
+    _owner = NOBODY
+    _is_declared = False
     fromkeys: Any = dict.fromkeys  # makes a plain one
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -102,14 +119,15 @@ class SessionDict(dict[Any, Any]):
 class SessionList(list[Any]):
     """A list inside a session."""
 
-    _owner = _NOBODY
+    _owner = NOBODY
+    _is_declared = False
 
     def __setitem__(self, at: Any, value: Any, /) -> None:
         owner = self._owner
         if not owner.open:
             raise owner.refuse()
         admit_value = _admit_each if at.__class__ is slice else _admit_inside
-        super().__setitem__(at, admit_value(value, owner))
+        super().__setitem__(at, admit_value(value, self))
         if not owner.open:
             raise owner.refuse()
 
@@ -131,7 +149,8 @@ class SessionList(list[Any]):
 class SessionSet(set[Any]):
     """A set inside a session."""
 
-    _owner = _NOBODY
+    _owner = NOBODY
+    _is_declared = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return set, (list(self),)
@@ -140,12 +159,16 @@ class SessionSet(set[Any]):
         return repr(set(self))
 
 
+_Admit: TypeAlias = Callable[[Any, Any], Any]  # a value, and the container that it goes into
+
+
 def _guarded(
-    method: Callable[..., Any], admit_last: Callable[[Any, Owner], Any] | None = None
+    method: Callable[..., Any], admit_last: _Admit | None, has_key: bool
 ) -> Callable[..., Any]:
     """`method`, which changes its container: refused when closed, also when another thread has
     closed the session meanwhile, which may have been too soon for the change to be saved.
-    `admit_last` is for a method whose last argument goes in."""
+    `admit_last` is for a method whose last argument goes in, `has_key` for one whose first argument
+    is a dict's key."""
 
     @functools.wraps(method)
     def guarded(self: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -153,10 +176,12 @@ def _guarded(
         if not owner.open:
             raise owner.refuse()
         if admit_last is not None:
+            if has_key and args and args[0].__class__ not in _KEPT:
+                _check(args[0], self)
             if args:
-                args = (*args[:-1], admit_last(args[-1], owner))
+                args = (*args[:-1], admit_last(args[-1], self))
             if kwargs:
-                kwargs = {name: _admit_inside(arg, owner) for name, arg in kwargs.items()}
+                kwargs = {name: _admit_inside(arg, self) for name, arg in kwargs.items()}
         result = method(self, *args, **kwargs)
         if not owner.open:
             raise owner.refuse()
@@ -165,9 +190,11 @@ def _guarded(
     return guarded
 
 
-def _guard(cls: type, names: str, admit_last: Callable[[Any, Owner], Any] | None = None) -> None:
+def _guard(
+    cls: type, names: str, admit_last: _Admit | None = None, *, has_key: bool = False
+) -> None:
     for name in names.split():
-        setattr(cls, name, _guarded(getattr(cls, name), admit_last))
+        setattr(cls, name, _guarded(getattr(cls, name), admit_last, has_key))
 
 
 _OWNED: Final = frozenset((SessionDict, SessionList, SessionSet))
@@ -208,15 +235,17 @@ def _note(thing: Any, owner: Owner) -> None:
         owner.met_object = True
 
 
-def owned(container: Any, owner: Owner) -> Any:
+def owned(container: Any, owner: Owner, *, declared: bool = False) -> Any:
     """`container`, a new one of ours, which belongs to `owner` from now on."""
     container._owner = owner
+    if declared:
+        container._is_declared = True
     return container
 
 
 def is_foreign(value: Any, owner: Owner) -> bool:
     """Whether `value` is a container that another session, or a closed one, has handed out."""
-    return value.__class__ in _OWNED and value._owner is not owner and value._owner is not _NOBODY
+    return value.__class__ in _OWNED and value._owner is not owner and value._owner is not NOBODY
 
 
 # -- into a session
@@ -231,14 +260,37 @@ def admit(value: Any, owner: Owner) -> Any:
     return value if value.__class__ in ATOMS else _admit(value, owner, set())
 
 
-def _admit_inside(value: Any, owner: Owner) -> Any:
-    """The same for what a handler puts into a container."""
-    if value.__class__ in ATOMS:
+def _admit_inside(value: Any, into: Any) -> Any:
+    """The same for what a handler puts into a container, if the store keeps it."""
+    if value.__class__ in _KEPT:
         return value
+    owner = into._owner
     try:
-        return _admit(value, owner, set())
+        admitted = _admit(value, owner, set())
+        _check(admitted, into)
     except RecursionError:
         raise owner.too_deep("what was put into one of its containers") from None
+    return admitted
+
+
+def _check(value: Any, into: Any) -> None:
+    """Raise SessionEncodeError if the store would refuse `value`, which goes into a container."""
+    owner = into._owner
+    if owner.check is not None and not into._is_declared:
+        owner.check(freeze(value), owner.key, _Inside(into))
+
+
+class _Inside:
+    """In words, the place of what goes into a container: looked for when somebody wants it."""
+
+    __slots__ = ("_container",)
+
+    def __init__(self, container: Any) -> None:
+        self._container: Final = container
+
+    def __str__(self) -> str:
+        place_of = self._container._owner.place_of
+        return f"{'' if place_of is None else place_of(self._container)}[...]"
 
 
 def _admit(value: Any, owner: Owner, seen: set[int]) -> Any:
@@ -271,38 +323,59 @@ def _admit_items(plain: Any, owner: Owner, seen: set[int]) -> None:
                 plain[at] = admitted
 
 
-def _admit_each(items: Any, owner: Owner) -> Any:
+def _admit_each(items: Any, into: Any) -> Any:
     """The items of an iterable, which may be the very container that they go into."""
-    admitted = (item if item.__class__ in ATOMS else _admit_inside(item, owner) for item in items)
+    admitted = (item if item.__class__ in _KEPT else _admit_inside(item, into) for item in items)
     return list(admitted) if isinstance(items, list | tuple) else admitted
 
 
-def _admit_pairs(items: Any, owner: Owner) -> Any:
+def _admit_pairs(items: Any, into: Any) -> Any:
     """The same for whatever `dict.update` takes."""
     if isinstance(items, dict):
-        return {k: v if v.__class__ in ATOMS else _admit_inside(v, owner) for k, v in items.items()}
+        for key in items:
+            if key.__class__ not in _KEPT:
+                _check(key, into)
+        return {k: v if v.__class__ in _KEPT else _admit_inside(v, into) for k, v in items.items()}
     if hasattr(items, "keys"):
-        return {k: _admit_inside(items[k], owner) for k in items.keys()}  # noqa: SIM118 (as dict.update does)
-    return (_admit_inside(tuple(pair), owner) for pair in items)
+        return {k: _admit_inside(items[k], into) for k in items.keys()}  # noqa: SIM118 (as dict.update does)
+    return ([_admit_inside(part, into) for part in pair] for pair in items)
+
+
+def _admit_elements(elements: Any, into: Any) -> Any:
+    """The same for another set, or whatever `set.update` takes: they are hashable, so no container
+    of a session is among them."""
+    if not isinstance(elements, Collection):
+        elements = list(elements)
+    for element in elements:
+        if element.__class__ not in _KEPT:
+            _check(element, into)
+    return elements
+
+
+def _admit_element(element: Any, into: Any) -> Any:
+    if element.__class__ not in _KEPT:
+        _check(element, into)
+    return element
 
 
 _guard(SessionDict, "__delitem__ clear pop popitem")
-_guard(SessionDict, "__setitem__ setdefault", _admit_inside)
+_guard(SessionDict, "__setitem__ setdefault", _admit_inside, has_key=True)
 _guard(SessionDict, "__ior__ update", _admit_pairs)
 _guard(SessionList, "__delitem__ __imul__ pop remove clear reverse")
 _guard(SessionList, "append insert", _admit_inside)
 _guard(SessionList, "__iadd__ extend", _admit_each)
 _guard(
     SessionSet,
-    "__ior__ __iand__ __isub__ __ixor__ add discard remove pop clear update intersection_update "
-    "difference_update symmetric_difference_update",
+    "__iand__ __isub__ discard remove pop clear intersection_update difference_update",
 )
+_guard(SessionSet, "add", _admit_element)
+_guard(SessionSet, "__ior__ __ixor__ update symmetric_difference_update", _admit_elements)
 
 
 # -- into the store
 
 
-def freeze(value: Any, stored: Any = MISSING, owner: Owner = _NOBODY) -> Any:
+def freeze(value: Any, stored: Any = MISSING, owner: Owner = NOBODY) -> Any:
     """What a store may keep of `value`: plain containers that nobody else has.
 
     `stored` is what the store has now; where `value` says the same, the very same object is given

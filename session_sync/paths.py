@@ -30,3 +30,21 @@ def path(steps: list[str]) -> str:
     if len(way) > 12:
         way[6:-6] = [" ... "]
     return "".join(way).removeprefix(".")
+
+
+def place_of(wanted: object, fields: dict[str, object]) -> str:
+    """The way to a container that lies in one of these fields; empty if it lies in none."""
+    ways: list[tuple[object, list[str]]] = [(value, [step(name)]) for name, value in fields.items()]
+    seen: set[int] = set()
+    while ways:
+        value, steps = ways.pop()
+        if value is wanted:
+            return path(steps)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            ways += [(item, [step(key), *steps]) for key, item in value.copy().items()]
+        elif isinstance(value, (list, tuple)):
+            ways += [(item, [f"[{at}]", *steps]) for at, item in enumerate(tuple(value))]
+    return ""

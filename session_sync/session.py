@@ -18,11 +18,13 @@ from collections.abc import (
 )
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, Self
+from weakref import ref
 
-from .containers import MISSING, Owner
+from .containers import ATOMS, MISSING, NOBODY, ZONED, Check, Owner
 from .errors import SessionClosedError, SessionTypeError
 from .expiry import TIMERS, Deadline, Timers, Ttl, deadline_in, is_over
 from .migrations import VERSION, Migration, Migrations
+from .paths import path, place_of, step
 from .repeats import UPDATES, updates_in, without_fields
 from .schema import (
     NO_SCHEMA,
@@ -148,6 +150,8 @@ class Fields:
     that a failed handler may have changed, which are saved only if they are assigned. `timers` are
     the deadlines that `record` has; None, as long as there was none.
 
+    `check` is what the store says of a value that is assigned.
+
     `lost` says what kept the last changes from being stored, if anything did.
 
     `updates` are the numbers of updates that are to be stored at the end, if any, with whatever the
@@ -157,8 +161,10 @@ class Fields:
     """
 
     __slots__ = (
+        "__weakref__",
         "_owners",
         "begun",
+        "check",
         "kept",
         "key",
         "live",
@@ -175,9 +181,16 @@ class Fields:
         "written",
     )
 
-    def __init__(self, key: str, record: Record, schema: Schema = NO_SCHEMA) -> None:
+    def __init__(
+        self,
+        key: str,
+        record: Record,
+        schema: Schema = NO_SCHEMA,
+        check: Check | None = None,
+    ) -> None:
         self.key = key
         self.schema = schema
+        self.check = check
         self.open = True
         self.lost = ""
         self._owners: list[Owner] = []  # from the first container on; the first one counts
@@ -199,7 +212,7 @@ class Fields:
         """Whom the containers belong to that these fields hand out."""
         owners = self._owners
         if not owners:
-            owners.append(Owner(self.key))
+            owners.append(Owner(self.key, self.check, _PlaceOf(self)))
         if not self.open:  # closed before it could be found there
             owners[0].open = False
         return owners[0]
@@ -327,12 +340,14 @@ class Fields:
         return value, untouched, name not in self.spoilt if met_object else None
 
     def set(self, name: str, value: Any) -> None:
-        """Assign a field; raises SessionTypeError, KeyError for a name that there must not be."""
+        """Assign a field; raises SessionTypeError, SessionEncodeError for what the store would
+        refuse, and KeyError for a name that there must not be."""
         if name.__class__ is not str or "$" in name:
             name = checked_name(self.key, name)
         schema, seconds = self.schema, None
         shape = schema.shapes.get(name, schema.other)
-        if shape is None or value.__class__ not in shape.atoms or not self.open:
+        cls = value.__class__
+        if shape is None or cls not in shape.atoms or cls in ZONED or not self.open:
             value, seconds = self._admitted(name, value)
         if self.timers is not None or seconds is not None:
             value = self._timed(name, value, seconds)
@@ -391,7 +406,12 @@ class Fields:
         if value.__class__ is Ttl:
             seconds, value = value.seconds, value.value
         try:
-            return shape.admit(value, self.owner), seconds
+            admitted = shape.admit(value, self.owner)
+            if self.check is not None and (
+                value.__class__ in ZONED or value.__class__ not in ATOMS
+            ):
+                self.check(shape.freeze(admitted, NOBODY), self.key, path([step(name)]))
+            return admitted, seconds
         except RecursionError:
             raise self.owner.too_deep(f"the value of {name!r}") from None
         except MismatchError as wrong:
@@ -753,6 +773,23 @@ class _Found(NamedTuple):
         """The changes in the order in which the fields were assigned."""
         assigned = filter(self.changes.__contains__, self.marks)
         return {name: self.changes[name] for name in dict.fromkeys((*assigned, *self.changes))}
+
+
+class _PlaceOf:
+    """Where a container lies that these fields have handed out: it knows them, and not they it."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: Fields) -> None:
+        self._fields: Final = ref(fields)
+
+    def __call__(self, container: object) -> str:
+        fields = self._fields()
+        live = {} if fields is None else fields.live.copy()
+        values = {
+            name: value.value if value.__class__ is Held else value for name, value in live.items()
+        }
+        return place_of(container, values)
 
 
 class BaseSession(MutableMapping[str, Any]):

@@ -1156,7 +1156,7 @@ def test_a_strict_store_refuses_what_it_cannot_keep_and_names_it(tmp_path: Path)
         with SessionManager(storage=storage) as sessions:
             fill(sessions, cart={"items": [1, 2]})
             with (
-                pytest.raises(SessionEncodeError, match=r"'user:1'.*cart\.items\[2\]"),
+                pytest.raises(SessionEncodeError, match=r"'user:1'.*cart\.items\[\.\.\.\] is"),
                 sessions.session_scope(KEY) as session,
             ):
                 session.cart["items"].append(bytearray(b"x"))
@@ -1217,9 +1217,12 @@ def test_containers_that_end_in_themselves_are_refused_by_name(sessions: Session
     assert stored(sessions) == {"d": {"l": []}, "l": [], "ok": 1}
 
 
-def test_a_list_with_itself_inside_can_be_mended_before_it_is_saved(in_memory: Sessions) -> None:
+def test_a_list_that_has_got_itself_inside_can_be_mended_before_it_is_saved(
+    in_memory: Sessions,
+) -> None:
     with in_memory.session_scope(KEY) as session:
-        session["rows"] = session["pair"] = rows = a_list_with_itself()
+        session["rows"] = session["pair"] = rows = []
+        rows.append([rows])
         rows[0] = 1
     assert stored(in_memory) == {"rows": [1], "pair": [1]}
 
@@ -1483,8 +1486,9 @@ def test_a_refused_value_can_be_taken_out_again(tmp_path: Path) -> None:
         fill(sessions, a=1)
         with sessions.session_scope(KEY) as session:
             session.a = 2
-            session.bad = object()
-            with pytest.raises(SessionEncodeError, match=r"'user:1'.*bad"):
+            session.bad = bad = []
+            bad.append(object())
+            with pytest.raises(SessionEncodeError, match=r"'user:1'.*bad\[0\]"):
                 session.flush()
             assert session.a == 2
             del session.bad
@@ -1863,7 +1867,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         (lambda session: "f7" in session and "no" not in session, []),
         (lambda session: session.f7["a"], ["thaw", "freeze"]),
         (lambda session: session.f7["a"].append(1), ["thaw", "freeze"]),
-        (lambda session: setattr(session, "f7", {}), ["freeze"]),
+        (lambda session: setattr(session, "f7", {}), ["freeze", "freeze"]),  # the first to check it
         (lambda session: setattr(session, "f7", 1), []),
         (lambda session: session.__delitem__("f7"), []),
         (lambda session: setattr(session, "f7", ttl(1)), []),
@@ -1911,6 +1915,7 @@ def test_an_unchanged_part_of_a_changed_field_is_not_copied() -> None:
 
 def test_no_method_that_only_reads_a_container_is_ours() -> None:
     ours = {"__reduce_ex__", "__module__", "__doc__", "__dict__", "__weakref__", "_owner"}
+    ours |= {"_is_declared"}
     ours |= {"__annotations__", "__orig_bases__"}
     ours |= {"fromkeys", "__repr__", "__firstlineno__", "__static_attributes__"}
     for cls, changes in (

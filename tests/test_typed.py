@@ -12,6 +12,7 @@ import textwrap
 import threading
 import typing
 from collections import abc
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -1235,17 +1236,17 @@ def test_what_comes_out_of_another_session_goes_in_as_a_copy(storage: Any) -> No
         two.sets = one.sets
         two.address = one.address
         two.pairs = one.pairs
-        own = [one.lines[0]]
-        two.more = own
+        with suppress(SessionEncodeError):  # not in a store that serialises
+            two.more = [one.lines[0]]
         for there, here in ((two.lines, one.lines), (two.pairs, one.pairs)):
             there[0].tags.append("two")
             assert "two" not in here[0].tags
         two.sets["x"].add(2)
         assert two.address is not None
         two.address["zip"] = "2"
+        two.pop("more", None)
         assert one.sets == {"x": {1}}
         assert one.address == {"city": "Wien"}
-        del two.more
     with sessions.session_scope("user:2") as two:
         assert two.lines == [Item("tea", 1, ["a", "two"])]
         assert two.sets == {"x": {1, 2}}
@@ -1554,10 +1555,11 @@ def test_undeclared_names_stay_free_form(carts: SessionManager[Cart]) -> None:
 
 def test_a_declared_class_in_an_undeclared_field_is_what_it_was() -> None:
     strict = SessionManager(Cart, storage=MemoryStorage(strict=True))
-    scope = strict.session_scope("user:1")
-    scope.__enter__().other = Item("tea")
-    with pytest.raises(SessionEncodeError, match="other is of type Item"):
-        scope.__exit__(None, None, None)
+    with (
+        strict.session_scope("user:1") as session,
+        pytest.raises(SessionEncodeError, match="other is of type Item"),
+    ):
+        session.other = Item("tea")
 
 
 def test_fields_that_the_class_no_longer_declares_stay_in_the_store(storage: Any) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
+from ..containers import Check
 from ..errors import SessionDecodeError
 from ..locks.table import StoreLocks
 from ..storages.base import (
     AtomicStorage,
+    CheckingStorage,
     KVStorage,
     OpenRecord,
     PromptStorage,
@@ -52,6 +54,9 @@ class Backend:
         self.prompt: Final = isinstance(storage, PromptStorage)
         self._open_nowait: Final = (
             storage.open_at_once if isinstance(storage, PromptStorage) else None
+        )
+        self.check: Final[Check | None] = (
+            storage.check_value if isinstance(storage, CheckingStorage) else None
         )
         self._save_all: Final = storage.save_all if isinstance(storage, AtomicStorage) else None
 

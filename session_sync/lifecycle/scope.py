@@ -277,10 +277,10 @@ class Scope(Generic[S]):
         if record is None:
             self.fields = self._missing(_NO_FIELDS)
         elif migrations is None or migrations.are_done(record):
-            self.fields = Fields(self.key, record, options.schema)
+            self.fields = Fields(self.key, record, options.schema, options.backend.check)
         else:
             newest = migrations.newest(self.key, record, options.schema)
-            self.fields = Fields(self.key, newest, options.schema)
+            self.fields = Fields(self.key, newest, options.schema, options.backend.check)
             self.fields.save_as_it_is()
         if options.initial is not None and has_only_updates(self.fields.record):
             self.fields = self._missing(self.fields.record)
@@ -306,13 +306,14 @@ class Scope(Generic[S]):
         """The fields of a session that is not stored yet, and will not be until they change. All
         that `record` has is what the session remembers."""
         initial, schema = self.options.initial, self.options.schema
+        check = self.options.backend.check
         given = initial(self.update) if initial is not None else None
-        fields = Fields(self.key, record, schema)
+        fields = Fields(self.key, record, schema, check)
         if not given:
             return fields
         for name, value in given.items():
             fields.set(name, _copy(value))
-        fields = Fields(self.key, fields.take_changes(), schema)
+        fields = Fields(self.key, fields.take_changes(), schema, check)
         fields.begun = fields.record
         return fields
 

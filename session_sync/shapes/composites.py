@@ -20,7 +20,7 @@ from session_sync.containers import (
 )
 from session_sync.paths import step
 
-from .base import MismatchError, Shape, alike, altered, unmade
+from .base import FREE, MismatchError, Shape, alike, altered, unmade
 
 
 def each(
@@ -92,7 +92,11 @@ class ListOf(Shape):
     def thaw(self, value: Any, owner: Owner) -> Any:
         if value.__class__ is not list:
             raise self.mismatch(value)
-        return owned(SessionList(_all("thaw", self._item, value, owner, _at)), owner)
+        return owned(
+            SessionList(_all("thaw", self._item, value, owner, _at)),
+            owner,
+            declared=FREE not in self.inner,
+        )
 
     def admit(self, value: Any, owner: Owner) -> Any:
         if not self.fits(value):
@@ -203,7 +207,9 @@ class SetOf(Shape):
         if value.__class__ is not self._cls:
             raise self.mismatch(value)
         items = _all("thaw", self._item, value, owner, lambda _: "{...}")
-        return owned(SessionSet(items), owner) if self._cls is set else frozenset(items)
+        if self._cls is frozenset:
+            return frozenset(items)
+        return owned(SessionSet(items), owner, declared=FREE not in self.inner)
 
     def admit(self, value: Any, owner: Owner) -> Any:
         frozen = self.freeze(value, owner)
@@ -234,7 +240,9 @@ class DictLike(Shape):
     def thaw(self, value: Any, owner: Owner) -> Any:
         if value.__class__ is not dict:
             raise self.mismatch(value)
-        return owned(SessionDict(self.pairs("thaw", value, owner)), owner)
+        return owned(
+            SessionDict(self.pairs("thaw", value, owner)), owner, declared=FREE not in self.inner
+        )
 
     def admit(self, value: Any, owner: Owner) -> Any:
         if not self.fits(value):

@@ -335,11 +335,13 @@ def _own(value: Any, owner: Owner) -> Any:
     if cls in ATOMS:
         return value
     if cls is dict:
-        return owned(SessionDict({k: _own(v, owner) for k, v in value.items()}), owner)
+        return owned(
+            SessionDict({k: _own(v, owner) for k, v in value.items()}), owner, declared=True
+        )
     if cls is list:
-        return owned(SessionList([_own(item, owner) for item in value]), owner)
+        return owned(SessionList([_own(item, owner) for item in value]), owner, declared=True)
     if cls is set:
-        return owned(SessionSet(value), owner)
+        return owned(SessionSet(value), owner, declared=True)
     if cls is tuple:
         items = [_own(item, owner) for item in value]
         return value if same(items, value) else tuple(items)

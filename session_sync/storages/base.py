@@ -67,6 +67,17 @@ class StoredEntry(NamedTuple):
 
 
 @runtime_checkable
+class CheckingStorage(KVStorage[V], Protocol[V]):
+    """A storage that does not keep values of every type, and says so in the line that assigns one,
+    which otherwise would be known when the session is saved."""
+
+    def check_value(self, value: Any, key: str, place: object, /) -> None:
+        """Raise SessionEncodeError if `value` cannot be stored: `Codec.check` does that. `key` and
+        `str(place)` name the session and where in it the value is."""
+        ...
+
+
+@runtime_checkable
 class RecordStorage(Protocol):
     """A door for the scope alone, past the public `get` and `set`, for storages of one process that
     can do better than to copy a whole mapping: one that takes the changed fields only, or decodes

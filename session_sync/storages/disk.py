@@ -149,6 +149,10 @@ class DiskStorage:
         found = self._find(key)
         return None if found is None else self._codec.decode(found[0], key)
 
+    def check_value(self, value: Any, key: str, place: object, /) -> None:
+        """Raise SessionEncodeError if `value` cannot be kept at this place of a session."""
+        self._codec.check(value, key, place)
+
     def set(self, key: str, value: Mapping[str, Any], /) -> None:
         """Store `value` under `key`, in one transaction.
 

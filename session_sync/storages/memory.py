@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -14,6 +16,7 @@ from cachetools import LRUCache
 
 from session_sync.codec import Codec
 from session_sync.containers import freeze
+from session_sync.errors import SessionEncodeError
 from session_sync.expiry import life_time
 from session_sync.storages import forks
 from session_sync.storages.background import for_each
@@ -30,7 +33,8 @@ class MemoryStorage:
             None: as long as the process.
         strict: refuse with SessionEncodeError what a storage that serialises would refuse, so that
             it is found on the laptop. Otherwise objects that are no plain containers are kept by
-            reference: of them alone, changes are not rolled back, and are seen by others at once.
+            reference: of them alone, changes are not rolled back, and are seen by others at once;
+            a UserWarning names the first one.
         codec: the hooks for own types, with `strict`.
 
     Raises ValueError if `ttl` is not positive.
@@ -52,6 +56,7 @@ class MemoryStorage:
     ) -> None:
         self._ttl: Final = None if ttl is None else life_time(ttl)
         self._codec: Final = (codec or Codec()) if strict else None
+        self._has_warned = False
         # With a ttl, each with the time when it expires: both change in one step.
         self._records: dict[str, Any] = {}  # a Record; with a ttl, a _Mortal
         # With a ttl: the keys, by when their life time began. All live equally long, so those that
@@ -95,6 +100,23 @@ class MemoryStorage:
                     if key in records and records[key] is found:  # see _drop()
                         records[key] = anew
                     self._note_age(key)
+
+    def check_value(self, value: Any, key: str, place: object, /) -> None:
+        """With `strict`, raise SessionEncodeError if a storage that serialises would refuse `value`
+        at this place of a session; otherwise warn, once."""
+        if self._codec is not None:
+            self._codec.check(value, key, place)
+        elif not self._has_warned:
+            try:
+                _CODEC.check(value, key, place)
+            except SessionEncodeError as refused:
+                self._has_warned = True
+                warnings.warn(
+                    f"in a storage that serialises (SQLite, disk, Redis): {refused} In memory the "
+                    f"object itself is kept, and changes inside it are not rolled back. "
+                    f"{type(self).__name__}(strict=True) refuses it here, too.",
+                    stacklevel=_level_of_the_caller(),
+                )
 
     def keys(self) -> Iterable[str]:
         """Every stored key."""
@@ -191,6 +213,18 @@ class MemoryStorage:
         # that CPython lets a signal handler or a finaliser run, or another thread.
         if key in records and records[key] is found:
             del records[key]
+
+
+_CODEC: Final = Codec()
+_PACKAGE: Final = __name__.partition(".")[0]
+
+
+def _level_of_the_caller() -> int:
+    """How many calls above the function that asks the first one is that is not this library's."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class _Mortal:

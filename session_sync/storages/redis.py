@@ -388,6 +388,10 @@ class RedisStorage:
         data = self._command([key], "GET", self._name(key))
         return None if data is None else self._codec.decode(data, key)
 
+    def check_value(self, value: Any, key: str, place: object, /) -> None:
+        """Raise SessionEncodeError if `value` cannot be kept at this place of a session."""
+        self._codec.check(value, key, place)
+
     def set(self, key: str, value: Mapping[str, Any], /) -> None:
         """Store `value` under `key`, in one step.
 

@@ -155,6 +155,10 @@ class SQLiteStorage:
         found = self._find(key)
         return None if found is None else self._codec.decode(_bytes(found[0], key), key)
 
+    def check_value(self, value: Any, key: str, place: object, /) -> None:
+        """Raise SessionEncodeError if `value` cannot be kept at this place of a session."""
+        self._codec.check(value, key, place)
+
     def set(self, key: str, value: Mapping[str, Any], /) -> None:
         """Store `value` under `key`, in one transaction.
 
