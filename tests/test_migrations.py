@@ -206,7 +206,8 @@ def test_a_migrated_session_whose_saving_fails_is_still_to_be_saved(
 ) -> None:
     people = SessionManager(Person, storage=storage)
     with people.session_scope("user:1") as session:
-        session.other = object()
+        session.other = other = []
+        other.append(object())  # which nobody looks at before the flush
         if isinstance(storage, MemoryStorage):
             monkeypatch.setattr(people._options.backend, "save", _full)
         with pytest.raises((SessionEncodeError, OSError)):
