@@ -31,6 +31,7 @@ EXTRAS = SETUP["options.extras_require"]
 # The tests that meet the libraries: those of the rooms and of the stores, and msgspec's.
 MEET_LIBRARIES = [
     "tests/test_telebot.py",
+    "tests/test_telebot_next_steps.py",
     "tests/test_async_telebot.py",
     "tests/test_chats.py",
     "tests/test_ptb.py",

@@ -3,8 +3,9 @@ it is told to, its chat's as well, as `message.chat_session`.
 
 All that a TeleBot does with an update (handlers, next-step and reply callbacks, in its pool or not)
 goes through its `_exec_task`, and all that an AsyncTeleBot does with one goes through its
-`_run_middlewares_and_handlers`, so that is where a session's scope is put around it. Nothing else
-in session_sync knows telebot.
+`_run_middlewares_and_handlers`, so that is where a session's scope is put around it. What telebot
+looks up for a message before (next steps, replies) is looked up inside the scope. Nothing else in
+session_sync knows telebot.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import inspect
 import itertools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, copy_context
@@ -65,12 +67,12 @@ def install(
     """Give every update of `bot` its session: `message.session`, `call.session`, ...
 
     It is there in handlers of every kind, in their filters, in class middlewares, and in next-step
-    and reply callbacks. The updates of one user are handled one after the other in the order in
-    which they came, those of different users side by side; an update that waits for its turn
-    occupies no worker. A handler that raises leaves the session as it was (see `on_error`), and the
-    bot's exception handler gets the exception as always. `message.session = {...}` replaces all
-    fields, `= None` empties the session. An update without a key is handled too; asking for its
-    session raises SessionKeyError.
+    and reply callbacks, which are looked up when their message is handled. The updates of one user
+    are handled one after the other in the order in which they came, those of different users side
+    by side; an update that waits for its turn occupies no worker. A handler that raises leaves the
+    session as it was (see `on_error`), and the bot's exception handler gets the exception as
+    always. `message.session = {...}` replaces all fields, `= None` empties the session. An update
+    without a key is handled too; asking for its session raises SessionKeyError.
 
     All of this holds for an AsyncTeleBot as well; of a lazy manager, its handlers first say
     `session = await message.session`. An exception that comes from outside of its handlers (from a
@@ -117,8 +119,7 @@ def install(
     room = _room_for(bot)
     if isinstance(getattr(bot.process_new_updates, "__self__", None), room):
         raise RuntimeError("this bot has sessions already: install() was called before")
-    run = getattr(bot, room.task, None)
-    if run is None or list(inspect.signature(run).parameters)[:4] != _TASK_PARAMETERS:
+    if not _is_known(bot, room):
         raise RuntimeError(
             "this version of pyTelegramBotAPI has no one task for all of an update (middlewares, "
             "filters, handlers) that a session could be open for: "
@@ -133,6 +134,13 @@ def install(
 
 
 _TASK_PARAMETERS: Final = ["message", "handlers", "middlewares", "update_type"]
+
+
+def _is_known(bot: Any, room: type[_Room | _AsyncRoom]) -> bool:
+    """Whether this version of telebot has what the room puts something else in the place of."""
+    if not all(hasattr(bot, name) for name in (room.task, *room.looks_up)):
+        return False
+    return list(inspect.signature(getattr(bot, room.task)).parameters)[:4] == _TASK_PARAMETERS
 
 
 def _room_for(bot: Any) -> type[_Room | _AsyncRoom]:
@@ -151,6 +159,13 @@ class _Room:
     """What `install` puts in the place of some methods of one TeleBot."""
 
     task: ClassVar = "_run_middlewares_and_handler"
+    #: What telebot does with a batch of messages in the thread that fetches them.
+    looks_up: ClassVar = (
+        "_notify_next_handlers",
+        "_notify_reply_handlers",
+        "_TeleBot__notify_update",
+        "_notify_command_handlers",
+    )
 
     def __init__(self, bot: Any, managers: Managers, moving: Managers) -> None:
         self._bot: Final = bot
@@ -164,6 +179,16 @@ class _Room:
         self._exec_task: Final = bot._exec_task
         self._process_new_updates: Final = bot.process_new_updates
         self._test_message_handler: Final = bot._test_message_handler
+        self._notify_command_handlers: Final = bot._notify_command_handlers
+        self._run_middlewares_and_handler: Final = bot._run_middlewares_and_handler
+        self._tell_listeners: Final = bot._TeleBot__notify_update
+        #: Messages that the listeners are not told of, unless their step is gone in the end.
+        self._untold: Final = weakref.WeakValueDictionary[int, Any]()
+        self._look_up: Final = threading.Lock()  # a backend of telebot's is made for one thread
+        bot._notify_next_handlers = bot._notify_reply_handlers = _in_turn
+        bot._TeleBot__notify_update = self.notify_update
+        bot._notify_command_handlers = self.notify_command_handlers
+        bot._run_middlewares_and_handler = self.run_middlewares_and_handler
         bot._exec_task = self.exec_task_after_migration if moving else self.exec_task
         bot._test_message_handler = self.test_message_handler
         bot.process_new_updates = self.process_new_updates
@@ -173,8 +198,8 @@ class _Room:
 
     def process_new_updates(self, updates: Iterable[Any]) -> None:
         """Only what is of one kind together: telebot sorts a batch by kind, so a button press
-        could overtake the message that was sent before it. Without a pool one at a time, since the
-        handler of one may say what is the next step for the other."""
+        could overtake the message that was sent before it. Without a pool one at a time, so that
+        telebot fetches again what comes after one whose handler raises."""
         batches: Iterable[list[Any]] = (
             (list(alike) for _, alike in itertools.groupby(updates, _kind_of))
             if self._bot.threaded
@@ -183,8 +208,6 @@ class _Room:
         process = self._deliver if self._dedupes else self._process_new_updates
         for batch in batches:
             process(batch)
-            if self._moving and not self._bot.message_handlers:
-                self._migrate_unhandled(batch)
 
     def _deliver(self, updates: Iterable[Any]) -> None:
         """As telebot's, in a context that knows of the delivery."""
@@ -194,12 +217,89 @@ class _Room:
         finally:
             _delivered.reset(token)
 
-    def _migrate_unhandled(self, updates: Iterable[Any]) -> None:
-        """Telebot makes no task of a message if there is no handler of messages at all."""
-        for update in updates:
-            migration = migration_in(update.message)
-            if migration is not None:
-                self._exec_task(_as_handler, migrate_chat, self._moving, migration)
+    def notify_update(self, messages: Sequence[Any]) -> None:
+        """As telebot's: the listeners are not told of an answer to a next step."""
+        if self._bot.update_listener:
+            steps = getattr(self._bot.next_step_backend, "handlers", ())
+            answers = [message for message in messages if message.chat.id in steps]
+            self._untold.update((id(message), message) for message in answers)
+            others = [message for message in messages if id(message) not in self._untold]
+            if others:
+                self._tell_listeners(others)
+
+    def notify_command_handlers(
+        self, handlers: Sequence[Any], updates: Iterable[Any], update_type: str
+    ) -> None:
+        """As telebot's, but there is a task for every message: also for those that no handler is
+        for, since there may be a next step when its task begins."""
+        if update_type != "message" or handlers or self._bot.use_class_middlewares:
+            self._notify_command_handlers(handlers, updates, update_type)
+            return
+        run = self._bot._run_middlewares_and_handler
+        for message in updates:
+            self._bot._exec_task(
+                run, message, handlers=handlers, middlewares=None, update_type=update_type
+            )
+
+    def run_middlewares_and_handler(
+        self, message: Any, handlers: Any, middlewares: Any, update_type: str
+    ) -> None:
+        """As telebot's, inside the scope of the update. Here, and not before, it is known what is
+        registered for a message: the handlers of all earlier ones of its user have ended."""
+        run = functools.partial(
+            self._run_middlewares_and_handler, message, handlers, middlewares, update_type
+        )
+        if update_type != "message":
+            run()
+            return
+        bot = self._bot
+        steps = self._registered(bot.next_step_backend, message.chat.id, message)
+        if steps:  # then telebot tells nobody else of it
+            self._run_each(message, steps)
+            return
+        asked = getattr(message, "reply_to_message", None)
+        replies = []
+        if asked is not None:
+            replies = self._registered(bot.reply_backend, asked.message_id, message)
+        if self._untold.pop(id(message), None) is not None:
+            self._tell_listeners([message])
+        if replies:
+            self._run_each(message, [*replies, run])
+        else:
+            run()
+
+    def _registered(self, backend: Any, number: int, message: Any) -> list[Callable[[], None]]:
+        """Take off what is registered for the number of a chat or message."""
+        with self._look_up:
+            found = backend.get_handlers(number) or ()
+        return [
+            functools.partial(each["callback"], message, *each["args"], **each["kwargs"])
+            for each in found
+        ]
+
+    def _run_each(self, message: Any, tasks: Sequence[Callable[[], None]]) -> None:
+        """Several tasks of one message in the turn of that, and each of them a unit of its own."""
+        failures: list[Exception] = []
+        for done, task in enumerate(tasks, 1):
+            rest = tasks[done:]
+            try:
+                task()
+                if _is_released(message):
+                    for each in rest:  # with a scope of their own
+                        self.exec_task(_call, message, each)
+                    break
+                if rest or failures:
+                    _flush(message)
+            except Exception as error:
+                _roll_back(message, error)
+                failures.append(error)
+        try:
+            for failure in failures[:-1]:
+                self._exec_task(_raise, failure)
+            if failures:
+                raise failures[-1]
+        finally:
+            del failures  # which know this frame: no cycle stays
 
     def exec_task_after_migration(self, task: Callable[..., Any], *args: Any, **kw: Any) -> None:
         """As `exec_task`; if the update says that a chat has migrated, move its sessions first.
@@ -429,6 +529,14 @@ class _UpdateJob:
             in_handler.reset(token)
 
 
+def _in_turn(*_args: Any) -> None:
+    """What telebot would do here is done in the turn of each message."""
+
+
+def _call(_update: Any, work: Callable[[], None]) -> None:
+    work()
+
+
 def _as_handler(work: Callable[..., None], *args: Any) -> None:
     token = in_handler.set(True)
     try:
@@ -448,6 +556,7 @@ class _AsyncRoom:
     """What `install` puts in the place of some methods of one AsyncTeleBot."""
 
     task: ClassVar = "_run_middlewares_and_handlers"
+    looks_up: ClassVar = ()  # it has no next steps
 
     def __init__(self, bot: Any, managers: Managers, moving: Managers) -> None:
         self._bot: Final = bot
@@ -562,6 +671,21 @@ def _roll_back(update: Any, error: Exception) -> None:
     for entry in entries():
         if entry.update is update:
             entry.scope.discard(error)
+
+
+def _flush(update: Any) -> None:
+    """Save what one of several tasks has changed, before the next one begins."""
+    for entry in entries():
+        if entry.update is update:
+            entry.scope.flush()
+
+
+def _is_released(update: Any) -> bool:
+    """Whether a handler has released a session of `update`."""
+    binding = _bound.get(id(update))
+    places = () if binding is None else binding.places
+    scopes = [place.scope() for place in places if place is not None]
+    return any(scope is None or scope.closed for scope in scopes)
 
 
 def _rolling_back(
