@@ -117,9 +117,8 @@ class Codec:
         >>> Codec().encode({"cart": {"items": [1, 2, object()]}}, "user:1")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         session_sync.errors.SessionEncodeError: session 'user:1' cannot be stored: cart.items[2] is
-        of type object. Kept are None, bool, ... and UUID: declare the field with its type (an
-        annotation in a subclass of Session), convert it, or give the storage a Codec with an
-        enc_hook.
+        of type object. Kept are None, bool, ... and UUID: declare the type of the field in a
+        subclass of Session, convert the value, or give the storage a Codec with an enc_hook.
         """
         try:
             try:
@@ -688,8 +687,8 @@ def _session(key: str | None) -> str:
 def _refusal(value: object, what: str = "") -> str:
     return (
         f"is of type {what or type(value).__name__}. Kept are {_KEPT}: "
-        "declare the field with its type (an annotation in a subclass of Session), convert it, or "
-        "give the storage a Codec with an enc_hook."
+        "declare the type of the field in a subclass of Session, convert the value, or give the "
+        "storage a Codec with an enc_hook."
     )
 
 

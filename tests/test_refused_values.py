@@ -66,7 +66,7 @@ def refused(sessions: SessionManager[Any], change: Callable[[Any], object], plac
         assert session == {**before, "n": 1, "m": 2}
     assert sessions.storage.get(KEY) == {**before, "n": 1, "m": 2}
     assert f"session {KEY!r} cannot keep this value: {place} is of type Kind" in str(caught.value)
-    assert "declare the field with its type" in str(caught.value)
+    assert "declare the type of the field" in str(caught.value)
     assert "Bus" not in str(caught.value)
 
 
