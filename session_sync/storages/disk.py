@@ -331,6 +331,7 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         self.file: Final = files.StoreFile(os.path.join(directory, _FILE))
         self._connections: Final = Connections(self.file, *_PRAGMAS, timeout=_TIMEOUT)
         super().__init__(directory, timeout=_TIMEOUT, **settings)
+        self._connections.use(lambda _cursor: None)  # diskcache has closed all
 
     @property
     def _sql(self) -> Callable[..., _Rows]:
