@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -196,9 +197,15 @@ def application(environ, start_response):
 @contextmanager
 def uwsgi(app: Path) -> Iterator[int]:
     """Its port; four workers, all else by default."""
-    program = shutil.which("uwsgi") or shutil.which("uwsgi", path=os.path.dirname(sys.executable))
+    beside = os.path.dirname(sys.executable)
+    program = shutil.which("uwsgi", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         pytest.skip("needs uWSGI")
+    version = subprocess.run(
+        [program, "--python-version"], capture_output=True, text=True, check=True
+    ).stdout
+    if version.strip() != platform.python_version():
+        pytest.skip(f"uWSGI is of Python {version.strip()}")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     call = [program, "--http-socket", f"127.0.0.1:{port}", "--wsgi-file", str(app)]
