@@ -1,8 +1,8 @@
 """A storage with all its optional abilities filled in, and the locks that go with it.
 
-The lock table belongs to the store: two managers that are given one store object exclude each
-other, because both get the same backend. This module knows storages and records; it knows no
-session.
+The lock table belongs to the store: two managers that are given one storage object, or two objects
+of one store, exclude each other, because both get the same table. This module knows storages and
+records; it knows no session.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Backend:
 
     def __init__(self, storage: KVStorage[Any]) -> None:
         self.storage: Final = storage
-        self.locks: Final = StoreLocks()
+        self.locks: Final = _locks_of(getattr(storage, "store", None))
         self.shared: Final = isinstance(storage, SharedStorage)
         self.blocking: Final[bool] = self.shared or getattr(storage, "blocking", True)
         way = storage if isinstance(storage, RecordStorage) else _WholeMapping(storage)
@@ -129,6 +129,17 @@ class _WholeMapping:
 
     def save(self, key: str, record: Record) -> None:
         self._storage.set(key, dict(record))
+
+
+_tables: WeakValueDictionary[str, StoreLocks] = WeakValueDictionary()
+
+
+def _locks_of(store: str | None) -> StoreLocks:
+    """The table of all storage objects of this store in the process; a new one if nobody says which
+    store that is."""
+    if store is None:
+        return StoreLocks()
+    return _tables.get(store) or _tables.setdefault(store, StoreLocks())
 
 
 _backends: WeakValueDictionary[int, Backend] = WeakValueDictionary()

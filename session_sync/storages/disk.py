@@ -134,6 +134,7 @@ class DiskStorage:
         self._ttl = None if ttl is None else life_time(ttl)
         self._codec = Codec() if codec is None else codec
         path = _private(directory)
+        self.store: Final = f"disk:{path}"
         self._cache = _Cache(path, disk=_Disk, **_SETTINGS)
         self._locks = FileLocks(os.path.join(path, _LOCKS), self._cache.file.check)
 

@@ -39,7 +39,6 @@ _HAS_OFD: Final = hasattr(fcntl, "F_OFD_SETLKW")
 _WAITERS: Final = 64  # threads of one process that wait, for all its stores; then it is polled
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.03  # seconds between two looks
 _BUSY: Final = "another process has it"
-_BUSY_HERE: Final = "another storage object of this process has it: use one for each file"
 _REPLACEMENTS: Final = 10  # of the file, in one wait for a key
 _TEXT: Final = (
     b"Processes that use the sessions beside this file lock them here (session_sync). "
@@ -130,7 +129,7 @@ class FileLocks:
             try:
                 is_taken = handle.take_at_once()
                 if not is_taken and not timeout:
-                    raise SessionLockTimeout(self._owner_of(key))
+                    raise SessionLockTimeout(_BUSY)
             except BaseException:
                 handle.release()
                 raise
@@ -188,21 +187,10 @@ class FileLocks:
                     return handle
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            raise SessionLockTimeout(self._owner_of(handle.key))
+            raise SessionLockTimeout(_BUSY)
         except BaseException:
             handle.release()
             raise
-
-    def _owner_of(self, key: str) -> str:
-        """Who seems to have it, for messages."""
-        gate = _range_of(key).gate
-        for reference in _all.valuerefs():
-            locks = reference()
-            if locks is None or locks is self or locks._path != self._path:
-                continue
-            if locks._generation.has_claimed(gate):
-                return _BUSY_HERE
-        return _BUSY
 
     def close(self) -> None:
         """Let all go."""
@@ -283,10 +271,6 @@ class Generation:
         """Close all files, and keep the locks of whoever else has them open."""
         for file in self._open_files():
             file.close()
-
-    def has_claimed(self, gate: int) -> bool:
-        """Whether a handle of this process has the key there, or waits for it."""
-        return any(gate in file.claims for file in self._open_files())
 
     def leave(self) -> None:
         """Keep nothing open that nobody uses any more."""

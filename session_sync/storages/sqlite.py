@@ -123,6 +123,7 @@ class SQLiteStorage:
         self._waits_for_disk: Final = synchronous == "full"
         self._pages = 0  # written at once since the last write that was not
         self._path: Final = _private(path)
+        self.store: Final = f"sqlite:{self._path}"
         self._file: Final = files.StoreFile(self._path)
         pragma = f"synchronous = {synchronous}"
         # What is no text would be named in the error of who reads it as text, with its value.

@@ -12,7 +12,8 @@ at its k-th step inside the core, for k = 1, 2, ... until it has no more steps:
 
 Then the model is asked (model.py): exclusion, order, nothing lost, nothing locked, memory back.
 
-Here is a part of it: every n-th step, on one store. All of it takes hours:
+Here is a part of it: every n-th step, on one store. All of it takes hours, and all pairs of steps
+(SESSION_SYNC_EXPLORE_EVERY=1) days:
 
     SESSION_SYNC_EXPLORE=all python -m pytest tests/explorer --timeout 14400 -n 2
 
@@ -30,7 +31,8 @@ from scenes import SCENES
 
 ALL = os.environ.get("SESSION_SYNC_EXPLORE") == "all"
 LIMIT = 40  # runs of one test
-PAIRS = 7  # with two stops, every n-th second one; which ones depends on the first
+# With two stops, every n-th second one; which ones depends on the first.
+PAIRS = int(os.environ.get("SESSION_SYNC_EXPLORE_EVERY", "61"))
 
 JOBS = [job for scene in SCENES.values() for job in jobs_of(scene, everything=ALL)]
 

@@ -320,7 +320,7 @@ def test_where_no_thread_can_be_started_time_outs_are_kept_and_nothing_is_left(
     before = descriptors(tmp_path / "locks")
     for _ in range(3):
         begin = time.monotonic()
-        with pytest.raises(SessionLockTimeout, match="has it"):
+        with pytest.raises(SessionLockTimeout, match="another process has it"):
             locks.acquire("key", 0.1)
         assert 0.1 <= time.monotonic() - begin < SOON
     assert locks.waiting() == set()

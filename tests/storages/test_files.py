@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import shutil
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from conftest import Threads
 from waiting import until
 
 from session_sync import (
     DiskStorage,
     SessionConflictError,
+    SessionDeadlockError,
     SessionLockTimeout,
     SessionManager,
     SQLiteStorage,
@@ -87,17 +90,50 @@ def test_two_links_to_one_store_lock_each_other_out(kind: Kind, tmp_path: Path) 
         assert other.get("key") == {"a": 1}
 
 
-def test_a_second_object_of_this_process_is_not_taken_for_another_process(
+def test_a_block_inside_a_handler_of_a_second_object_is_refused_at_once(
     kind: Kind, tmp_path: Path
 ) -> None:
-    with closing(kind.make(tmp_path)) as one, closing(kind.make(tmp_path)) as other:
-        inner: SessionManager[Any] = SessionManager(storage=other, lock_timeout=0.05)
-        with SessionManager(storage=one).session_scope("key"):
-            with pytest.raises(
-                SessionLockTimeout, match=r"'key' .*another storage object of this process has it"
-            ):
-                with inner.session_scope("key"):
-                    pass
+    """It would wait for the handler that it is in."""
+    (tmp_path / "link").symlink_to("folder")
+    with (
+        SessionManager(storage=kind.make(tmp_path / "folder")) as one,
+        SessionManager(storage=kind.make(tmp_path / "link")) as other,
+    ):
+
+        async def nested() -> None:
+            async with one.session_scope("key"), other.session_scope("key"):
+                raise AssertionError("both have it")
+
+        with one.session_scope("key") as session:
+            session.a = 1
+            with pytest.raises(SessionDeadlockError, match="'key'"), other.session_scope("key"):
+                raise AssertionError("both have it")
+            with other.session_scope("another") as session:
+                session.a = 2
+        with pytest.raises(SessionDeadlockError, match="'key'"):
+            asyncio.run(nested())
+        assert one.storage.get("key") == {"a": 1}
+        assert one.storage.get("another") == {"a": 2}
+
+
+def test_updates_through_two_objects_lose_nothing(
+    kind: Kind, tmp_path: Path, threads: Threads
+) -> None:
+    def count(sessions: SessionManager[Any]) -> None:
+        for _ in range(25):
+            with sessions.session_scope("key") as session:
+                session.n = session.get("n", 0) + 1
+
+    with (
+        SessionManager(storage=kind.make(tmp_path)) as one,
+        SessionManager(storage=kind.make(tmp_path)) as other,
+    ):
+        for _ in range(4):
+            threads.start(count, one)
+            threads.start(count, other)
+        threads.join()
+        assert len(one.locks) == len(other.locks) == 0
+        assert one.storage.get("key") == {"n": 200}
 
 
 def test_a_link_to_the_file_itself_names_the_same_store(tmp_path: Path) -> None:
