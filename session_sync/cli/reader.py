@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from ..codec import Codec
 from ..errors import SessionDecodeError
 from ..storages.base import StoredEntry
-from ..storages.sqlite import _key_of, _stored, has_table
+from ..storages.sqlite import has_table, key_of, stored_key
 from .exits import Code, Failure
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class FileReader:
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None. Raises SessionDecodeError."""
-        found = self._run(_GET, key=_stored(key))
+        found = self._run(_GET, key=stored_key(key))
         if not found:
             return None
         ((data,),) = found
@@ -181,7 +181,7 @@ class FileReader:
 
     def unknown_rows(self) -> int:
         """How many rows have a key that is no text, so that nothing here can have written them."""
-        return self._foreign() + sum(_key_of(row.key, row.kind) is None for row in self._all())
+        return self._foreign() + sum(key_of(row.key, row.kind) is None for row in self._all())
 
     def _foreign(self) -> int:
         ((number,),) = self._run(_FOREIGN)
@@ -190,7 +190,7 @@ class FileReader:
     def _known(self) -> Iterator[tuple[str, _Row]]:
         unknown = self._foreign()
         for row in self._all():
-            key = _key_of(row.key, row.kind)
+            key = key_of(row.key, row.kind)
             if key is None:
                 unknown += 1
             else:

@@ -170,11 +170,13 @@ class SQLiteStorage:
     def delete(self, key: str, /) -> None:
         """Remove `key`; no error if there is none."""
         refuse_inside_transaction(self._path)
-        self._run(_DELETE, _stored(key))
+        self._run(_DELETE, stored_key(key))
 
     def has(self, key: str, /) -> bool:
         """Whether something is stored under `key`."""
-        return bool(self._run(f"SELECT 1 FROM sessions WHERE {_LIVE}", _stored(key), time.time()))
+        return bool(
+            self._run(f"SELECT 1 FROM sessions WHERE {_LIVE}", stored_key(key), time.time())
+        )
 
     def touch(self, key: str, /) -> None:
         """Start the life time of the record anew; no error if there is none."""
@@ -183,7 +185,9 @@ class SQLiteStorage:
         if self._ttl is not None and not is_inside_transaction(self._path):
             now = time.time()
             expires = now + self._ttl
-            self._run(f"UPDATE sessions SET expires = ? WHERE {_LIVE}", expires, _stored(key), now)
+            self._run(
+                f"UPDATE sessions SET expires = ? WHERE {_LIVE}", expires, stored_key(key), now
+            )
 
     def keys(self) -> Iterator[str]:
         """Every stored key, in their order. Rows that nothing here has written, since their key is
@@ -204,12 +208,12 @@ class SQLiteStorage:
 
     def unknown_rows(self) -> int:
         """How many rows have a key that is no text, so that nothing here can have written them."""
-        return sum(_key_of(key, kind) is None for key, kind, *_ in self._all_rows())
+        return sum(key_of(key, kind) is None for key, kind, *_ in self._all_rows())
 
     def _rows(self) -> Iterator[tuple[str, int, float | None]]:
         unknown = 0
         for stored, kind, size, left in self._all_rows():
-            key = _key_of(stored, kind)
+            key = key_of(stored, kind)
             if key is None:
                 unknown += 1
             else:
@@ -255,7 +259,7 @@ class SQLiteStorage:
         now = time.time()
         expires = None if self._ttl is None else now + self._ttl
         refuse_inside_transaction(self._path)
-        self._run(_UPSERT, _stored(key), data, expires)
+        self._run(_UPSERT, stored_key(key), data, expires)
         if self._is_sweeping_due(now):
             self._swept = now
             self._run(_SWEEP, now)
@@ -279,9 +283,9 @@ class SQLiteStorage:
         def write(cursor: sqlite3.Cursor) -> None:
             for key in records:
                 if key in data:
-                    cursor.execute(_UPSERT, (_stored(key), data[key], expires))
+                    cursor.execute(_UPSERT, (stored_key(key), data[key], expires))
                 else:
-                    cursor.execute(_DELETE, (_stored(key),))
+                    cursor.execute(_DELETE, (stored_key(key),))
 
         self._connections.use(
             lambda cursor: in_transaction(cursor.connection, self._path, lambda: write(cursor))
@@ -300,7 +304,7 @@ class SQLiteStorage:
             return None
 
     def _load_at_once(self, key: str) -> Record | None:
-        rows = self._run_at_once(_SELECT, _stored(key), time.time())
+        rows = self._run_at_once(_SELECT, stored_key(key), time.time())
         if not rows:
             return None
         ((data, expires),) = rows
@@ -320,9 +324,9 @@ class SQLiteStorage:
             raise _WouldWaitError
         if record:
             expires = None if self._ttl is None else now + self._ttl
-            self._run_at_once(_UPSERT, _stored(key), data, expires)
+            self._run_at_once(_UPSERT, stored_key(key), data, expires)
             return len(data)
-        self._run_at_once(_DELETE, _stored(key))
+        self._run_at_once(_DELETE, stored_key(key))
         return None
 
     def _run_at_once(self, statement: str, *values: object) -> list[Any]:
@@ -344,7 +348,7 @@ class SQLiteStorage:
         return self._ttl is not None and not self._swept <= now <= self._swept + _PAUSE
 
     def _find(self, key: str) -> tuple[object, float | None] | None:
-        rows = self._run(_SELECT, _stored(key), time.time())
+        rows = self._run(_SELECT, stored_key(key), time.time())
         return rows[0] if rows else None
 
     def _run(
@@ -396,7 +400,7 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
         return True
 
 
-def _stored(key: str) -> str | bytes:
+def stored_key(key: str) -> str | bytes:
     """How a key is stored: as text, or as bytes if it has halves of surrogate pairs in it."""
     try:
         key.encode()
@@ -405,13 +409,13 @@ def _stored(key: str) -> str | bytes:
     return key
 
 
-def _key_of(stored: bytes, kind: bytes) -> str | None:
+def key_of(stored: bytes, kind: bytes) -> str | None:
     """The key that is stored so; None if none is."""
     try:
         key = stored.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         return None
-    return key if isinstance(_stored(key), str) == (kind == _TEXT) else None
+    return key if isinstance(stored_key(key), str) == (kind == _TEXT) else None
 
 
 def _bytes(value: object, key: str) -> bytes:
