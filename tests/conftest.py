@@ -164,9 +164,14 @@ def loops_end_with_their_test() -> Iterator[None]:
     yield
     if all(loop.is_closed() for loop in _loops):
         return
+    until(lambda: collect() or all(loop.is_closed() for loop in _loops))
+
+
+def collect() -> None:
+    """Collect what is left, without a word about loops and sockets that nobody has closed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        until(lambda: gc.collect() or all(loop.is_closed() for loop in _loops))
+        gc.collect()
 
 
 @pytest.fixture
@@ -176,7 +181,7 @@ def collector() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-    gc.collect()
+    collect()
 
 
 class Threads:
