@@ -6,7 +6,6 @@ that: he may be another user, and the file another program's.
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
 import time
@@ -17,7 +16,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from ..codec import Codec
 from ..errors import SessionDecodeError
 from ..storages.base import StoredEntry
-from ..storages.sqlite import has_table, key_of, stored_key
+from ..storages.sqlite import has_table, key_of, stored_key, warn_of_unknown_rows
 from .exits import Code, Failure
 
 T = TypeVar("T")
@@ -46,7 +45,6 @@ _NEXT: Final = _FIRST.replace(
 )
 _FOREIGN: Final = f"SELECT count(*) FROM ({{rows}}) WHERE NOT ours AND {_LIVE}"
 _NOTHING: Final[Mapping[str, object]] = {}
-_log: Final = logging.getLogger("session_sync")
 
 
 class Database:
@@ -195,13 +193,7 @@ class FileReader:
                 unknown += 1
             else:
                 yield key, row
-        if unknown:
-            _log.warning(
-                "%s: rows whose key is no text were passed over: %d; session_sync has not written "
-                "them",
-                self._database.path,
-                unknown,
-            )
+        warn_of_unknown_rows(unknown, self._database.path)
 
     def _all(self) -> Iterator[_Row]:
         rows = self._run(_FIRST)

@@ -6,6 +6,7 @@ This module knows SQL's transactions; it does not know what is in the file.
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 import time
 import weakref
@@ -42,7 +43,7 @@ class Connection(sqlite3.Connection):
 
     def leave(self) -> None:
         """Close it in a child, and leave the file and its log to the parent."""
-        if hasattr(self, "setconfig"):  # from Python 3.12 on
+        if sys.version_info >= (3, 12):
             self.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
         self.close()
 

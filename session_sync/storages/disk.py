@@ -27,6 +27,7 @@ from session_sync.storages.connections import (
     refuse_inside_transaction,
 )
 from session_sync.storages.filelocks import FileLocks, LockedRecord
+from session_sync.storages.sqlite import key_of, warn_of_unknown_rows
 
 try:
     import diskcache as _diskcache
@@ -84,7 +85,9 @@ _SWEEP: Final = """
     DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM Cache WHERE expire_time < ? LIMIT 100)
 """
 _ENTRIES: Final = """
-    SELECT rowid, key, raw, length(CAST(value AS BLOB)), store_time, expire_time FROM Cache
+    SELECT rowid, CAST(key AS BLOB), CASE WHEN raw = 1 THEN typeof(key) END,
+        length(CAST(value AS BLOB)), store_time, expire_time
+    FROM Cache
     WHERE rowid > ? AND (expire_time IS NULL OR expire_time > ?) ORDER BY rowid LIMIT 1000
 """
 _PAUSE: Final = 1.0  # seconds between two sweeps
@@ -176,27 +179,24 @@ class DiskStorage:
             self._cache.start_life(key, self._ttl)
 
     def keys(self) -> Iterator[str]:
-        """Every stored key, in the order in which they came in.
-
-        Raises `SessionDecodeError` at a key that is not ours.
-        """
-        try:
-            for key in self._cache:
-                if key in self._cache:  # and has not expired
-                    yield key
-        except (_ForeignError, sqlite3.OperationalError) as error:
-            raise self._refusal(error, f"a key in {self._cache.directory!r}") from None
+        """Every stored key, in the order in which they came in. Rows that nothing here has written,
+        since their key is no text, are passed over, with a warning in the log."""
+        for entry in self.entries():
+            yield entry.key
 
     def entries(self) -> Iterator[StoredEntry]:
-        """Every stored key with what is known of its record; none is read or touched.
+        """Every stored key with what is known of its record; none is read or touched. Rows are
+        passed over as in `keys`.
 
-        The size is that of the fields as JSON, and the age is since they were last written. Raises
-        as `keys` does.
+        The size is that of the fields as JSON, and the age is since they were last written.
         """
-        try:
-            yield from self._cache.entries()
-        except (_ForeignError, sqlite3.OperationalError) as error:
-            raise self._refusal(error, f"a key in {self._cache.directory!r}") from None
+        unknown = 0
+        for entry in self._cache.entries():
+            if entry is None:
+                unknown += 1
+            else:
+                yield entry
+        warn_of_unknown_rows(unknown, self._cache.directory)
 
     def close(self) -> None:
         """Close all connections. The storage opens new ones when it is used again."""
@@ -350,14 +350,15 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
         ((mode, filename, value, expires),) = rows
         return self._disk.fetch(mode, filename, value, False), expires
 
-    def entries(self) -> Iterator[StoredEntry]:
-        """What is known of each row."""
+    def entries(self) -> Iterator[StoredEntry | None]:
+        """What is known of each row; None for one whose key is no text."""
         after = 0
         while rows := self._read(_ENTRIES, (after, now := time.time())):
-            for _, stored, raw, size, written, expires in rows:
+            for _, stored, kind, size, written, expires in rows:
+                key = None if kind not in ("text", "blob") else key_of(stored, kind.encode())
                 left = None if expires is None else expires - now
-                age = max(0.0, now - written)
-                yield StoredEntry(self._disk.get(stored, raw), size or 0, age, left)
+                age = max(0.0, now - (written or now))
+                yield None if key is None else StoredEntry(key, size or 0, age, left)
             after = rows[-1][0]
 
     def write(self, key: str, value: bytes, ttl: float | None) -> None:

@@ -218,13 +218,7 @@ class SQLiteStorage:
                 unknown += 1
             else:
                 yield key, size, left
-        if unknown:
-            _log.warning(
-                "%s: rows whose key is no text were passed over: %d; session_sync has not written "
-                "them",
-                self._path,
-                unknown,
-            )
+        warn_of_unknown_rows(unknown, self._path)
 
     def _all_rows(self) -> Iterator[tuple[bytes, bytes, int, float | None]]:
         rows = self._run(_ROWS, now := time.time())
@@ -398,6 +392,16 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
             raise
         self._handle.release()  # not after an interrupt: it will be closed once more
         return True
+
+
+def warn_of_unknown_rows(number: int, path: str) -> None:
+    """Log that so many rows were passed over, if there were any."""
+    if number:
+        _log.warning(
+            "%s: rows whose key is no text were passed over: %d; session_sync has not written them",
+            path,
+            number,
+        )
 
 
 def stored_key(key: str) -> str | bytes:
