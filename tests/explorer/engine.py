@@ -153,8 +153,12 @@ class Run:
 
     def _look(self, known: set[int]) -> list[object] | None:
         """Where all other threads stand, but for the `known` ones; None if one of them moves."""
-        with self.looking:
+        if not self.looking.acquire(blocking=False):
+            return None  # it collects, and a finaliser may wait for one that stands still
+        try:
             return _threads(known)
+        finally:
+            self.looking.release()
 
     def _who_hangs(self) -> str:
         stuck = [actor.name for actor in self.actors if not actor.finished]
