@@ -247,11 +247,14 @@ def explore(job: Job, limit: int = _ALL, keep_going: bool = False) -> Report:
         first = found[-1].place + report.stride
 
 
-def explore_pairs(job: Job, stride: int = 1, keep_going: bool = False) -> Report:
-    """Two stops in each run."""
+def explore_pairs(
+    job: Job, stride: int = 1, first_stride: int = 1, keep_going: bool = False
+) -> Report:
+    """Two stops in each run: the first one at every `first_stride`-th place."""
     report = Report(job, stride=stride)
     report.places = _in_child(partial(_one, job, -1), 60)[0].count
-    for place in range(1, report.places + 1):
+    first = 1 + sum(job.name.encode()) % first_stride  # others in other jobs
+    for place in range(first, report.places + 1, first_stride):
         then = 1 + place % stride
         while True:
             found = _in_child(partial(_pairs, job, place, then, stride), CHILD_LIMIT)

@@ -39,7 +39,7 @@ def main() -> int:
         if given.place is not None:
             report = repeat(job, given.place, given.then)
         elif given.pairs:
-            report = explore_pairs(job, given.pairs, given.all)
+            report = explore_pairs(job, given.pairs, keep_going=given.all)
         else:
             report = explore(job, given.limit, keep_going=given.all)
         failed += bool(report.failures)

@@ -31,8 +31,10 @@ from scenes import SCENES
 
 ALL = os.environ.get("SESSION_SYNC_EXPLORE") == "all"
 LIMIT = 40  # runs of one test
-# With two stops, every n-th second one; which ones depends on the first.
+# Of the runs with two stops, every n-th second one, and every 7th first one if n is more than 1.
+# Which ones depends on the job and on the first stop.
 PAIRS = int(os.environ.get("SESSION_SYNC_EXPLORE_EVERY", "61"))
+FIRST = 7 if PAIRS > 1 else 1
 
 JOBS = [job for scene in SCENES.values() for job in jobs_of(scene, everything=ALL)]
 
@@ -50,6 +52,6 @@ if ALL:  # hours
 
     @pytest.mark.parametrize("job", [j for j in JOBS if j.mode == "stop"], ids=lambda job: job.name)
     def test_two_stops(job: Job) -> None:
-        report = explore_pairs(job, PAIRS)
+        report = explore_pairs(job, PAIRS, FIRST)
         print(report)
         assert not report.failures, str(report)
