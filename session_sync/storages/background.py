@@ -36,7 +36,7 @@ def start_thread(target: Callable[[], object]) -> bool:
 def threads_may_block() -> bool:
     """Whether a thread can wait in the kernel and hold up no other one. Not where gevent or
     eventlet has put its greenlets in the place of threads: they all run in one."""
-    return _thread.start_new_thread.__module__ == "_thread"
+    return _thread.start_new_thread.__module__.partition(".")[0] not in ("gevent", "eventlet")
 
 
 def for_each(known: WeakValueDictionary[int, T], act: Callable[[T], object]) -> None:
