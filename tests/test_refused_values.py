@@ -213,3 +213,22 @@ def test_the_warning_names_the_line_that_puts_it_into_a_container() -> None:
         with pytest.warns(UserWarning, match=r"kinds\[\.\.\.\] is of type Kind") as caught:
             session["kinds"].append(Kind.BUS)
         assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda s: s["pair"][0].append(Kind.BUS), "pair[0][...]"),
+        (lambda s: s.pop("l").append(Kind.BUS), "[...]"),
+    ],
+)
+def test_the_place_of_a_container_in_a_tuple_and_of_one_that_was_taken_out(
+    change: Callable[[Any], object], place: str
+) -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=MemoryStorage(strict=True))
+    sessions.storage.set(KEY, {"pair": ([1], 2), "l": [1], "same": [[]]})
+    with sessions.session_scope(KEY) as session:
+        session["same"].append(session["same"][0])  # which is met twice
+        with pytest.raises(SessionEncodeError) as caught:
+            change(session)
+    assert f"cannot keep this value: {place} is of type Kind" in str(caught.value)

@@ -6,6 +6,7 @@ could not import then.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import sys
@@ -28,6 +29,7 @@ if __name__ == "__main__":
             importlib.import_module(module)
     if os.geteuid() == 0:
         os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
+        atexit.register(os.seteuid, 0)  # for coverage, which writes what it has seen after this
     sys.modules["session_sync.cli.app"].app(prog_name="session-sync")

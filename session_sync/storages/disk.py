@@ -10,7 +10,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -283,17 +282,7 @@ class _Disk(diskcache.Disk):  # type: ignore[misc] # it has no types
         return key, True
 
     def get(self, key: object, raw: object) -> str:
-        if not raw:
-            raise _ForeignError("is a pickle")
-        if isinstance(key, str):
-            return key
-        if not isinstance(key, bytes):
-            raise _ForeignError(f"is of type {type(key).__name__}")
-        with suppress(UnicodeDecodeError):
-            text = key.decode("utf-8", "surrogatepass")
-            if self.put(text)[0] == key:
-                return text
-        raise _ForeignError("is of type bytes")
+        raise NotImplementedError  # the keys of rows are read by _Cache.entries() alone
 
     def store(
         self, value: bytes, _read: object, key: object = None
