@@ -222,9 +222,13 @@ _PACKAGE: Final = __name__.partition(".")[0]
 def _level_of_the_caller() -> int:
     """How many calls above the function that asks the first one is that is not this library's."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == _PACKAGE
 
 
 class _Mortal:

@@ -357,3 +357,66 @@ def test_a_folder_of_another_user_keeps_its_mode(tmp_path: Path) -> None:
         storage.set("key", {"a": 1})
         assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
         assert set(modes(tmp_path).values()) == {0o600}
+
+
+# -- where the system lacks something
+
+
+def test_a_file_system_without_links_gets_a_private_file(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_paths: object, **_options: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with closing(kind.make(tmp_path / "folder")) as storage:
+        storage.set("key", {"a": 1})
+        assert modes(tmp_path / "folder")[kind.data] == 0o600
+        assert not [name for name in os.listdir(tmp_path / "folder") if "-new-" in name]
+    with closing(kind.make(tmp_path / "folder")) as storage:
+        assert storage.get("key") == {"a": 1}
+
+
+@pytest.mark.parametrize("lacks", ["O_PATH", "/proc"])
+@pytest.mark.usefixtures("_umask")
+def test_files_are_private_without(
+    lacks: str, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chmod = os.chmod
+
+    def chmod_without_proc(path: Any, mode: int, **options: Any) -> None:
+        if str(path).startswith("/proc"):
+            raise FileNotFoundError(path)
+        chmod(path, mode, **options)
+
+    if lacks == "O_PATH":
+        monkeypatch.delattr(os, "O_PATH")
+    else:
+        monkeypatch.setattr(os, "chmod", chmod_without_proc)
+    with closing(kind.make(tmp_path / "folder")) as storage:
+        storage.set("key", {"a": 1})
+        assert set(modes(tmp_path / "folder").values()) == {0o600}
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o700
+
+
+def test_a_folder_that_is_a_file_is_named(kind: Kind, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises((FileExistsError, NotADirectoryError), match="file"):
+        kind.make(tmp_path / "file" / "folder")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_used(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = os.mkdir
+
+    def make_twice(path: Any, *args: Any, **named: Any) -> None:
+        mkdir(path, *args, **named)
+        mkdir(path, *args, **named)
+
+    monkeypatch.setattr(os, "mkdir", make_twice)
+    with closing(kind.make(tmp_path / "folder")) as storage:
+        monkeypatch.undo()
+        storage.set("key", {"a": 1})
+        assert storage.get("key") == {"a": 1}
