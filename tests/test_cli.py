@@ -1033,6 +1033,18 @@ def test_the_doctor_counts_versions(sqlite: str) -> None:
     assert "sessions by schema version: v1: 1, v3: 1" in texts
 
 
+def test_the_doctor_names_a_few_of_many_that_cannot_be_read(sqlite: str) -> None:
+    some: Any = storage_from_url(sqlite)
+    for number in range(40):
+        some.set(f"user:{number}", {"a": 1, "$ttl": "never"})
+    some.close()
+    done = piped("doctor", "--json", url=sqlite)
+    wrong = [line["text"] for line in done.objects if line["state"] == "wrong"]
+    assert done.code == 1
+    assert wrong[-1] == "40 cannot be read in all"
+    assert 1 < len(wrong) < 40
+
+
 def test_the_doctor_sees_locks_of_the_dead_and_a_server_that_evicts(
     request: pytest.FixtureRequest, where: Any
 ) -> None:

@@ -193,3 +193,14 @@ def test_the_session_of_a_manager_tells_it_too(make: Make) -> None:
     with pytest.raises(NoPermissionError, match="'user:1'"):
         with sessions.session_scope("user:1"):
             pass
+
+
+def test_a_lock_under_a_name_that_no_key_has_is_passed_over(redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+        client.set(b"{%41}:lock", b"x")  # no key is written so
+        client.set(b"{\xff}:lock", b"x")
+        with closing(RedisStorage(redis_url)) as storage:
+            opened = storage.open_record("user:1", 0)
+            assert [lock.key for lock in storage.locks()] == ["user:1"]
+            opened.close(None)
