@@ -121,6 +121,7 @@ class SessionScope(Scope[S]):
         except AttributeError:  # an interrupt came before it was made
             return
         if handle is not None:
+            self.is_entered = False  # what fails in one that has joined does not go on to this
             Scope.__del__(self)
         elif self.members and self._turn is not None:
             if self.joined is not None:

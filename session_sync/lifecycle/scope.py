@@ -380,19 +380,17 @@ class Scope(Generic[S]):
                     with suppress(Exception):  # the first error is the one to be raised
                         self._close_unsaved()
             finally:
-                self._release_the_end(handle)
+                try:
+                    self._release_write(handle)
+                except BaseException:  # as in Guard.around
+                    self._release_write(handle)
+                    raise
             self.close_soon()  # unless it is closed by now
             raise
         return True
 
-    def _release_the_end(self, handle: LockHandle) -> None:
-        try:
-            self._release_write(handle)
-        except BaseException:  # as in Guard.around
-            self._release_write(handle)
-            raise
-
     def _release_write(self, handle: LockHandle) -> None:
+        """Give up the write lock, if it was taken with the handle of the key."""
         if self.held.get(_WRITE) is handle:
             del self.held[_WRITE]
         if self.queues:
@@ -723,18 +721,25 @@ class Scope(Generic[S]):
         if handle is None or self._ends_soon or _GIVE_UP in self.held:
             return
         handle.by_note = True  # to others, it may have no owner any more
+        self._is_taken_over(handle)
         self.closed = True  # what is to give it up keeps it alive: nobody is to join it meanwhile
         self._is_left_too_late()
-        # The one that opened it has gone on, and may wait for it itself. Not so a signal handler
-        # that comes in between: this thread has to go on first.
-        handle.callers[:] = [current_caller()]
-        if self._is_alone() and self.held.setdefault(_WRITE, handle) is handle:
-            try:
+        try:
+            is_given_up = self._is_alone() and self.held.setdefault(_WRITE, handle) is handle
+            if is_given_up:
                 self.unlock()
-            finally:
-                self._release_write(handle)
-        else:
+        finally:
+            self._release_write(handle)
+        if not is_given_up:
             self._end_soon(handle, self._give_up)
+
+    def _is_taken_over(self, handle: LockHandle) -> Caller:
+        """By this caller, and before it is closed: the one that opened it may have gone on in
+        another thread, and waits for the key as soon as it finds it closed. Not so a signal handler
+        that comes in between: this thread has to go on first."""
+        caller = current_caller()
+        handle.callers[:] = [caller]
+        return caller
 
     def _is_left_too_late(self) -> None:
         """Or never: the last changes are not stored."""
@@ -751,10 +756,10 @@ class Scope(Generic[S]):
         """Call `end` in another thread."""
         # To a collection, the weak reference to this scope is dead by now. So that nobody takes
         # the key before the store is closed, its owner is this call, for as long as it exists.
+        self._is_taken_over(handle)
         handle.owner = weakref.ref(end)
         self._ends_soon = True
         try:
-            handle.callers[:] = [current_caller()]  # as in `abandon`
             errands.run_soon(end)
         except BaseException:
             self._ends_soon = False
@@ -817,11 +822,19 @@ class Scope(Generic[S]):
         handle = getattr(self, "handle", None)
         if handle is None:
             return
+        was_left = FIRST not in self.members
+        # To the collector's finalisers the reference is dead. Else the thread that opened this may
+        # just find it open around its next block, and join it: then that block ends it.
+        if not (was_left or self.closed or self.reference() is None):
+            caller = self._is_taken_over(handle)
+            if not self.leave(FIRST, caller) and self.is_loaded:
+                return
         handle.by_note = True
-        if self.closed or (FIRST in self.members and not self._is_owed):
+        is_open = self.fields is not None and self.fields.open
+        if (self._is_owed and is_open) or (was_left and not self.closed):
+            self.close_soon()  # whoever opened it has left it to one that was lost, or owes it
+        else:
             self.abandon()
-        else:  # whoever opened it has left it to one that was lost, or owes it to others
-            self.close_soon()
 
     # -- who is in it
 

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import sys
 import threading
+import traceback
+import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,12 @@ def raised_by_opening(sessions: SessionManager[Any]) -> list[type[Exception]]:
             return []
     except Exception as error:
         return [type(error)]
+
+
+@types.coroutine
+def anything() -> Iterator[None]:
+    """What a coroutine waits for."""
+    yield
 
 
 def raise_in_task() -> None:
@@ -162,6 +171,36 @@ def test_the_last_one_that_leaves_closes_it_though_one_joins_just_then(threads: 
         assert is_free(sessions)
 
 
+@raises_in_flows
+def test_a_flush_that_waits_for_an_end_never_waits_for_ever(threads: Threads) -> None:
+    """Though that fails, and is interrupted as it does."""
+
+    class Failing(OwnStorage):
+        def set(self, key: str, value: Any) -> None:
+            begun.set()
+            until(lambda: session._lifecycle().queues or flush is None)
+            raise OSError("the disk is full")
+
+    def flush_meanwhile() -> None:
+        assert begun.wait(SOON)
+        with contextlib.suppress(SessionClosedError, OSError):
+            session.flush()
+
+    for interruption in everywhere(raise_outside, scope):
+        begun = threading.Event()
+        sessions: SessionManager[Any] = SessionManager(storage=Failing())
+        block = sessions.session_scope(KEY)
+        session = block.__enter__()
+        session.a = 1
+        flush: threading.Thread | None = threads.start(flush_meanwhile)
+        with interruption, contextlib.suppress(OutsideError, OSError):
+            block.__exit__(None, None, None)
+        begun.set()
+        flush = None
+        threads.join()
+        until(lambda sessions=sessions: is_free(sessions))
+
+
 @pytest.mark.parametrize("error", [None, LookupError()])
 @raises_in_flows
 def test_what_others_have_changed_is_stored_though_the_last_one_is_interrupted(
@@ -254,12 +293,13 @@ def test_what_a_handler_left_to_one_that_is_lost_is_stored(
         pass
 
 
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{}/a.db"])
 def test_a_scope_that_is_lost_is_given_up_though_its_finaliser_is_interrupted(
-    tmp_path: Path,
+    tmp_path: Path, url: str
 ) -> None:
     """No caller of this process waits for the key; another process may."""
-    url = f"sqlite:///{tmp_path}/a.db"
-    sessions: SessionManager[Any] = SessionManager(storage=storage_from_url(url))
+    storage = storage_from_url(url.format(tmp_path))
+    sessions: SessionManager[Any] = SessionManager(storage=storage)
     first = True
     for interruption in everywhere(raise_outside, scope):
         kept = [sessions.session_scope(KEY)]
@@ -270,6 +310,180 @@ def test_a_scope_that_is_lost_is_given_up_though_its_finaliser_is_interrupted(
             first = False
             with sessions.session_scope(KEY):
                 pass
+        until(lambda: is_free(sessions))
+    sessions.close()
+
+
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{}/a.db"])
+@pytest.mark.parametrize("next_one", ["succeeds", "fails", "releases"])
+@pytest.mark.parametrize("is_in_cycle", [False, True])
+@pytest.mark.parametrize("owes", [False, True])
+def test_what_is_lost_elsewhere_is_waited_for_by_the_thread_that_opened_it(
+    threads: Threads, tmp_path: Path, url: str, next_one: str, is_in_cycle: bool, owes: bool
+) -> None:
+    """An interrupt came before the block was left, and what kept it alive was another thread's.
+    The next block of this thread may still find it open, and then ends it."""
+
+    def lose() -> None:
+        kept.append(sessions.session_scope(KEY))
+        kept[0].__enter__().lost = 1
+        if owes:
+            with sessions.session_scope(KEY) as session:
+                session.owed = 1
+        if is_in_cycle:
+            kept.append(kept)
+        opened.set()
+        assert go_on.wait(SOON)
+        with contextlib.suppress(LookupError), sessions.session_scope(KEY) as session:
+            session.a = 1
+            if next_one == "releases":
+                session.release()
+            if next_one == "fails":
+                raise LookupError
+
+    def go_on_elsewhere() -> None:
+        go_on.set()
+        until(lambda: sessions.locks.waiters(KEY) or lock._Section.busy or not loser.is_alive())
+
+    sessions: SessionManager[Any] = SessionManager(storage=storage_from_url(url.format(tmp_path)))
+    for interruption in everywhere(go_on_elsewhere, entry, scope, pools):
+        sessions.storage.delete(KEY)
+        kept: list[Any] = []
+        opened, go_on = threading.Event(), threading.Event()
+        loser = threads.start(lose)
+        assert opened.wait(SOON)
+        with interruption:
+            if is_in_cycle:
+                kept = []
+                gc.collect()
+            else:
+                kept.clear()
+        go_on.set()
+        threads.join()
+        until(lambda: is_free(sessions))
+        stored = sessions.storage.get(KEY) or {}
+        assert stored.get("a") == (None if next_one == "fails" else 1)
+        if owes and next_one != "fails":  # which may undo all that is not stored yet
+            assert stored.get("owed") == 1
+    sessions.close()
+
+
+def test_a_lost_session_is_given_up_though_it_was_interrupted_as_it_was_loaded() -> None:
+    sessions: SessionManager[Any] = SessionManager(lazy=True)
+    for interruption in everywhere(raise_outside, scope):
+        kept: list[Any] = [sessions.session_scope(KEY)]
+        kept.append(contextvars.Context().run(kept[0].__enter__))
+        with contextlib.suppress(OutsideError), interruption:
+            kept[1].get("a")
+        kept.clear()
+        assert is_free(sessions)
+
+
+class ThrownAway:
+    """A coroutine that opens a session and will never go on: it stands inside of that, where it
+    waits for the key, or for the store."""
+
+    def __init__(self, storage: Any, stands: str) -> None:
+        self.sessions: SessionManager[Any] = SessionManager(storage=storage)
+        self._stands, self._inside = stands, False
+        self._around = self.sessions.session_scope(KEY)
+        if stands == "at the key":
+            contextvars.Context().run(self._around.__enter__)
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda *_: None)
+        task = loop.create_task(self._handle())
+        loop.run_until_complete(until_async(self._stands_there))
+        self._coroutine: Any = task.get_coro()
+        loop.close()
+
+    async def _handle(self) -> None:
+        async with self.sessions.session_scope(KEY) as session:
+            session.a = 1
+            self._inside = True
+            await asyncio.Event().wait()
+
+    def _stands_there(self) -> bool:
+        if self._stands == "inside":
+            return self._inside
+        locks = self.sessions.locks
+        return bool(locks.waiters(KEY) if self._stands == "at the key" else locks.is_locked(KEY))
+
+    def close(self) -> None:
+        try:
+            self._coroutine.close()
+        except OutsideError:
+            pass
+        except RuntimeError as error:
+            if not isinstance(error.__context__, OutsideError):
+                raise
+
+    def end(self) -> None:
+        del self._coroutine
+        if self._stands == "at the key":
+            self._around.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("storage_type", [OwnStorage, MemoryStorage])
+@pytest.mark.parametrize("stands", ["inside", "at the key", "in the store"])
+def test_a_coroutine_that_is_thrown_away_is_given_up_wherever_that_is_interrupted(
+    storage_type: Callable[[], Any], stands: str
+) -> None:
+    """What cleans up after the interrupt may want to await something, and asyncio says that it
+    cannot; then the finaliser of the scope does it."""
+
+    class Slow(OwnStorage):
+        def get(self, key: str) -> Any:
+            if stands == "in the store":
+                assert go_on.wait(SOON)
+            return super().get(key)
+
+    def interrupt() -> None:
+        go_on.set()
+        raise OutsideError
+
+    for interruption in everywhere(interrupt, entry, scope, flow, pools):
+        go_on = threading.Event()
+        storage = Slow() if storage_type is OwnStorage else storage_type()
+        thrown_away = ThrownAway(storage, stands)
+        with interruption:
+            thrown_away.close()
+        go_on.set()
+        thrown_away.end()
+        until(lambda thrown_away=thrown_away: is_free(thrown_away.sessions))
+        assert storage.get(KEY) is None
+        until(lambda: not busy_errands())
+
+
+def busy_errands() -> list[str]:
+    """Where the threads are that close what others have left."""
+    stacks = (traceback.extract_stack(frame) for frame in sys._current_frames().values())
+    return [f"{stack[-1]}" for stack in stacks if any(at.name == "_end_unasked" for at in stack)]
+
+
+def test_what_collects_a_lost_scope_never_waits_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread whose collection gives a key up, and that wants this key next: its record is just
+    being closed elsewhere, which is worth waiting for."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    sessions: SessionManager[Any] = SessionManager(storage=storage_from_url(url))
+    close, here = LockedRecord.close, threading.current_thread()
+    waits = False
+
+    def close_late(record: Any, *args: Any) -> None:
+        if threading.current_thread() is not here:
+            until(lambda: not waits or sessions.locks.waiters(KEY))
+        close(record, *args)
+
+    monkeypatch.setattr(LockedRecord, "close", close_late)
+    for interruption in everywhere(raise_outside, scope, pools):
+        kept = [sessions.session_scope(KEY)]
+        contextvars.Context().run(lambda kept=kept: kept[0].__enter__() and None)
+        waits = True
+        with interruption:
+            kept.clear()
+        with sessions.session_scope(KEY):
+            waits = False
         until(lambda: is_free(sessions))
     sessions.close()
 
@@ -670,16 +884,26 @@ def test_a_task_leaves_several_sessions_wherever_that_is_interrupted() -> None:
         assert one == two
 
 
-@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize(
+    ("blocking", "of_coroutine"), [(True, False), (False, False), (False, True)]
+)
 def test_a_key_that_the_thread_beneath_is_giving_up_cannot_be_waited_for(
-    threads: Threads, blocking: bool
+    threads: Threads, blocking: bool, of_coroutine: bool
 ) -> None:
     """By a signal handler that has interrupted a finaliser: that would have to go on first. Until
     that has said so, a few lines long, the handler waits in vain, as long as it may."""
 
+    async def handle() -> None:
+        async with sessions.session_scope(KEY):
+            await anything()
+
     def enter() -> None:
-        never_left.append(sessions.session_scope(KEY))
-        never_left[0].__enter__()
+        if of_coroutine:
+            never_left.append(handle())
+            never_left[0].send(None)
+        else:
+            never_left.append(sessions.session_scope(KEY))
+            never_left[0].__enter__()
 
     def open_too() -> None:
         raised.extend(raised_by_opening(sessions))
@@ -695,7 +919,10 @@ def test_a_key_that_the_thread_beneath_is_giving_up_cannot_be_waited_for(
         with interruption:
             never_left.clear()
         until(lambda sessions=sessions: is_free(sessions))
-    assert set(raised[raised.index(SessionDeadlockError) :]) == {SessionDeadlockError}
+    if of_coroutine:  # which first rolls back
+        assert set(raised[-5:]) == {SessionDeadlockError}
+    else:
+        assert set(raised[raised.index(SessionDeadlockError) :]) == {SessionDeadlockError}
 
 
 def test_a_signal_handler_in_the_middle_of_a_release_does_not_wait_for_that(

@@ -136,7 +136,7 @@ def test_a_session_is_not_given_up_while_a_flush_is_about_to_write(threads: Thre
 
     sessions: SessionManager[Any] = SessionManager()
     given: list[Any] = []
-    gives_up = Stop(Scope.abandon, "if self._is_alone()")
+    gives_up = Stop(Scope.abandon, "self._is_alone()")
     writes = Stop(Scope._write_in_memory, "self.put(record)")
     threads.start(stopping(lambda: asyncio.run(_left_half_way(sessions, given)), gives_up))
     gives_up.wait()

@@ -22,8 +22,14 @@ Verdict = Literal["must", "may", "never"]
 # By key and field, the bits of each verdict.
 Bits: TypeAlias = "dict[str, dict[str, dict[str, int]]]"
 
-# What CPython says where what closes a coroutine is interrupted, or comes in two ways at once.
-_THROWN_AWAY = ("coroutine ignored GeneratorExit", "coroutine already executing")
+# What CPython says where what closes a coroutine is interrupted, or comes in two ways at once: what
+# cleans up then may want to await something.
+_THROWN_AWAY = (
+    "coroutine ignored GeneratorExit",
+    "coroutine already executing",
+    "no running event loop [after Alarm]",
+    "no running event loop [after Interrupt]",
+)
 COINS = 100  # that each key begins with
 FIELDS = {  # whose bits stand where
     "a": "changed by whoever has the key; with `box` and `n` it makes a whole",
