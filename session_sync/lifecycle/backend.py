@@ -14,7 +14,8 @@ from weakref import WeakValueDictionary
 
 from ..containers import Check
 from ..errors import SessionDecodeError
-from ..locks.table import StoreLocks
+from ..locks.table import StoreLocks, after_fork
+from ..storages import forks
 from ..storages.base import (
     AtomicStorage,
     CheckingStorage,
@@ -141,6 +142,8 @@ def _locks_of(store: str | None) -> StoreLocks:
         return StoreLocks()
     return _tables.get(store) or _tables.setdefault(store, StoreLocks())
 
+
+forks.register(after_fork)
 
 _backends: WeakValueDictionary[int, Backend] = WeakValueDictionary()
 

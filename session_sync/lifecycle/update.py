@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..locks.tickets import Tickets
 from ..session import BaseSession, Fields
+from ..storages import forks
 from .entry import SessionScope
 from .observers import logger
 from .scope import Scope
@@ -206,6 +207,7 @@ def _name(scope: SessionScope[Any]) -> str:
 
 def tickets_for(scopes: Sequence[SessionScope[Any]]) -> Tickets:
     """The tickets of an update that has not begun. The scopes own them, and release them."""
+    forks.check()
     tickets = []
     for scope in scopes:
         ticket = scope.options.backend.locks.ticket(scope.full_key)

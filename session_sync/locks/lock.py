@@ -628,7 +628,7 @@ def describe_holder(table: Table, key: str) -> str:
     return f"{names_of(holder.callers)} has held it for {time.monotonic() - holder.since:.1f} s"
 
 
-def after_fork() -> None:
+def forget_others() -> None:
     """In a forked child no other thread lives on, none that waits and none that has the mutex."""
     global _mutex
     _mutex = threading.RLock()

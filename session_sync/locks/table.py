@@ -5,14 +5,13 @@ This module knows what stands in a table; how locks change hands is in lock.py.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
 from typing import Final, NamedTuple
 
 from .callers import current_caller, names_of
-from .lock import LockHandle, Ticket, after_fork, locked, recover
+from .lock import LockHandle, Ticket, forget_others, locked, recover
 from .queue import KeyQueue
 from .watch import watch
 
@@ -129,18 +128,18 @@ class Locks:
 _tables: Final[list[weakref.ref[StoreLocks]]] = []
 
 
-def _after_fork() -> None:
-    """In a forked child: keep what the thread that has forked holds, and nothing else."""
-    after_fork()
+def after_fork() -> None:
+    """In a forked child: keep what the thread that has forked holds, and nothing else.
+
+    If C code has forked, another thread may be the first to notice. Then the main thread counts as
+    the one that has: it may have locked something in the child by now.
+    """
+    forget_others()
     watch.after_fork()
-    thread = threading.current_thread()
+    threads = {threading.current_thread(), threading.main_thread()}
     for reference in _tables:
         if (table := reference()) is not None:
             table.queues.clear()
             for key, handle in list(table.held.items()):
-                if all(caller.thread is not thread for caller in handle.callers):
+                if threads.isdisjoint(caller.thread for caller in handle.callers):
                     del table.held[key]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -35,12 +35,21 @@ sys.path.append({tests!r})
 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork where there are threads
 from session_sync import SessionManager, storage_from_url
 
-fork = ctypes.PyDLL(None).fork if {by_c} else os.fork
 sessions = SessionManager(storage=storage_from_url({url!r}), lock_timeout={long})
 
 def add(key):
     with sessions.session_scope(key) as session:
         session.n = session.get("n", 0) + 1
+
+def is_asleep(thread):
+    with open(f"/proc/self/task/{{thread}}/stat") as file:  # which lets the others run
+        return file.read().rpartition(") ")[2].startswith("S")
+
+def fork():
+    # One that just takes or gives back the interpreter's lock would leave that locked for ever.
+    while not all(map(is_asleep, set(os.listdir("/proc/self/task")) - {{str(os.getpid())}})):
+        pass
+    return ctypes.PyDLL(None).fork() if {by_c} else os.fork()
 """
 
 
@@ -114,6 +123,101 @@ def test_a_child_keeps_what_it_writes_after_its_parent_has_closed(url: str, by_c
     """
     assert run(url, by_c, program) == "0\n"
     assert stored(url, "key") == {"n": 22}
+
+
+@pytest.mark.parametrize("store", ["memory://", "sqlite:///{}/s.db", "disk:///{}/s"])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_child_does_not_wait_for_a_session_that_another_thread_had_open(
+    tmp_path: Path, store: str, by_c: bool, in_thread: bool
+) -> None:
+    """And that another one waits for."""
+    program = """
+        opened, leave = threading.Event(), threading.Event()
+        def hold():
+            with sessions.session_scope("key") as session:
+                opened.set()
+                leave.wait()
+                session.n = 1
+        threads = [threading.Thread(target=hold), threading.Thread(target=add, args=("key",))]
+        threads[0].start()
+        opened.wait()
+        threads[1].start()
+        while not sessions.locks.waiters("key"):
+            pass
+        child = fork()
+        if child == 0:
+            if %r:
+                thread = threading.Thread(target=add, args=("key",))
+                thread.start()
+                thread.join()
+            else:
+                add("key")
+            os._exit(len(sessions.locks))
+        leave.set()
+        print(os.waitpid(child, 0)[1])
+        for thread in threads:
+            thread.join()
+        print(len(sessions.locks), sessions.storage.get("key")["n"])
+    """
+    expected = 2 if store == "memory://" else 3  # a child's memory is its own
+    assert run(store.format(tmp_path), by_c, program % in_thread) == f"0\n0 {expected}\n"
+
+
+@pytest.mark.parametrize("store", ["memory://", "sqlite:///{}/s.db", "disk:///{}/s"])
+def test_what_the_main_thread_of_a_child_has_locked_is_not_given_to_another_one(
+    tmp_path: Path, store: str, by_c: bool
+) -> None:
+    """Which is the first to notice that C code has forked."""
+    program = """
+        opened, leave = threading.Event(), threading.Event()
+        def hold(key):
+            with sessions.session_scope(key):
+                opened.set()
+                leave.wait()
+        thread = threading.Thread(target=hold, args=("other",))
+        thread.start()
+        opened.wait()
+        child = fork()
+        if child == 0:
+            with sessions.session_scope("key") as session:
+                thread = threading.Thread(target=add, args=("key",))
+                thread.start()
+                while not sessions.locks.waiters("key"):
+                    assert thread.is_alive()
+                session.n = 1
+            thread.join()
+            os._exit(sessions.storage.get("key")["n"])
+        print(os.waitpid(child, 0)[1] >> 8)
+        leave.set()
+        thread.join()
+    """
+    assert run(store.format(tmp_path), by_c, program) == "2\n"
+
+
+def test_an_update_in_a_child_is_not_queued_behind_a_session_that_another_thread_had_open(
+    by_c: bool,
+) -> None:
+    program = """
+        from session_sync.lifecycle.update import tickets_for
+
+        opened, leave = threading.Event(), threading.Event()
+        def hold():
+            with sessions.session_scope("key"):
+                opened.set()
+                leave.wait()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        opened.wait()
+        child = fork()
+        if child == 0:
+            calls = []
+            tickets_for([sessions.scope_of("key", None)]).queue(lambda: calls.append(1))
+            os._exit(len(calls))
+        print(os.waitpid(child, 0)[1] >> 8)
+        leave.set()
+        thread.join()
+    """
+    assert run("memory://", by_c, program) == "1\n"
 
 
 def test_a_child_of_c_code_that_cut_off_another_thread_is_refused(url: str) -> None:
