@@ -874,6 +874,22 @@ def test_a_password_never_comes_out(tmp_path: Path) -> None:
         assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("rest", ["#s3cret@h", "#s3cret", "/s3cret@h", "?s3cret@h", "@1/s3cret@h"])
+def test_no_part_of_a_password_with_special_characters_comes_out(rest: str) -> None:
+    pytest.importorskip("redis", reason="needs the extra 'redis'")
+    url = f"redis://:6399{rest}"
+    for done in at_once(
+        lambda: piped("ls", url=url),
+        lambda: piped("-s", url, "doctor"),
+        lambda: piped("copy", url, "sqlite:///never.db"),
+        lambda: piped("import", "--from", "telebot-redis", url, "--dry-run", url="memory://"),
+    ):
+        assert done.code in (1, 2), done
+        assert "6399" not in done.out + done.err, done
+        assert "s3cret" not in done.out + done.err, done
+        assert "Traceback" not in done.err
+
+
 def test_a_server_that_does_not_let_us_in(tmp_path: Path, redis_url: str) -> None:
     import redis
 

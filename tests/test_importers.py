@@ -316,6 +316,16 @@ class TestStatesInRedis:
             taken("telebot-redis", f"redis://:secret@127.0.0.1:{port}/1?prefix=x")
         assert "secret" not in str(error.value)
 
+    @pytest.mark.parametrize(
+        "rest", ["#secret@h", "/secret@h", "?secret@h", "@1/secret@h", ":secret"]
+    )
+    def test_of_a_url_in_which_a_password_ends_too_early(self, rest: str) -> None:
+        pytest.importorskip("redis", reason="needs the extra 'redis'")
+        with pytest.raises(ValueError, match=r"quote\(password, safe=\"\"\)") as error:
+            taken("telebot-redis", f"redis://:6399{rest}")
+        assert "6399" not in str(error.value)
+        assert "secret" not in str(error.value)
+
 
 # -- python-telegram-bot
 

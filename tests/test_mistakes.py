@@ -102,7 +102,7 @@ def test_a_mistake_is_told_at_once_and_leaves_no_file(
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize("character", "#/?")
+@pytest.mark.parametrize("character", ["#", "/", "?", "@6379/"])
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster"])
 def test_no_part_of_a_password_is_in_a_message(scheme: str, character: str) -> None:
     pytest.importorskip("redis", reason="needs the extra 'redis'")

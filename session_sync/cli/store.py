@@ -334,8 +334,11 @@ def shown(url: str) -> str:
     if not mark:
         return "the URL" if "@" in url else url
     _userinfo, at, host = rest.rpartition("@")
-    if at and not scheme.startswith(("sqlite", "disk")):
-        rest = f"***@{host}"
+    if not scheme.startswith(("sqlite", "disk")):
+        if at:
+            rest = f"***@{host}"
+        elif "#" in rest:  # which no other URL has: the host of a password was forgotten
+            rest = "***"
     rest, question, query = rest.partition("?")
     if question:
         options = parse_qsl(query, keep_blank_values=True)

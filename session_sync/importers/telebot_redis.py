@@ -12,10 +12,11 @@ from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any, Final
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode
 
 from session_sync.keys import StorageKey
 from session_sync.paths import short
+from session_sync.storages.addresses import check_port, split
 
 from .plain import Imported, RefusedError, imported, unnamed
 from .telebot import NO_RECORD, Options, by_session, options_of, with_state
@@ -37,9 +38,11 @@ def telebot_redis(source: str) -> Iterator[Imported]:
     Raises:
         ImportError: redis-py is not installed.
         OSError: the server cannot be asked.
-        ValueError: there are the states of several bots, or an option is none.
+        ValueError: there are the states of several bots, an option is none, or the URL makes no
+            sense; its message has no part of a password.
     """
-    url = urlsplit(source)
+    url = split(source)
+    check_port(url)
     given = dict(parse_qsl(url.query, keep_blank_values=True))
     options = options_of({name: given.pop(name) for name in Options._fields if name in given})
     with _client(url._replace(query=urlencode(given))) as client:

@@ -290,7 +290,8 @@ class RedisStorage:
     `url_or_client` is what `redis.Redis.from_url` takes (`redis://`, `rediss://` for TLS,
     `unix://`), the same with `redis+cluster://` or `rediss+cluster://`, a primary that Sentinel
     names (`redis+sentinel://host:26379,host:26379/mymaster/0`, `rediss+sentinel://`), or a
-    `redis.Redis` or `redis.cluster.RedisCluster` of your own. Records that were left alone for
+    `redis.Redis` or `redis.cluster.RedisCluster` of your own. A password in a URL is written as
+    `urllib.parse.quote(password, safe="")` gives it. Records that were left alone for
     `ttl` seconds (a number or a `timedelta`; None: never) disappear: a read and a write start the
     time anew. `lease` is how many seconds a key stays locked when its process dies. `prefix` goes
     before all keys and has no braces; `codec` brings in types of your own.
@@ -329,9 +330,9 @@ class RedisStorage:
     places of the dead lapse, as their locks do, and he who finds the key free with somebody before
     him in the queue offers it to that one.
 
-    Raises ValueError if `ttl`, `lease` or `prefix` make no sense or the client decodes answers
-    (`decode_responses=True`), TypeError if it is no synchronous client of redis-py; and lets
-    through what redis-py raises.
+    Raises ValueError if the URL, `ttl`, `lease` or `prefix` make no sense or the client decodes
+    answers (`decode_responses=True`), TypeError if it is no synchronous client of redis-py; and
+    lets through what redis-py raises.
 
     >>> storage = RedisStorage("redis://localhost:6379/0", ttl=86_400, prefix="my_bot:")
     >>> storage.blocking  # it connects when it is used

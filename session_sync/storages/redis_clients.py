@@ -10,7 +10,7 @@ import re
 import socket
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias, TypeVar
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, unquote
 
 import redis
 from redis.backoff import EqualJitterBackoff, NoBackoff
@@ -19,6 +19,8 @@ from redis.connection import parse_url
 from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
+
+from .addresses import check_port, split
 
 Client: TypeAlias = redis.Redis | RedisCluster
 T = TypeVar("T")
@@ -81,9 +83,10 @@ def _connect(url: str) -> Client:
     """What a URL says has precedence over what is given here."""
     scheme, colon, rest = url.partition(":")
     base, _, kind = scheme.lower().partition("+")
+    parts = split(url)
     if kind == "sentinel":
-        return _by_sentinel(base, urlsplit(url))
-    _check_port(urlsplit(url))
+        return _by_sentinel(base, parts)
+    check_port(parts)
     if kind == "cluster":
         cluster: RedisCluster = RedisCluster.from_url(base + colon + rest, **_TIMEOUTS)
         return cluster
@@ -129,18 +132,8 @@ def _by_sentinel(base: str, url: SplitResult) -> redis.Redis:
 
 def _address(url: SplitResult, host: str) -> tuple[str, int]:
     part = url._replace(netloc=host)
-    _check_port(part)
+    check_port(part)
     return part.hostname or "localhost", part.port or _SENTINEL_PORT
-
-
-def _check_port(url: SplitResult) -> None:
-    try:
-        _ = url.port
-    except ValueError:  # whose message has what stands there: a part of a password, perhaps
-        raise ValueError(
-            f"{url.scheme}://: the port is no number. If there is a password, it is written as "
-            f'urllib.parse.quote(password, safe="") gives it'
-        ) from None
 
 
 def close(client: Client) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Final
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode
 
 from ..codec import Codec
+from .addresses import split
 from .base import KVStorage
 
 
@@ -19,8 +20,8 @@ def storage_from_url(url: str, *, codec: Codec | None = None) -> KVStorage[Any]:
     storage follow after a question mark, as numbers or words:
     `sqlite:///sessions.db?ttl=86400&synchronous=full`. What a Redis storage does not know is
     redis-py's (`redis://host?socket_timeout=5`). Of a path or a password, the characters `#`, `?`,
-    `%` and, in a password, `/` and `@` are written as `urllib.parse.quote(text, safe="")` gives
-    them. `codec` brings in types of your own.
+    `%` and, in a password, `/`, `@`, `[` and `]` are written as `urllib.parse.quote(text, safe="")`
+    gives them. `codec` brings in types of your own.
 
     Raises ValueError for any other URL, naming what is wrong but never a password; and what the
     storage raises.
@@ -35,16 +36,14 @@ def storage_from_url(url: str, *, codec: Codec | None = None) -> KVStorage[Any]:
     make = _MAKERS.get(scheme.lower()) if found else None
     if make is None:
         raise ValueError(_unknown(url, scheme, found))
-    parts = urlsplit(url)
-    _check_characters(url, parts)
+    parts = split(url)
     return make(parts, dict(parse_qsl(parts.query, keep_blank_values=True)), codec)
 
 
 def file_options(url: str) -> dict[str, Any]:
     """The options in the URL of a file or folder, `sqlite://` or `disk://`, of which nothing is
     opened. Raises ValueError as `storage_from_url`."""
-    parts = urlsplit(url)
-    _check_characters(url, parts)
+    parts = split(url)
     _path(parts)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     return _known(parts, options, **_FILE_OPTIONS[parts.scheme])
@@ -70,19 +69,6 @@ def _unknown(url: str, scheme: str, found: str) -> str:
     if "@" in url:
         return "this is no URL of a storage: redis://user:password@host, say"
     return f"{url!r} is no URL of a storage; the file of that name is sqlite:///{quote(url)}"
-
-
-def _check_characters(url: str, parts: SplitResult) -> None:
-    """Refuse what would be taken for something else: a `#` cuts the rest off, and a password with
-    one of these characters ends there."""
-    if parts.scheme in ("sqlite", "disk"):
-        if "#" in url:
-            raise ValueError("in the URL of a storage, a # in the name of a file is written %23")
-    elif "#" in url or ("@" in parts.path + parts.query and "@" not in parts.netloc):
-        raise ValueError(
-            f"in {parts.scheme}://, a password with # / ? or @ is written as "
-            f'urllib.parse.quote(password, safe="") gives it, and so is any # elsewhere'
-        )
 
 
 def _memory(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from redis_servers import SERVER, Sentinel, Server, certificate, free_port
@@ -21,6 +22,8 @@ if SERVER is None:
     pytest.skip("needs redis-server", allow_module_level=True)
 
 PASSWORD, QUOTED = "p@ss/w:rd", "p%40ss%2Fw%3Ard"
+QUOTE = r"quote\(password, safe=\"\"\)"
+SCHEMES = [base + kind for base in ("redis", "rediss") for kind in ("", "+cluster", "+sentinel")]
 
 
 @pytest.fixture(params=["plain", "tls"])
@@ -95,11 +98,65 @@ def test_sentinels_that_refuse_are_an_error_without_a_password(
     ],
 )
 def test_a_url_that_is_wrong_is_told_without_its_password(url: str, said: str) -> None:
+    check_refused(url, said)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "password", ["6399#er2", "6399/er2", "6399?er2", "hu@6399/er2", "hu@9?er2"]
+)
+def test_a_password_is_never_taken_for_an_address(scheme: str, password: str) -> None:
+    """Each begins with what could be the port of a server."""
+    for user in ("", "hunt"):
+        check_refused(f"{scheme}://{user}:{password}@prod-redis/service", QUOTE)
+    check_refused(f"{scheme}://prod-redis/service?password={password}@", QUOTE)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("password", ["hunt[er2", "[er2]", "hunter2\u2100"])
+def test_a_password_that_is_no_part_of_any_url_is_not_in_the_message(
+    scheme: str, password: str
+) -> None:
+    check_refused(f"{scheme}://:{password}@prod-redis/service", QUOTE)
+
+
+def check_refused(url: str, said: str) -> None:
     for make in (storage_from_url, RedisStorage):
         with pytest.raises(ValueError, match=said) as caught:
             make(url)
-        assert "hunt" not in str(caught.value)
-        assert "er2" not in str(caught.value)
+        for part in ("hu@", "hunt", "6399", "er2"):
+            assert part not in str(caught.value)
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "6399#s3cret", "a?b", "@", "[x]", "100%", "\u2100"])
+def test_a_password_that_is_quoted_may_have_any_character(tmp_path: Path, password: str) -> None:
+    server = Server(tmp_path)
+    try:
+        with closing(server.client()) as client:
+            client.execute_command("ACL", "SETUSER", "bot", "on", f">{password}", "~*", "+@all")
+        url = f"redis://bot:{quote(password, safe='')}@127.0.0.1:{server.port}"
+        for make in (RedisStorage, storage_from_url):
+            with closing(make(url)) as storage:
+                storage.set("key", {"a": 1})
+                assert storage.get("key") == {"a": 1}
+    finally:
+        server.stop()
+
+
+def test_a_socket_in_the_file_system_is_named_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "a@b#c"
+    server = Server(tmp_path, "--port", "0", "--unixsocket", str(path), unix_socket_path=str(path))
+    try:
+        with closing(RedisStorage(f"unix://{quote(str(path))}?db=3")) as storage:
+            storage.set("key", {"a": 1})
+            assert storage._client.client_info()["db"] == 3  # type: ignore[union-attr]
+        for wrong in (f"unix://{path}", f"unix://{tmp_path}/a@b"):
+            with pytest.raises(ValueError, match=QUOTE):
+                RedisStorage(wrong)
+    finally:
+        server.stop()
 
 
 def test_the_options_of_a_url_win() -> None:
