@@ -16,9 +16,10 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from session_sync.codec import Codec
@@ -380,6 +381,24 @@ class RedisStorage:
         self._open_script: Final = _Script(_OPEN, options)
         self._save_script: Final = _Script(_SAVE, options)
         self._close_script: Final = _Script(_CLOSE, options)
+
+    def __reduce__(self) -> tuple[Callable[[], RedisStorage], tuple[()]]:
+        """By its options: another process opens connections of its own."""
+        if not isinstance(self._url_or_client, str):
+            raise TypeError(
+                f"this {type(self).__name__} cannot be pickled: it was made from a client, whose "
+                f"connections no other process can use. Make it from a URL: "
+                f"RedisStorage('redis://host:6379/0')"
+            )
+        make = partial(
+            type(self),
+            self._url_or_client,
+            self._ttl / 1000 or None,
+            self.lease,
+            prefix=self._prefix.decode("utf-8", "surrogatepass"),
+            codec=self._codec,
+        )
+        return make, ()
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None.

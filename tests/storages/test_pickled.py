@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -24,10 +24,7 @@ from session_sync import (
     by_user,
 )
 
-MAKE = [
-    lambda path, **options: SQLiteStorage(path / "s.db", **options),
-    lambda path, **options: DiskStorage(path / "folder", **options),
-]
+Make: TypeAlias = Callable[..., Any]
 UPDATE = {"update_id": 1, "message": {"from": {"id": 1}, "chat": {"id": 2}}}
 
 
@@ -65,11 +62,25 @@ def work(sessions: SessionManager[Bag], times: int) -> None:
             session.n += 1
 
 
-@pytest.mark.parametrize("make", MAKE, ids=["sqlite", "disk"])
+@pytest.fixture(params=["sqlite", "disk", "redis"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Storages of one kind that processes share; those in Redis have no path."""
+    if request.param == "sqlite":
+        return lambda path, **options: SQLiteStorage(path / "s.db", **options)
+    if request.param == "disk":
+        return lambda path, **options: DiskStorage(path / "folder", **options)
+    url = request.getfixturevalue("redis_url")  # or it is skipped, also without redis-py
+    import redis
+
+    from session_sync import RedisStorage
+
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+    return lambda _path, **options: RedisStorage(url, prefix="bot:", **options)
+
+
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_manager_is_given_to_processes(
-    make: Callable[..., Any], method: str, tmp_path: Path
-) -> None:
+def test_a_manager_is_given_to_processes(make: Make, method: str, tmp_path: Path) -> None:
     context: Any = multiprocessing.get_context(method)
     with SessionManager(Bag, storage=make(tmp_path), lock_timeout=120) as sessions:
         processes = [context.Process(target=work, args=(sessions, 20)) for _ in range(2)]
@@ -82,9 +93,8 @@ def test_a_manager_is_given_to_processes(
         assert sessions.storage.get("user:1") == {"n": 60}
 
 
-@pytest.mark.parametrize("make", MAKE, ids=["sqlite", "disk"])
 def test_a_storage_keeps_its_options_and_its_place(
-    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with closing(make(Path("here"), ttl=60, codec=Codec(encode, decode))) as storage:
@@ -134,3 +144,27 @@ def test_a_store_in_memory_says_what_to_take(storage: MemoryStorage) -> None:
     for one in (storage, SessionManager(storage=storage)):
         with pytest.raises(TypeError, match=r"other process .*SQLiteStorage\(path\)"):
             pickle.dumps(one)
+
+
+@pytest.mark.parametrize(("ttl", "lease"), [(None, 30.0), (0.001, 0.3), (86_400.123, 7)])
+def test_a_storage_in_redis_keeps_what_its_server_is_told(
+    redis_url: str, ttl: float | None, lease: float
+) -> None:
+    from session_sync import RedisStorage
+
+    with closing(RedisStorage(redis_url, ttl, lease, prefix="b\ud800t:")) as storage:
+        with closing(pickle.loads(pickle.dumps(storage))) as other:
+            assert (other.lease, other._ttl) == (storage.lease, storage._ttl)
+            assert other._names("key", b"token") == storage._names("key", b"token")
+
+
+def test_a_storage_that_was_given_a_client_says_what_to_take(redis_url: str) -> None:
+    import redis
+
+    from session_sync import RedisStorage
+
+    with redis.Redis.from_url(redis_url) as client:
+        storage = RedisStorage(client)
+        for one in (storage, SessionManager(storage=storage)):
+            with pytest.raises(TypeError, match=r"a client, .* RedisStorage\('redis://host"):
+                pickle.dumps(one)
