@@ -188,8 +188,10 @@ def _describe(last: _Step) -> str:
         waits.append(step.wait)
         step = step.before
     waits.reverse()
+    if len(waits) == 1:
+        return _describe_alone(last.wait)
     held = [waits[-1].name, *(wait.name for wait in waits[:-1])]
-    names = ["this task" if _is_task(waits[0]) else "this thread"]
+    names = [_this(waits[0])]
     names += [str(wait.caller) for wait in waits[1:]]
     parts = [
         f"{name} holds {key!r} and waits for {wait.name!r}"
@@ -201,8 +203,25 @@ def _describe(last: _Step) -> str:
     )
 
 
-def _is_task(wait: Wait) -> bool:
-    return not wait.blocking and wait.caller.task is not None
+def _describe_alone(wait: Wait) -> str:
+    """The same where a caller waits for itself."""
+    this, key = _this(wait), wait.name
+    if any(wait.caller.stops(holder, wait.blocking) for holder in wait.holders()):
+        return (
+            f"deadlock: {this} holds {key!r} and waits for it. A block joins the one around it "
+            f"only where both managers have the same storage object: give one object to all "
+            f"managers of a store. What runs while a session is opened (`initial`, a migration) "
+            f"cannot open it, too."
+        )
+    return (
+        f"deadlock: {this} waits for {key!r} already, and what has interrupted it (a signal "
+        f"handler, say) would wait behind it. Let the handler set a flag, and use the session "
+        f"later."
+    )
+
+
+def _this(wait: Wait) -> str:
+    return "this thread" if wait.blocking or wait.caller.task is None else "this task"
 
 
 #: The waits of this process.

@@ -541,6 +541,21 @@ def test_the_error_names_all_tasks_of_a_circle_in_their_order(table: LockTable) 
     asyncio.run(main())
 
 
+def test_a_session_that_is_opened_while_it_is_opened_is_refused_in_words_of_its_own() -> None:
+    def initial(_update: object) -> dict[str, Any]:
+        with sessions.session_scope("k"):
+            raise AssertionError("it is open twice")
+
+    sessions: SessionManager[Any] = SessionManager(initial=initial)
+    with pytest.raises(SessionDeadlockError) as caught, sessions.session_scope("k"):
+        pass
+    assert str(caught.value) == (
+        "deadlock: this thread holds 'k' and waits for it. A block joins the one around it only "
+        "where both managers have the same storage object: give one object to all managers of a "
+        "store. What runs while a session is opened (`initial`, a migration) cannot open it, too."
+    )
+
+
 # -- no false alarms
 
 

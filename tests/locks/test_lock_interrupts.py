@@ -524,6 +524,38 @@ def test_a_guest_is_told_at_once_that_it_cannot_wait(table: LockTable) -> None:
     holder.release()
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals between threads")
+def test_a_signal_handler_is_told_that_it_would_wait_behind_its_own_thread(
+    table: LockTable, threads: Threads, request: pytest.FixtureRequest
+) -> None:
+    holder = take_unowned(table)
+    main, visited = threading.get_ident(), threading.Event()
+    refused: list[str] = []
+
+    def visit(*_: object) -> None:
+        if not visited.is_set() and queued(table) == 1:
+            with pytest.raises(SessionDeadlockError) as caught:
+                take(table)
+            refused.append(str(caught.value))
+            visited.set()
+
+    def interrupt() -> None:
+        until(lambda: queued(table) == 1)
+        while not visited.is_set():  # a signal does not wake what is only about to wait
+            signal.pthread_kill(main, signal.SIGINT)
+            visited.wait(0.01)
+        holder.release()
+
+    before = signal.signal(signal.SIGINT, visit)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    threads.start(interrupt)
+    take(table).release()
+    assert refused == [
+        "deadlock: this thread waits for 'k' already, and what has interrupted it (a signal "
+        "handler, say) would wait behind it. Let the handler set a flag, and use the session later."
+    ]
+
+
 def test_the_finaliser_of_a_handles_owner_unlocks_the_key_wherever_it_runs(
     table: LockTable, elsewhere: Elsewhere
 ) -> None:
