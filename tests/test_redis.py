@@ -30,6 +30,7 @@ from waiting import until
 import session_sync
 from session_sync import (
     SessionConflictError,
+    SessionDeadlockError,
     SessionDecodeError,
     SessionEncodeError,
     SessionLockTimeout,
@@ -224,6 +225,10 @@ class Program:
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def tell(self) -> None:
         """Let it go on."""
@@ -528,7 +533,7 @@ class TestRoundTrips:
 class TestLease:
     def test_is_renewed_while_a_record_is_open(self, make: Make) -> None:
         opened = make(lease=0.5).open_record("key", 0)
-        with pytest.raises(SessionLockTimeout, match=f"process {os.getpid()} on .* has it, for "):
+        with pytest.raises(SessionLockTimeout, match=r"of this process has it, for [\d.]+ s now"):
             make().open_record("key", 1.0)
         opened.close(record_of({"a": 1}))
         assert make().get("key") == {"a": 1}
@@ -1041,6 +1046,20 @@ say("done")
 
 
 class TestSessions:
+    @pytest.fixture
+    def apart(self, server: Server, make: Make) -> Iterator[Callable[..., SessionManager[Any]]]:
+        """Managers that are to each other what those of other processes are: they have clients, of
+        which nobody knows that they lead to one server."""
+        clients: list[Any] = []
+
+        def manager(**options: Any) -> SessionManager[Any]:
+            clients.append(server.client())
+            return SessionManager(storage=make(clients[-1]), **options)
+
+        yield manager
+        for client in clients:
+            client.close()
+
     def test_under_with(self, storage: RedisStorage) -> None:
         with SessionManager(storage=storage) as sessions:
             with sessions.session_scope("user:1") as session:
@@ -1052,8 +1071,8 @@ class TestSessions:
             with sessions.session_scope("user:1") as session:
                 assert session == {"cart": ["tea"]}
 
-    def test_under_async_with(self, make: Make) -> None:
-        managers: list[SessionManager[Any]] = [SessionManager(storage=make()) for _ in range(2)]
+    def test_under_async_with(self, apart: Callable[..., SessionManager[Any]]) -> None:
+        managers: list[SessionManager[Any]] = [apart() for _ in range(2)]
 
         async def add(sessions: SessionManager[Any]) -> None:
             async with sessions.session_scope("user:1") as session:
@@ -1067,13 +1086,15 @@ class TestSessions:
         asyncio.run(main())
         assert managers[0].storage.get("user:1") == {"counter": 40}
 
-    def test_a_cancelled_waiter_disturbs_nobody(self, make: Make) -> None:
+    def test_a_cancelled_waiter_disturbs_nobody(
+        self, apart: Callable[..., SessionManager[Any]]
+    ) -> None:
         async def wait(sessions: SessionManager[Any]) -> None:
             async with sessions.session_scope("key"):
                 pass
 
         async def main() -> None:
-            holder, waiter, last = (SessionManager(storage=make()) for _ in range(3))
+            holder, waiter, last = (apart() for _ in range(3))
             async with holder.session_scope("key"):
                 task = asyncio.create_task(wait(waiter))
                 await asyncio.sleep(0.1)
@@ -1086,13 +1107,17 @@ class TestSessions:
 
         asyncio.run(main())
 
-    def test_the_message_of_a_time_out_says_who_has_it(self, make: Make, server: Server) -> None:
-        opened = make().open_record("key", 0)
-        sessions: SessionManager[Any] = SessionManager(storage=make(), lock_timeout=0.1)
-        with pytest.raises(SessionLockTimeout, match=rf"'key' .*0\.1 s: process {os.getpid()} on"):
-            with sessions.session_scope("key"):
+    def test_the_message_of_a_time_out_says_who_has_it(
+        self, apart: Callable[..., SessionManager[Any]], start: Start, server: Server
+    ) -> None:
+        holder = start(HOLD, server.url)
+        assert holder.hear() == "holding"
+        with pytest.raises(SessionLockTimeout, match=rf"'key' .*0\.1 s: process {holder.pid} on"):
+            with apart(lock_timeout=0.1).session_scope("key"):
                 pass
-        opened.close(None)
+        holder.tell()
+        assert holder.hear() == "saved"
+        holder.end()
 
     def test_what_cannot_be_stored_frees_the_key(self, storage: RedisStorage) -> None:
         opened = storage.open_record("key", 0)
@@ -1468,7 +1493,7 @@ class TestInPlace:
 
         with (
             closing(RedisStorage(own_server.url)) as one,
-            closing(RedisStorage(own_server.url)) as two,
+            closing(RedisStorage(own_server.url.replace("127.0.0.1", "localhost"))) as two,
         ):
             mine: SessionManager[Any] = SessionManager(storage=one)
             theirs: SessionManager[Any] = SessionManager(storage=two)
@@ -1595,6 +1620,19 @@ class TestCluster:
         threads.join()
         storage = managers[0].storage
         assert sum(storage.get(f"key:{n}")["counter"] for n in range(3)) == 120
+
+    def test_is_one_store_for_all_objects_of_a_url(self, cluster: list[Server]) -> None:
+        url = f"redis+cluster://127.0.0.1:{cluster[0].port}"
+        with (
+            SessionManager(storage=RedisStorage(url)) as one,
+            SessionManager(storage=RedisStorage(f"{url.upper()}?socket_timeout=3")) as other,
+            SessionManager(storage=RedisStorage(url, prefix="bot:")) as another,
+            one.session_scope("key"),
+        ):
+            with pytest.raises(SessionDeadlockError, match="'key'"), other.session_scope("key"):
+                raise AssertionError("both have it")
+            with another.session_scope("key"):
+                pass
 
     def test_renews_leases_on_all_nodes(self, clustered: Callable[..., RedisStorage]) -> None:
         storage = clustered(lease=0.5)

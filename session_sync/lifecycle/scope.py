@@ -30,7 +30,7 @@ from ..locks.queue import KeyQueue
 from ..repeats import has_only_updates
 from ..session import BaseSession, Fields
 from ..storages import forks
-from ..storages.base import OpenRecord, Record, record_of
+from ..storages.base import HeldHereError, OpenRecord, Record, record_of
 from .flow import Acquire, AcquireInsisting, Flow, arun_flow, run_flow
 from .options import Options
 from .threads import CallBlocking, call_store, closers, errands, openers, waiters
@@ -40,6 +40,10 @@ S = TypeVar("S", bound=BaseSession)
 _OWN_FAULTS: Final = (SessionEncodeError, SessionTypeError)
 _NO_FIELDS: Final = record_of({})
 _NOT_LEFT: Final = "its block was not left"  # see Fields.lost
+_WAY_OUT: Final = (
+    " Let that handler call session.release() before it goes on for long, or give the manager a "
+    "longer lock_timeout."
+)
 _SHORT_WAIT: Final = 1.0  # seconds
 _SHORTER_WAIT: Final = 0.05  # seconds, where others want the same thread
 
@@ -254,8 +258,7 @@ class Scope(Generic[S]):
                 if self.opened is not None or time.monotonic() >= deadline:
                     raise SessionLockTimeout(
                         f"the session {self.full_key!r} was not unlocked within {timeout:g} s: "
-                        f"{error}. Let that handler call session.release() before it goes on for "
-                        f"long, or give the manager a longer lock_timeout."
+                        f"{error}.{'' if isinstance(error, HeldHereError) else _WAY_OUT}"
                     ) from None
 
     def _open_store(self, timeout: float) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isqrt
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from ..errors import SessionLockTimeout
+
 V = TypeVar("V")
 
 
@@ -126,6 +128,11 @@ class OpenRecord(Protocol):
         also if storing fails. Called once; or once more, with the same record or with None, if
         an exception from outside that is no Exception (Ctrl-C, say) has interrupted it: until
         then, nobody else may open it."""
+
+
+class HeldHereError(SessionLockTimeout):
+    """Another storage object of this very process has the key open. The message has the way out,
+    which is not to wait for longer."""
 
 
 @runtime_checkable

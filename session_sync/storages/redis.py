@@ -21,6 +21,8 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeAlias
+from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 from session_sync.codec import Codec
 from session_sync.errors import (
@@ -30,7 +32,7 @@ from session_sync.errors import (
 )
 from session_sync.expiry import life_time
 from session_sync.storages.background import Slots
-from session_sync.storages.base import OpenRecord, Record, StoredEntry
+from session_sync.storages.base import HeldHereError, OpenRecord, Record, StoredEntry
 from session_sync.storages.leases import Lease, renewer
 
 try:
@@ -371,6 +373,12 @@ class RedisStorage:
         self._made: Final[dict[int, _InProcess]] = {
             os.getpid(): _InProcess(url_or_client, self.lease)
         }
+        #: Which one it is, for all storage objects of this process; a client does not tell it.
+        self.store: Final[str | None] = (
+            f"{redis_clients.server_of(url_or_client, self._client)}?prefix={quote(self._prefix)}"
+            if isinstance(url_or_client, str)
+            else None
+        )
         options = {
             "lease": self._lease,
             "ttl": self._ttl,
@@ -612,7 +620,7 @@ class RedisStorage:
                 return data
             rest, held, now = answer
             if not left:
-                raise SessionLockTimeout(_whose(held, now))
+                raise self._in_process().refusal(held, now)
             until_free = rest / 1000 + 0.001 if rest >= 0 else block
             node = self._node_of(opened.key)
             self._in_process().wait(node, opened.names[0], opened.token, min(block, until_free))
@@ -941,6 +949,21 @@ class _InProcess:
         self._failing: Final[set[redis.Redis | None]] = set()  # where leases are not renewed now
         self._clients: Final[dict[tuple[object, ...], redis.Redis]] = {}
 
+    def refusal(self, held: bytes, now: bytes) -> SessionLockTimeout:
+        """What to raise where `held` is somebody else's lock."""
+        owner = _places.get(_Places.name_of(held))
+        lock = StoredLock.read("", held, 0, int(now))
+        if lock.pid is None:
+            return SessionLockTimeout("something else holds its lock")
+        if owner is None or owner is self.places or lock.pid != os.getpid():  # of the parent
+            return SessionLockTimeout(
+                f"process {lock.pid} on {lock.host!r} has it, for {lock.seconds:.1f} s now"
+            )
+        return HeldHereError(
+            f"another storage object of this process has it, for {lock.seconds:.1f} s now. Use one "
+            f"storage object for each server, and give it to all managers"
+        )
+
     def note_begun(self, opened: OpenRedisRecord, asked: Asked) -> None:
         """Let `open_record` go on with this; as long as nobody does, the connection is busy."""
         for oldest in self.begun:  # one that nobody went on with goes when the next ones come
@@ -1042,9 +1065,16 @@ class _Places:
     a mutex, as _InProcess."""
 
     def __init__(self) -> None:
-        self._token: Final = f"%x{secrets.token_hex(8)}@{_HOST}:{os.getpid()}".encode()
+        name = secrets.token_hex(_NAME // 2)
+        _places[name.encode()] = self
+        self._token: Final = f"%x{name}@{_HOST}:{os.getpid()}".encode()
         self._numbers: Final = itertools.count()
         self._tokens: Final[dict[str, tuple[bytes, float]]] = {}
+
+    @staticmethod
+    def name_of(held: bytes) -> bytes:
+        """Which of them has made the token in a lock."""
+        return held.partition(b"@")[0][-_NAME:]
 
     def pop(self, key: str) -> bytes:
         """A token that nobody else uses now: the one that was kept for `key`, or a new one."""
@@ -1063,6 +1093,9 @@ class _Places:
                     del tokens[other]
 
 
+_NAME: Final = 16  # characters
+#: Those of this process, and of those that it was forked from.
+_places: Final[WeakValueDictionary[bytes, _Places]] = WeakValueDictionary()
 _HOST: Final = re.sub(r"[^\w.-]", "-", platform.node(), flags=re.ASCII)
 
 
@@ -1098,14 +1131,6 @@ class StoredLock(NamedTuple):
         except (OSError, OverflowError):
             pass
         return False
-
-
-def _whose(held: bytes, now: bytes) -> str:
-    """Whose lock it is, in words."""
-    lock = StoredLock.read("", held, 0, int(now))
-    if lock.pid is None:
-        return "something else holds its lock"
-    return f"process {lock.pid} on {lock.host!r} has it, for {lock.seconds:.1f} s now"
 
 
 def _place(seconds: float) -> bytes:

@@ -6,11 +6,12 @@ This module knows connections, time-outs and retries; it knows neither records n
 from __future__ import annotations
 
 import encodings.idna  # noqa: F401 # of a host's name; see RedisStorage.__init__
+import os
 import re
 import socket
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias, TypeVar
-from urllib.parse import SplitResult, unquote
+from urllib.parse import SplitResult, quote, unquote
 
 import redis
 from redis.backoff import EqualJitterBackoff, NoBackoff
@@ -134,6 +135,33 @@ def _address(url: SplitResult, host: str) -> tuple[str, int]:
     part = url._replace(netloc=host)
     check_port(part)
     return part.hostname or "localhost", part.port or _SENTINEL_PORT
+
+
+def server_of(url: str, client: Client) -> str:
+    """The server that `url`, of which `client` was made, names: whoever asks, and by whatever
+    options. Two names may lead to one server, but never one name to two."""
+    if isinstance(client, RedisCluster):
+        scheme, _, rest = url.partition(":")
+        untyped: Any = parse_url
+        options = untyped(f"{scheme.partition('+')[0].lower()}:{rest}")
+        return f"redis+cluster://{_host_and_port(options)}"
+    pool = client.connection_pool
+    options = pool.connection_kwargs
+    db = options.get("db") or 0
+    if isinstance(pool, SentinelConnectionPool):
+        sentinels = [
+            _host_and_port(each.connection_pool.connection_kwargs)
+            for each in pool.sentinel_manager.sentinels
+        ]
+        service = quote(pool.service_name, safe="")
+        return f"redis+sentinel://{','.join(sorted(sentinels))}/{service}/{db}"
+    if "path" in options:
+        return f"unix://{quote(os.path.realpath(options['path']))}/{db}"
+    return f"redis://{_host_and_port(options)}/{db}"
+
+
+def _host_and_port(options: dict[str, Any]) -> str:
+    return f"{options.get('host') or 'localhost'}:{options.get('port') or 6379}"
 
 
 def close(client: Client) -> None:
