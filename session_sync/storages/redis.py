@@ -41,7 +41,7 @@ except ImportError as error:
     raise ImportError("RedisStorage needs redis-py: pip install 'session-sync[redis]'") from error
 
 from redis.cluster import RedisCluster
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError, ResponseError
 
 from session_sync.storages import redis_clients, redis_refusals
 from session_sync.storages.lines import Asked, Lines
@@ -466,8 +466,10 @@ class RedisStorage:
                 answers: list[Any] = pipe.execute(raise_on_error=False)
             for at, key in enumerate(page):
                 age, left, size = answers[3 * at : 3 * at + 3]
-                if isinstance(size, Exception):
-                    raise size
+                for answer in (left, size):
+                    self._check_listed(answer)
+                if isinstance(age, NoPermissionError):  # and not since it evicts by frequency
+                    self._check_listed(age)
                 if size is not None:  # else it was deleted meanwhile
                     yield StoredEntry(
                         key,
@@ -483,10 +485,13 @@ class RedisStorage:
             if key is None:
                 continue
             node = self._node_of(key)
-            held: Any = self._held(node, name)
-            left: Any = node.pttl(name)
-            if held is not None and left != _GONE:
+            try:
+                held: Any = self._held(node, name)
+                left: Any = node.pttl(name)
                 seconds, microseconds = node.time()
+            except ResponseError as error:
+                raise self._refusal(error, key) from None
+            if held is not None and left != _GONE:
                 yield StoredLock.read(key, held, left, seconds * 1000 + microseconds // 1000)
 
     def _held(self, node: redis.Redis, name: bytes) -> Any:
@@ -721,11 +726,25 @@ class RedisStorage:
     def _scan(self, what: bytes) -> Iterator[bytes]:
         """The names, each once, that have `what` behind the prefix: a pattern."""
         pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", self._prefix) + what
+        names = self._client.scan_iter(match=pattern, count=_PAGE, **self._everywhere())
         seen = set()  # the server may name one twice while it grows
-        for name in self._client.scan_iter(match=pattern, count=_PAGE, **self._everywhere()):
+        while True:
+            try:
+                name = next(names, None)
+            except ResponseError as error:
+                raise redis_refusals.listing_refusal(error, self._prefix) from None
+            if name is None:
+                return
             if name not in seen:
                 seen.add(name)
                 yield name
+
+    def _check_listed(self, answer: object) -> None:
+        """Raise what the server has answered about a record, if that is an error."""
+        if isinstance(answer, ResponseError):
+            raise redis_refusals.listing_refusal(answer, self._prefix)
+        if isinstance(answer, Exception):
+            raise answer
 
     def _everywhere(self) -> dict[str, Any]:
         """What redis-py is told for something that every node of a cluster has to answer."""

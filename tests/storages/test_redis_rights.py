@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -23,6 +25,7 @@ from session_sync import (  # noqa: E402
     SessionManager,
 )
 from session_sync.storages import redis as redis_module  # noqa: E402
+from session_sync.storages import redis_refusals  # noqa: E402
 from session_sync.storages.base import record_of  # noqa: E402
 from session_sync.storages.redis_refusals import RIGHTS  # noqa: E402
 
@@ -93,6 +96,7 @@ def use(storage: RedisStorage, other: RedisStorage) -> None:
 
 def test_the_line_of_the_docs_is_the_one_of_the_errors() -> None:
     assert f"ACL SETUSER bot on >password ~bot:* {RIGHTS}" == LINE
+    assert redis_refusals.LISTING == LISTING
 
 
 def test_the_rights_of_the_docs_are_enough(make: Make) -> None:
@@ -100,8 +104,6 @@ def test_the_rights_of_the_docs_are_enough(make: Make) -> None:
 
 
 def test_more_are_needed_to_list_and_for_another_database(make: Make) -> None:
-    with pytest.raises(NoPermissionError):
-        list(make().keys())
     storage = make(f"+select {LISTING}", db=1)
     use(storage, make(f"+select {LISTING}", db=1))
     storage.set("key", {"a": 1})
@@ -110,6 +112,70 @@ def test_more_are_needed_to_list_and_for_another_database(make: Make) -> None:
         opened = storage.open_record("key", 0)
         assert [lock.key for lock in storage.locks()] == ["key"]
         opened.close(None)
+
+
+LISTS: dict[str, Callable[[RedisStorage], object]] = {
+    "keys": lambda storage: list(storage.keys()),
+    "entries": lambda storage: list(storage.entries()),
+    "locks": lambda storage: list(storage.locks()),
+    "find": lambda storage: list(SessionManager(storage=storage).find(user=1)),
+    "forget": lambda storage: SessionManager(storage=storage).forget(user=1),
+    "migrate_all": lambda storage: SessionManager(
+        storage=storage, migrations={2: dict}
+    ).migrate_all(),
+}
+
+
+@pytest.mark.parametrize("use", LISTS.values(), ids=LISTS)
+def test_listing_without_the_rights_for_it_names_them(
+    make: Make, use: Callable[[RedisStorage], object]
+) -> None:
+    check_refused_listing(use, make())
+
+
+@pytest.mark.parametrize("right", sorted({*LISTING.split(), "+pttl"} - {"+info"}))
+def test_a_right_that_is_missing_to_list_is_named_with_the_line_that_helps(
+    make: Make, right: str
+) -> None:
+    storage = make(f"{LISTING} {right.replace('+', '-')}")
+    storage.set("key", {"a": 1})
+    check_refused_listing(LISTS["entries"], storage)
+
+
+def check_refused_listing(use: Callable[[RedisStorage], object], storage: RedisStorage) -> None:
+    with pytest.raises(NoPermissionError) as caught:
+        use(storage)
+    said = str(caught.value)
+    assert said.startswith("the sessions cannot be listed: ")
+    assert f"ACL SETUSER <user> ~bot:* {RIGHTS} {LISTING} " in said
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("right", ["+get", "+pttl", "+time"])
+def test_a_right_that_is_missing_to_look_at_a_lock_is_told_with_its_session(
+    make: Make, right: str
+) -> None:
+    opened = make().open_record("key", 0)
+    storage = make(f"{LISTING} {right.replace('+', '-')}")
+    with pytest.raises(NoPermissionError, match=rf"'key': .*{re.escape(RIGHTS)}"):
+        list(storage.locks())
+    make(LISTING)
+    opened.close(None)
+
+
+def test_the_command_line_names_the_rights_it_lacks(make: Make, shared_server: Server) -> None:
+    pytest.importorskip("click", reason="needs the extra 'cli'")
+    make().close()
+    url = f"redis://bot:password@127.0.0.1:{shared_server.port}?prefix=bot:"
+    done = subprocess.run(
+        [sys.executable, "-m", "session_sync", "ls", "-s", url],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert LISTING in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("right", sorted({*RIGHTS.split()} - {NOT_NEEDED}))
@@ -132,7 +198,9 @@ def test_keys_that_are_not_allowed_say_the_same(make: Make) -> None:
 
 def test_a_server_without_a_command_is_told_by_its_name_and_shows_no_value(tmp_path: Path) -> None:
     port = free_port()
-    missing = [word for name in ("EVALSHA", "SET") for word in ("--rename-command", name, "")]
+    missing = [
+        word for name in ("EVALSHA", "SET", "SCAN") for word in ("--rename-command", name, "")
+    ]
     server = Server(tmp_path / "less", "--port", str(port), *missing, port=port)
     try:
         with closing(RedisStorage(server.url)) as storage:
@@ -141,6 +209,8 @@ def test_a_server_without_a_command_is_told_by_its_name_and_shows_no_value(tmp_p
             with pytest.raises(ResponseError, match="unknown command 'SET'") as caught:
                 storage.set("key", {"password": "hunter2"})
             assert "hunter2" not in str(caught.value)
+            with pytest.raises(ResponseError, match=r"cannot be listed: .*'SCAN'.* \+scan"):
+                list(storage.keys())
     finally:
         server.stop()
 
