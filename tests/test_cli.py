@@ -591,7 +591,29 @@ def test_a_row_of_no_key_stops_no_command_and_is_found_by_the_doctor(sqlite: str
     assert (listed.code, exported.code, doctor.code) == (0, 0, 1)
     assert "user:1" in listed.out
     assert "user:1" in exported.out
-    assert "rows whose key is no text, which session_sync has not written: 1" in doctor.out
+    assert "keys that no session has, which session_sync has not written: 1" in doctor.out
+
+
+def test_a_name_of_no_key_in_redis_stops_no_command_and_is_found_by_the_doctor(
+    request: pytest.FixtureRequest, where: Any
+) -> None:
+    url = where("redis", request)
+    some: Any = storage_from_url(url)
+    some.set("user:1", {"a": 1})
+    some._client.set(some._prefix + b"{\xff\x1b]0;x\x07}", "{}")
+    some.close()
+    listed, exported, doctor = at_once(
+        lambda: piped("ls", url=url),
+        lambda: piped("export", url=url),
+        lambda: piped("doctor", url=url),
+    )
+    assert (listed.code, exported.code, doctor.code) == (0, 0, 1)
+    assert listed.lines == ["user:1"]
+    assert len(exported.lines) == 1
+    assert "keys that no session has, which session_sync has not written: 1" in doctor.out
+    for done in (listed, exported, doctor):
+        assert "names that no key has were passed over: 1" in done.err
+        assert "\x1b" not in done.out + done.err
 
 
 def test_what_is_no_string_in_redis_can_be_deleted(

@@ -267,7 +267,7 @@ def test_rows_whose_key_is_no_text_stop_nothing_and_are_reported(kind: str, fold
     assert (export.code, len(export.lines)) == (0, 1)
     assert (stats.code, stats.lines[0]) == (0, "sessions\t1")
     assert doctor.code == 1
-    assert f"rows whose key is no text, which session_sync has not written: {number}" in doctor.out
+    assert f"keys that no session has, which session_sync has not written: {number}" in doctor.out
     assert "ok\tsessions\t1 can be read" in doctor.lines
     for done in (ls, export, stats, doctor):
         assert "\x1b" not in done.out + done.err

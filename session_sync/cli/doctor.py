@@ -218,7 +218,7 @@ def _sessions(view: View) -> Iterator[Finding]:
             advance()
     unknown: Callable[[], int] | None = getattr(view.storage, "unknown_rows", None)
     if unknown is not None and (rows := unknown()):
-        what = f"rows whose key is no text, which session_sync has not written: {rows}"
+        what = f"keys that no session has, which session_sync has not written: {rows}"
         yield Finding("wrong", "sessions", what)
     for error in broken[:_NAMED]:
         yield Finding("wrong", "sessions", error)

@@ -442,15 +442,26 @@ class RedisStorage:
             self._command([key], "PEXPIRE", self._name(key), b"%d" % self._ttl)
 
     def keys(self) -> Iterator[str]:
-        """Every stored key, in any order; those that come and go meanwhile may be among them."""
+        """Every stored key, in any order; those that come and go meanwhile may be among them. Names
+        that nothing here has written, since no key is written so (one that is not UTF-8, say), are
+        passed over, with a warning in the log."""
+        unknown = 0
         for name in self._scan(b"{*}"):
             key = self._key(name)
-            if key is not None:
+            if key is None:
+                unknown += 1
+            else:
                 yield key
+        if unknown:
+            _log.warning(
+                "%s: names that no key has were passed over: %d; session_sync has not written them",
+                self.store or "a Redis server",
+                unknown,
+            )
 
     def entries(self) -> Iterator[StoredEntry]:
         """Every stored key, in any order, with what is known of its record; none is read or
-        touched.
+        touched. Names are passed over as in `keys`.
 
         The size is what the server's memory has of it, and the age is since it was last read or
         written by anybody; None, if the server evicts by frequency (LFU).
@@ -477,6 +488,11 @@ class RedisStorage:
                         float(age) if isinstance(age, int) else None,
                         left / 1000 if left >= 0 else None,
                     )
+
+    def unknown_rows(self) -> int:
+        """How many names are like those of sessions, and of no key, so that nothing here can have
+        written them."""
+        return sum(self._key(name) is None for name in self._scan(b"{*}"))
 
     def locks(self) -> Iterator[StoredLock]:
         """The sessions that are open, or were when their process died, and who has them."""

@@ -274,3 +274,42 @@ def test_a_lock_under_a_name_that_no_key_has_is_passed_over(redis_url: str) -> N
             opened = storage.open_record("user:1", 0)
             assert [lock.key for lock in storage.locks()] == ["user:1"]
             opened.close(None)
+
+
+def test_names_of_no_key_are_passed_over_and_reported(
+    make: Make, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another program's: bytes that are no text, and texts as no key is written."""
+    storage = make(LISTING)
+    keys = ["", "a", "user:1", "я", "\ud800", "{x}"]
+    for key in keys:
+        storage.set(key, {"a": 1})
+    for name in (b"{\xff}", b"{user:\xd0}", b"{%41}", b"{}", b"{a}:{b}"):
+        client.set(b"bot:" + name, "{}")
+    client.set(b"other:{\xff}", "{}")
+    opened = storage.open_record("user:1", 0)  # what lies beside it is ours
+    for listed in (storage.keys, lambda: (entry.key for entry in storage.entries())):
+        assert sorted(listed()) == sorted(keys)
+        assert "names that no key has were passed over: 5; session_sync has not" in caplog.text
+        assert "?prefix=bot%3A: " in caplog.text
+        assert "password" not in caplog.text
+        caplog.clear()
+    assert storage.unknown_rows() == 5
+    opened.close(None)
+
+
+def test_where_all_names_are_ours_nothing_is_reported(
+    make: Make, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for storage in (make(LISTING), RedisStorage(client)):
+        opened = storage.open_record("key", 0)
+        opened.save(record_of({"a": 1}))
+        with pytest.raises(SessionLockTimeout):
+            make(LISTING).open_record("key", 0)
+        assert list(storage.keys()) == ["key"]
+        assert storage.unknown_rows() == 0
+        opened.close(record_of({}))
+    assert caplog.text == ""
+    client.set(b"{\xff}", "{}")
+    assert list(storage.keys()) == []
+    assert "a Redis server: names that no key has were passed over: 1" in caplog.text
