@@ -289,19 +289,22 @@ class SessionManager(Generic[S]):
 
     def _scope(self, options: Options[S], key: str, update: Any) -> SessionScope[S]:
         if self._is_special or _is_logged(DEBUG):
-            self._check_not_closed(key)
+            self.refuse_closed(f"session {key!r} cannot be opened")
             return ObservedScope(options, key, self.prefix + key, update, self._observers)
         return SessionScope(options, key, self.prefix + key, update)
 
-    def _check_not_closed(self, key: str) -> None:
+    def refuse_closed(self, what: str) -> None:
+        """Raise RuntimeError, which says that this is what cannot be done, if it was closed: the
+        store would open again, and stay open."""
         if self._is_closed:
             raise RuntimeError(
-                f"session {key!r} cannot be opened: its SessionManager was closed, by close() or "
-                f"at the end of a `with`. Close it when the bot has stopped, or make another one."
+                f"{what}: its SessionManager was closed, by close() or at the end of a `with`. "
+                f"Close it when the bot has stopped, or make another one."
             )
 
     def scope_as_stored(self, key: str) -> SessionScope[S]:
         """The scope of a key for who does not look at the fields, of whatever version they are."""
+        self.refuse_closed(f"session {key!r} cannot be opened")
         options = replace(self._options, lazy=False, migrations=None)
         return SessionScope(options, key, self.prefix + key, key)
 
@@ -334,6 +337,7 @@ class SessionManager(Generic[S]):
         >>> storage.get("user:1")
         {'first': 'Alex', 'last': 'Doe', '$version': 2}
         """
+        self.refuse_closed("migrate_all() cannot open the sessions")
         # What is gone meanwhile is not to be made again, and closing stores what was migrated.
         options = replace(self._options, lazy=False, migrate_eagerly=False, initial=None)
 
@@ -373,8 +377,14 @@ class SessionManager(Generic[S]):
         >>> list(sessions.find(user=7)), list(sessions.find(user=8, chat=-100))
         (['user:7:chat:7', 'user:7:chat:-100'], ['user:8:chat:-100'])
         """
-        names = stored_keys(self.storage, self.prefix)
+        self.refuse_closed("find() cannot list the sessions")
+        names = self._until_closed(stored_keys(self.storage, self.prefix))
         return people.find(names, self.prefix, user, chat)
+
+    def _until_closed(self, names: Iterator[str]) -> Iterator[str]:
+        for name in names:
+            yield name
+            self.refuse_closed("find() cannot list further sessions")
 
     def forget(self, *, user: int | None = None, chat: int | None = None) -> int:
         """Delete every stored session of a user, of a chat, or of a user in a chat: those that
@@ -397,6 +407,7 @@ class SessionManager(Generic[S]):
         >>> sessions.forget(user=7), sessions.forget(user=7)
         (1, 0)
         """
+        self.refuse_closed("forget() cannot open the sessions")
         return people.forget(self._options, self.prefix, user, chat)
 
     def migrate_chat(self, old: int, new: int) -> int:
@@ -431,13 +442,14 @@ class SessionManager(Generic[S]):
         >>> list(sessions.find())
         ['user:7:chat:-1001234']
         """
+        self.refuse_closed("migrate_chat() cannot open the sessions")
         return people.migrate_chat(self._options, self.prefix, old, new)
 
     # -- the end
 
     def close(self) -> None:
-        """Close the storage, if it can be closed. From then on the manager opens no session: that
-        raises RuntimeError."""
+        """Close the storage, if it can be closed. From then on the manager opens no session, and
+        lists, moves and deletes none: that raises RuntimeError, as `install` does with it."""
         self._is_closed = self._is_special = True
         close = getattr(self.storage, "close", None)
         if close is not None:

@@ -304,7 +304,8 @@ def install(
 
     Returns the builder. Raises TypeError if `builder` is no ApplicationBuilder, or if a storage
     cannot list its keys and `migrate_chats` is True; ValueError if `chat_session` is `sessions`;
-    RuntimeError if it has sessions already, or if this version of PTB lacks what is needed here.
+    RuntimeError if a manager was closed, if the builder has sessions already, or if this version of
+    PTB lacks what is needed here.
 
     >>> import session_sync.ptb
     >>> from session_sync import SessionManager

@@ -96,8 +96,8 @@ def install(
 
     Returns the bot. Raises TypeError if `bot` is neither a TeleBot nor an AsyncTeleBot, or if a
     storage cannot list its keys and `migrate_chats` is True; ValueError if `chat_session` is
-    `sessions`; RuntimeError if the bot has sessions already, or if this version of telebot lacks
-    what is needed here.
+    `sessions`; RuntimeError if a manager was closed, if the bot has sessions already, or if this
+    version of telebot lacks what is needed here.
 
     >>> import telebot
     >>> from session_sync import SessionManager

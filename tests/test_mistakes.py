@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -120,20 +120,32 @@ def test_a_port_that_is_none_is_not_in_the_message() -> None:
     assert "secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("library", ["telebot", "ptb"])
-def test_install_takes_no_storage(library: str) -> None:
-    bot: Any
-    if library == "telebot":
-        telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
-        import session_sync.telebot
+class Integration(NamedTuple):
+    """What a program has of one library."""
 
-        bot = telebot.TeleBot("1:token", threaded=False)
-    else:
+    bot: Any
+    install: Any
+
+
+@pytest.fixture(params=["telebot", "async telebot", "ptb"])
+def integration(request: pytest.FixtureRequest) -> Integration:
+    if request.param == "ptb":
         telegram = pytest.importorskip("telegram.ext", reason="needs the extra 'ptb'")
         import session_sync.ptb
 
-        bot = telegram.Application.builder().token("1:token")
-    install: Any = getattr(session_sync, library).install
+        builder = telegram.Application.builder().token("1:token")
+        return Integration(builder, session_sync.ptb.install)
+    telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
+    import session_sync.telebot
+
+    if request.param == "telebot":
+        return Integration(telebot.TeleBot("1:token", threaded=False), session_sync.telebot.install)
+    async_telebot = pytest.importorskip("telebot.async_telebot", reason="needs aiohttp")
+    return Integration(async_telebot.AsyncTeleBot("1:token"), session_sync.telebot.install)
+
+
+def test_install_takes_no_storage(integration: Integration) -> None:
+    bot, install = integration
     storage: Any = MemoryStorage()
     with pytest.raises(TypeError, match=r"takes a SessionManager for session, not a MemoryStorage"):
         install(bot, storage)
@@ -152,6 +164,52 @@ def test_a_manager_that_was_closed_opens_nothing() -> None:
     with other.session_scope("user:1") as session:
         assert session.a == 1
     storage.close()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda sessions: sessions.session_scopes("user:1"), id="session_scopes"),
+        pytest.param(lambda sessions: sessions.scope_of("user:1", None), id="scope_of"),
+        pytest.param(lambda sessions: sessions.scope_as_stored("user:1"), id="scope_as_stored"),
+        pytest.param(lambda sessions: sessions.find(user=1), id="find"),
+        pytest.param(lambda sessions: sessions.forget(user=1), id="forget"),
+        pytest.param(lambda sessions: sessions.migrate_chat(1, 2), id="migrate_chat"),
+        pytest.param(lambda sessions: sessions.migrate_all(), id="migrate_all"),
+    ],
+)
+def test_a_manager_that_was_closed_leaves_its_store_closed(
+    use: Callable[[SessionManager[Any]], object],
+) -> None:
+    sessions: SessionManager[Any] = SessionManager(storage=SQLiteStorage("s.db"))
+    with sessions, sessions.session_scope("user:1:chat:1") as session:
+        session.a = 1
+    before = sorted(os.listdir())
+    with pytest.raises(RuntimeError, match=r"its SessionManager was closed, .*make another one"):
+        use(sessions)
+    assert sorted(os.listdir()) == before == ["s.db", "s.db-locks"]
+
+
+def test_a_list_of_keys_ends_when_its_manager_is_closed() -> None:
+    with SessionManager(storage=SQLiteStorage("s.db")) as sessions:
+        for number in range(3):
+            with sessions.session_scope(f"user:{number}") as session:
+                session.a = 1
+        keys = sessions.find()
+        assert next(keys) == "user:0"
+    with pytest.raises(RuntimeError, match=r"find\(\) cannot list further sessions: its Session"):
+        next(keys)
+    assert sorted(os.listdir()) == ["s.db", "s.db-locks"]
+
+
+def test_a_manager_that_was_closed_is_not_installed(integration: Integration) -> None:
+    bot, install = integration
+    closed: SessionManager[Any] = SessionManager()
+    closed.close()
+    for managers in ((closed, None), (SessionManager(), closed)):
+        with pytest.raises(RuntimeError, match="cannot give the bot sessions: its SessionManager"):
+            install(bot, managers[0], chat_session=managers[1])
+    install(bot, SessionManager())  # nothing was left half installed
 
 
 def test_a_name_may_have_any_character_if_it_is_quoted() -> None:

@@ -30,7 +30,8 @@ NAMES: Final = ("session", "chat_session")
 def managers_of(
     sessions: SessionManager[Any], chat_session: SessionManager[Any] | None
 ) -> Managers:
-    """Raises TypeError if one is no SessionManager, and ValueError if both are the same."""
+    """Raises TypeError if one is no SessionManager, ValueError if both are the same, and
+    RuntimeError if one was closed."""
     for name, manager in zip(NAMES, (sessions, chat_session), strict=True):
         if not hasattr(manager, "scope_of") and (manager is not None or name == NAMES[0]):
             raise TypeError(
@@ -43,7 +44,10 @@ def managers_of(
             "give it one of its own, SessionManager(..., get_storage_key=by_chat), which may share "
             "the storage"
         )
-    return (sessions,) if chat_session is None else (sessions, chat_session)
+    managers = (sessions,) if chat_session is None else (sessions, chat_session)
+    for manager in managers:
+        manager.refuse_closed("install() cannot give the bot sessions")
+    return managers
 
 
 class UpdateScope(ScopeStack):
