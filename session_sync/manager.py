@@ -244,6 +244,8 @@ class SessionManager(Generic[S]):
         argument named `session`; a handler without one still runs inside its scope. What is
         returned shows no `session` in its signature, because telebot looks at signatures.
 
+        Raises TypeError if another argument is annotated as a session, or is missing in a call.
+
         >>> from session_sync import SessionManager
         >>> sessions = SessionManager()
         >>> @sessions.with_session
@@ -263,7 +265,11 @@ class SessionManager(Generic[S]):
                 async with self.session_scope(shape.update(args, kwargs)) as session:
                     if shape.wants_session:
                         kwargs["session"] = session
-                    return await handler(*args, **kwargs)
+                    try:
+                        return await handler(*args, **kwargs)
+                    except TypeError as error:
+                        shape.refuse_other_name(error, args, kwargs)
+                        raise
 
             return cast(Handler, shape.dress(awrapper))
 
@@ -272,7 +278,11 @@ class SessionManager(Generic[S]):
             with self.session_scope(shape.update(args, kwargs)) as session:
                 if shape.wants_session:
                     kwargs["session"] = session
-                return handler(*args, **kwargs)
+                try:
+                    return handler(*args, **kwargs)
+                except TypeError as error:
+                    shape.refuse_other_name(error, args, kwargs)
+                    raise
 
         return cast(Handler, shape.dress(wrapper))
 
@@ -513,6 +523,9 @@ class _Shape:
         if session is not None and session.kind is session.POSITIONAL_ONLY:
             raise TypeError(f"{handler!r}: `session` is passed by name, it cannot stand before a /")
         self.wants_session: Final = session is not None
+        self._handler: Final = handler
+        if session is None:
+            _refuse_other_annotation(handler)
         parameters = [p for p in parameters if p.name != "session"]
         self._signature: Final = signature.replace(parameters=parameters)
         is_method = bool(parameters) and parameters[0].name in ("self", "cls")
@@ -539,10 +552,58 @@ class _Shape:
             )
         return update
 
+    def refuse_other_name(
+        self, error: TypeError, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Raise TypeError with the rule, if `error` is Python's own for a call that lacks an
+        argument: that may be the session under another name."""
+        is_inside = error.__traceback__ is None or error.__traceback__.tb_next is not None
+        if self.wants_session or is_inside:
+            return
+        try:
+            given = self._signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:  # that is not all that is wrong
+            return
+        missing = [
+            parameter.name
+            for parameter in self._signature.parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in _ANY_NUMBER
+            and parameter.name not in given
+        ]
+        if missing:
+            raise TypeError(
+                f"{self._handler!r} was called without {', '.join(missing)}; {_RULE}"
+            ) from error
+
     def dress(self, wrapper: Callable[..., Any]) -> Any:
         """Give the wrapper the handler's signature, less the session."""
         wrapper.__signature__ = self._signature  # type: ignore[attr-defined] # what inspect reads
         return wrapper
+
+
+def _refuse_other_annotation(handler: Callable[..., Any]) -> None:
+    """Raise TypeError if an argument that is to have a session, as its annotation says, has another
+    name. One with a value of its own (of a functools.partial, say) needs none."""
+    try:
+        signature = inspect.signature(handler, eval_str=True)
+    except Exception:  # what type checkers alone import, say: a call will tell
+        return
+    for parameter in signature.parameters.values():
+        annotation = parameter.annotation
+        is_session = isinstance(annotation, type) and issubclass(annotation, BaseSession)
+        is_given = isinstance(parameter.default, BaseSession)
+        if is_session and not is_given and parameter.kind not in _ANY_NUMBER:
+            raise TypeError(
+                f"{handler!r}: `{parameter.name}` is annotated as {annotation.__name__}; {_RULE}"
+            )
+
+
+_ANY_NUMBER: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_RULE: Final = (
+    "the session arrives as the argument named `session`, and this handler has none of that name: "
+    "rename the one that is to have it"
+)
 
 
 def _is_async(handler: Callable[..., Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 from collections.abc import Callable
@@ -14,11 +15,15 @@ from session_sync import (
     DiskStorage,
     LruMemoryStorage,
     MemoryStorage,
+    Session,
     SessionManager,
     SQLiteStorage,
     StorageKey,
+    StrictSession,
     storage_from_url,
 )
+
+UPDATE = {"update_id": 1, "message": {"from": {"id": 1}, "chat": {"id": 1}}}
 
 
 @pytest.fixture(autouse=True)
@@ -231,3 +236,145 @@ def test_a_decorated_handler_takes_an_update_and_no_key(key: str | StorageKey) -
     ):
         functools.partial(greet, key)({"from": {"id": 1}})
     assert list(sessions.storage.keys()) == []
+
+
+RULE = "the session arrives as the argument named `session`, and this handler has none"
+
+
+class Cart(Session):
+    """A class of a bot's own."""
+
+    bought: list[str]
+
+
+def _optional(message: Any, bag: Cart = None) -> None:  # type: ignore[assignment]
+    raise AssertionError
+
+
+def _first(bag: Session, message: Any) -> None:
+    raise AssertionError
+
+
+async def _async(update: Any, context: Any, *, bag: StrictSession) -> None:
+    raise AssertionError
+
+
+class Shop:
+    """A bot in a class."""
+
+    def buy(self, message: Any, bag: Cart) -> None:
+        raise AssertionError
+
+    def __call__(self, message: Any, bag: Cart) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        _optional,
+        _first,
+        _async,
+        Shop.buy,
+        Shop().buy,
+        Shop(),
+        functools.partial(_async, context=None),
+    ],
+)
+def test_a_session_under_another_name_is_refused_when_it_is_decorated(
+    handler: Callable[..., Any],
+) -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    with pytest.raises(
+        TypeError, match=rf"`bag` is annotated as (Cart|Session|StrictSession); {RULE}"
+    ):
+        sessions.with_session(handler)
+
+
+def test_a_session_that_the_caller_gives_may_have_any_name() -> None:
+    sessions: SessionManager[Any] = SessionManager(session_type=Cart)
+    seen: list[Any] = []
+
+    @sessions.with_session
+    def move(message: Any, target: Cart, session: Cart) -> None:
+        seen.append((target, session))
+
+    def look(message: Any, target: Cart, *others: Cart, **named: Cart) -> None:
+        seen.append((target, others, named))
+
+    with sessions.session_scope("user:2") as target:
+        move(UPDATE, target)
+        sessions.with_session(functools.partial(look, target=target))(UPDATE)
+    assert [each[0] for each in seen] == [target, target]
+
+
+def _by_position(message: Any, bag: Any) -> None:
+    raise AssertionError
+
+
+def _by_name(message: Any, *, bag: Any) -> None:
+    raise AssertionError
+
+
+def _unknown(message: Any, bag: OnlyForTypeCheckers) -> None:  # type: ignore[name-defined] # noqa: F821
+    raise AssertionError
+
+
+async def _awaited(message: Any, bag: Any, page: int = 1) -> None:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("handler", [_by_position, _by_name, _unknown, _awaited])
+def test_a_missing_argument_is_told_with_the_rule_for_sessions(handler: Any) -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    decorated: Any = sessions.with_session(handler)
+
+    async def call() -> None:
+        await decorated(UPDATE)
+
+    with pytest.raises(TypeError, match=rf"{handler.__name__}.* without bag; {RULE}") as raised:
+        asyncio.run(call()) if handler is _awaited else decorated(UPDATE)
+    assert "required" in str(raised.value.__cause__)  # Python's own words
+    assert len(sessions.locks) == 0
+
+
+def test_what_a_handler_raises_itself_is_left_as_it_is() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+
+    def greet(name: str) -> None:
+        raise AssertionError
+
+    def supply(handler: Any) -> Any:
+        @functools.wraps(handler)
+        def call(message: Any) -> None:
+            handler(message, "a bag" + message)
+
+        return call
+
+    @sessions.with_session
+    def forgetful(message: Any) -> None:
+        greet()  # type: ignore[call-arg]
+
+    @sessions.with_session
+    @supply
+    def supplied(message: Any, bag: Any) -> None:
+        raise AssertionError
+
+    @sessions.with_session
+    def other(message: Any, context: Any, session: Any, **more: Any) -> None:
+        raise AssertionError
+
+    @sessions.with_session
+    def short(message: Any) -> None:
+        raise AssertionError
+
+    calls: dict[str, Callable[[], Any]] = {
+        r"greet\(\) missing 1 required positional argument: 'name'$": lambda: forgetful(UPDATE),
+        r"can only concatenate str": lambda: supplied(UPDATE),
+        r"other\(\) missing 1 required positional argument: 'context'$": lambda: other(UPDATE),  # type: ignore[call-arg]
+        r"short\(\) takes 1 positional argument but 2 were given$": lambda: short(UPDATE, 1),  # type: ignore[call-arg]
+    }
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=message) as raised:
+            call()
+        assert raised.value.__cause__ is None
