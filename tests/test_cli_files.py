@@ -198,12 +198,14 @@ def test_by_a_link_the_newest_is_seen_too(tmp_path: Path) -> None:
 # -- files of others
 
 
-@pytest.mark.parametrize("mode", ["delete", "wal"])
+@pytest.mark.parametrize("mode", ["delete", "wal", "killed"])
 def test_no_command_touches_another_programs_file(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "other.db"
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute(f"PRAGMA journal_mode = {mode}")
+        other.execute(f"PRAGMA journal_mode = {'wal' if mode == 'killed' else mode}")
         other.execute("CREATE TABLE theirs (a)")
+    if mode == "killed":
+        Path(f"{path}-wal").write_bytes(b"what is left of its log")
     before = files_in(tmp_path)
     url = f"sqlite:///{path}"
     calls: list[Callable[[], Done]] = [

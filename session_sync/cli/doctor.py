@@ -24,7 +24,7 @@ from .files import Files, check_readable, exists, user_name
 from .lines import check
 from .output import json_option, plain, print_rows, progress, size, text
 from .reader import Database, FileReader
-from .store import Place, ReadStorage, View, at_place, named_files
+from .store import Place, ReadStorage, View, at_place, named_files, refuse_foreign
 
 State: TypeAlias = Literal["ok", "note", "wrong"]
 
@@ -55,6 +55,7 @@ def doctor(place: Place, as_json: bool) -> None:
     files = named_files(place.url)
     try:
         if files is not None and exists(files.database):
+            refuse_foreign(place.url, files)
             findings += _files(files)
         with place.look() as view:
             findings += _versions(view.storage)

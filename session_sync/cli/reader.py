@@ -10,13 +10,15 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ..codec import Codec
 from ..errors import SessionDecodeError
 from ..storages.base import StoredEntry
-from ..storages.sqlite import has_table, key_of, stored_key, warn_of_unknown_rows
+from ..storages.ownership import has_cache, has_table, look
+from ..storages.sqlite import key_of, stored_key, warn_of_unknown_rows
 from .exits import Code, Failure
 
 T = TypeVar("T")
@@ -33,7 +35,6 @@ _DISKCACHE: Final = """
         raw = 1 AND typeof(key) IN ('text', 'blob') AS ours
     FROM Cache
 """
-_IS_DISKCACHE: Final = "SELECT count(*) FROM sqlite_master WHERE name IN ('Cache', 'Settings')"
 _LIVE: Final = "(expires IS NULL OR expires > :now)"
 _GET: Final = f"SELECT value FROM ({{rows}}) WHERE key = :key AND ours AND {_LIVE}"
 _FIRST: Final = f"""
@@ -107,6 +108,14 @@ class Database:
         return self._connection
 
 
+def refuse_another_programs(path: str, is_disk: bool) -> None:
+    """Raise ValueError if the file is another program's database, beside which nothing may be made:
+    not even the index of a log that is left there, which SQLite makes as it reads that."""
+    has = has_cache if is_disk else has_table
+    with suppress(sqlite3.Error):  # who reads it will say what is wrong
+        look(os.path.realpath(path), lambda cursor: has(cursor, path))
+
+
 class _Row(NamedTuple):
     key: bytes
     kind: bytes
@@ -130,7 +139,7 @@ class FileReader:
         self._ttl: Final = ttl
         self._rows: Final = _DISKCACHE if is_disk else _SQLITE
         try:
-            if not (self._has_cache() if is_disk else self._has_table()):
+            if not self._is_store(is_disk):
                 raise Failure(
                     f"there is no store in {database}: the file is empty", Code.UNREACHABLE
                 )
@@ -138,16 +147,11 @@ class FileReader:
             self.close()
             raise
 
-    def _has_table(self) -> bool:
+    def _is_store(self, is_disk: bool) -> bool:
         path = self._database.path
-        return self._database.use(lambda connection: has_table(connection.cursor(), path))
-
-    def _has_cache(self) -> bool:
-        ((tables,),) = self._run("SELECT count(*) FROM sqlite_master")
-        ((known,),) = self._run(_IS_DISKCACHE)
-        if tables and known < 2:
-            raise ValueError(f"{self._database.path} is a database of another program")
-        return bool(tables)
+        refuse_another_programs(path, is_disk)
+        has = has_cache if is_disk else has_table
+        return self._database.use(lambda connection: has(connection.cursor(), path))
 
     def get(self, key: str, /) -> dict[str, Any] | None:
         """The fields stored under `key`, or None. Raises SessionDecodeError."""

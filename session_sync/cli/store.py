@@ -29,7 +29,7 @@ from ..stored import replace_record
 from .exits import Code, Failure, say
 from .files import Files, check_readable, check_writable, exists, files_of
 from .lines import CODEC
-from .reader import FileReader
+from .reader import FileReader, refuse_another_programs
 
 P = ParamSpec("P")
 _SOME: Final = 100  # sessions, of which one shows whether they have life times
@@ -277,6 +277,14 @@ def _reader(url: str, files: Files) -> FileReader:
         ttl = files.options.get("ttl")
         ttl = None if ttl is None else life_time(ttl)
         return FileReader(files.database, CODEC, ttl, files.is_disk)
+    except ValueError as error:
+        raise _refusal(url, error) from None
+
+
+def refuse_foreign(url: str, files: Files) -> None:
+    """Raise Failure if the file that is there is another program's."""
+    try:
+        refuse_another_programs(files.database, files.is_disk)
     except ValueError as error:
         raise _refusal(url, error) from None
 

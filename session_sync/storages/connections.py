@@ -115,8 +115,10 @@ class Connections:
         *pragmas: str,
         timeout: float = TIMEOUT,  # 0: it waits neither for others nor, at a checkpoint, the disk
         text: type[str] | type[bytes] = str,
+        mode: str = "rw",  # the file is made elsewhere, and private
     ) -> None:
         self._file: Final = file
+        self._uri: Final = f"{Path(file.path).as_uri()}?mode={mode}"
         self._pragmas: Final = pragmas if timeout else (*pragmas, "wal_autocheckpoint = 0")
         self._timeout: Final = timeout
         self._text: Final = text
@@ -226,7 +228,7 @@ class Connections:
             self._made[id(making)] = making
         self._file.check()
         connection = sqlite3.connect(
-            f"{Path(self._file.path).as_uri()}?mode=rw",  # it is made elsewhere, and private
+            self._uri,
             uri=True,
             timeout=self._timeout,
             isolation_level=None,

@@ -26,6 +26,7 @@ from session_sync.storages.connections import (
     refuse_inside_transaction,
 )
 from session_sync.storages.filelocks import FileLocks, LockedRecord
+from session_sync.storages.ownership import has_cache, look
 from session_sync.storages.sqlite import key_of, warn_of_unknown_rows
 
 try:
@@ -110,10 +111,10 @@ class DiskStorage:
     symbolic link to the folder names the same store. If the folder is moved or replaced, processes
     that use it raise OSError (ESTALE).
 
-    Raises ValueError if `ttl` is not positive, or the file has a second name (a hard link);
-    PermissionError if a file belongs to another user, or a link is in its place;
-    `diskcache.Timeout` if other processes write for more than 60 seconds on end; and lets through
-    what SQLite and the file system raise.
+    Raises ValueError if `ttl` is not positive, or the file is a database of something else than
+    diskcache or has a second name (a hard link); PermissionError if a file belongs to another user,
+    or a link is in its place; `diskcache.Timeout` if other processes write for more than 60 seconds
+    on end; and lets through what SQLite and the file system raise.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -416,9 +417,16 @@ def _private(directory: str | os.PathLike[str]) -> str:
     """The absolute path of `directory`, made and closed to everybody else."""
     # As diskcache would do, which could otherwise open another folder than the one made here.
     path = files.resolve(os.path.expandvars(os.path.expanduser(directory)))
+    database = os.path.join(path, _FILE)
+    names = (_LOCKS, f"{_FILE}-wal", f"{_FILE}-shm", f"{_FILE}-journal")
+    beside = [os.path.join(path, name) for name in names]
+    for each in beside:
+        files.check_file(each)
+    if files.check_file(database):  # what is another program's keeps its modes
+        look(database, partial(has_cache, path=database))
     if not files.make_folder(path) and all(n.startswith(_OUR_FILES) for n in os.listdir(path)):
         files.close_folder(path)
-    files.make_file(os.path.join(path, _FILE))
-    for name in (_LOCKS, f"{_FILE}-wal", f"{_FILE}-shm", f"{_FILE}-journal"):
-        files.close_file(os.path.join(path, name))
+    files.make_file(database)
+    for each in beside:
+        files.close_file(each)
     return path

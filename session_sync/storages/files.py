@@ -79,6 +79,16 @@ def make_file(path: str) -> None:
             os.unlink(new)
 
 
+def check_file(path: str) -> bool:
+    """Whether there is such a file. Raises as `make_file` does, and changes no mode."""
+    try:
+        _remove_unfinished(path)
+        refuse_foreign(path, os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError):  # the latter: where a folder is to be made
+        return False
+    return True
+
+
 def close_file(path: str) -> None:
     """Close a file to everybody else, if it is there. Raises as `make_file` does."""
     with suppress(FileNotFoundError):

@@ -27,17 +27,12 @@ from .connections import (
     refuse_inside_transaction,
 )
 from .filelocks import FileLocks, LockedRecord
+from .ownership import OURS, VERSION, has_table, look
 
-_OURS: Final = 0x73657373  # "sess", in the file's header; 0 there: a file of nobody
-_VERSION: Final = 1  # of the table
 _TABLE: Final = """
     CREATE TABLE IF NOT EXISTS sessions (
         key TEXT PRIMARY KEY, value BLOB NOT NULL, expires REAL
     ) WITHOUT ROWID
-"""
-_STATE: Final = """
-    SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)
-    FROM pragma_application_id, pragma_user_version
 """
 _INDEX: Final = """
     CREATE INDEX IF NOT EXISTS expiry ON sessions (expires) WHERE expires IS NOT NULL
@@ -363,8 +358,8 @@ class SQLiteStorage:
         def make() -> None:
             for statement in (_TABLE, _INDEX):
                 cursor.execute(statement)
-            cursor.execute(f"PRAGMA application_id = {_OURS}")
-            cursor.execute(f"PRAGMA user_version = {_VERSION}")
+            cursor.execute(f"PRAGMA application_id = {OURS}")
+            cursor.execute(f"PRAGMA user_version = {VERSION}")
 
         in_transaction(cursor.connection, self._path, make)
 
@@ -431,25 +426,6 @@ def _bytes(value: object, key: str) -> bytes:
     )
 
 
-def has_table(cursor: sqlite3.Cursor, path: str) -> bool:
-    """Whether the file has the table of sessions; False: it is new.
-
-    Raises ValueError if it is another program's, or a newer session_sync's.
-    """
-    # One statement, which sees one moment: others may just be making the table.
-    ((ours, version, tables),) = cursor.execute(_STATE).fetchall()
-    if ours != _OURS and tables:
-        raise ValueError(
-            f"{path} is a database of another program; give SQLiteStorage a file of its own"
-        )
-    if version > _VERSION:
-        raise ValueError(
-            f"{path} was made by a newer session_sync (its tables have version {version}, known "
-            f"here is {_VERSION}); upgrade this one"
-        )
-    return bool(ours == _OURS and version == _VERSION)
-
-
 def _private(path: str | os.PathLike[str]) -> str:
     """The absolute path of a file that is closed to everybody else; made, with its folders."""
     name = os.fspath(path)
@@ -464,8 +440,14 @@ def _private(path: str | os.PathLike[str]) -> str:
             f"{real} is a folder; SQLiteStorage takes the path of a file in it, say "
             f"{os.path.join(real, 'sessions.db')}"
         )
+    # SQLite gives new ones the mode of the file.
+    beside = [real + end for end in ("-locks", "-wal", "-shm", "-journal")]
+    for each in beside:
+        files.check_file(each)
+    if files.check_file(real):  # what is another program's keeps its modes
+        look(real, partial(has_table, path=real))
     files.make_folder(os.path.dirname(real))
     files.make_file(real)
-    for end in ("-locks", "-wal", "-shm", "-journal"):  # SQLite gives new ones the mode of the file
-        files.close_file(real + end)
+    for each in beside:
+        files.close_file(each)
     return real

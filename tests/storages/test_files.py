@@ -6,7 +6,10 @@ import asyncio
 import errno
 import os
 import shutil
+import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -26,6 +29,7 @@ from session_sync import (
 )
 from session_sync.storages import filelocks
 from session_sync.storages.base import record_of
+from session_sync.storages.ownership import look
 
 pytestmark = pytest.mark.skipif(
     not filelocks._HAS_OFD, reason="this system has no locks between processes"
@@ -363,6 +367,143 @@ def test_a_folder_of_another_user_keeps_its_mode(tmp_path: Path) -> None:
         storage.set("key", {"a": 1})
         assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
         assert set(modes(tmp_path).values()) == {0o600}
+
+
+# -- files of other programs
+
+
+class Other:
+    """Another program, with a database that others may read."""
+
+    def __init__(self, path: Path, journal: str) -> None:
+        path.parent.chmod(0o755)
+        self._connection = sqlite3.connect(path, isolation_level=None)
+        self._connection.execute(f"PRAGMA journal_mode = {journal}")
+        self._connection.execute("PRAGMA wal_autocheckpoint = 0")
+        self._connection.execute("CREATE TABLE Settings (theirs)")
+        self._connection.execute("CREATE TABLE theirs (a)")
+        for each in path.parent.iterdir():
+            each.chmod(0o644)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """The modes of a folder and its files, and what is in them, but for the index of a log."""
+    found = {".": (folder.stat().st_mode, b"")}
+    for each in folder.iterdir():
+        data = b"" if each.name.endswith("-shm") else each.read_bytes()
+        found[each.name] = each.stat().st_mode, data
+    return found
+
+
+@pytest.mark.parametrize("journal", ["delete", "persist", "wal"])
+@pytest.mark.parametrize("other", ["runs", "has ended"])
+def test_another_programs_database_is_refused_as_it_is(
+    kind: Kind, journal: str, other: str, tmp_path: Path
+) -> None:
+    with closing(Other(tmp_path / kind.data, journal)) as program:
+        if other == "has ended":
+            program.close()
+        elif journal == "wal":  # all that it has is in the log
+            assert (tmp_path / kind.data).stat().st_size == 4096
+        before = everything(tmp_path)
+        with pytest.raises(ValueError, match=f"{kind.data} is a database of another program"):
+            kind.make(tmp_path)
+        assert everything(tmp_path) == before
+
+
+def test_nothing_is_made_beside_the_log_of_a_program_that_was_killed(
+    kind: Kind, tmp_path: Path
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    with closing(sqlite3.connect(tmp_path / "theirs" / kind.data, isolation_level=None)) as other:
+        other.execute("PRAGMA journal_mode = wal")
+        other.execute("CREATE TABLE theirs (a)")
+        other.execute("PRAGMA wal_checkpoint").fetchall()
+        other.execute("INSERT INTO theirs VALUES (1)")
+        for end in ("", "-wal"):  # as a copy of them has it
+            shutil.copy(tmp_path / "theirs" / f"{kind.data}{end}", tmp_path)
+    (tmp_path / "theirs" / kind.data).unlink()
+    (tmp_path / "theirs").rmdir()
+    before = everything(tmp_path)
+    with pytest.raises(ValueError, match="is a database of another program"):
+        kind.make(tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_what_is_no_database_keeps_its_mode(kind: Kind, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / kind.data).write_text("<html>" * 1000)
+    (tmp_path / kind.data).chmod(0o644)
+    before = everything(tmp_path)
+    with pytest.raises(sqlite3.DatabaseError, match="file is not a database"):
+        kind.make(tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_a_planted_link_is_refused_before_a_database_is_opened(kind: Kind, tmp_path: Path) -> None:
+    Other(tmp_path / kind.data, "delete").close()
+    (tmp_path / kind.locks).symlink_to(tmp_path / "victim")
+    with pytest.raises(PermissionError, match=f"{kind.locks} is a link"):
+        kind.make(tmp_path)
+
+
+@pytest.mark.parametrize("index", [True, False], ids=["with its index", "without its index"])
+def test_a_store_whose_bot_was_killed_is_closed_to_others_and_has_everything(
+    kind: Kind, index: bool, tmp_path: Path
+) -> None:
+    made = "DiskStorage(path)" if kind.data == "cache.db" else "SQLiteStorage(path / 's.db')"
+    program = f"""
+import os, pathlib, signal
+from session_sync import DiskStorage, SQLiteStorage
+path = pathlib.Path({str(tmp_path)!r})
+storage = {made}
+storage.set("key", {{"a": 1}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", program], check=False, timeout=60)
+    if not index:
+        (tmp_path / f"{kind.data}-shm").unlink()
+    for each in tmp_path.iterdir():
+        each.chmod(0o644)
+    with closing(kind.make(tmp_path)) as storage:
+        assert storage.get("key") == {"a": 1}
+        assert set(modes(tmp_path).values()) == {0o600}
+
+
+def test_a_folder_whose_maker_was_killed_between_two_tables_is_used(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "cache.db", isolation_level=None)) as maker:
+        maker.execute("CREATE TABLE Settings (key TEXT NOT NULL UNIQUE, value)")
+    with closing(DiskStorage(tmp_path)) as storage:
+        storage.set("key", {"a": 1})
+        assert storage.get("key") == {"a": 1}
+
+
+def test_a_look_at_a_file_that_is_just_written_is_taken_again(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    path.touch()
+    looks: list[str] = []
+
+    def act(cursor: sqlite3.Cursor) -> int:
+        looks.append("look")
+        if len(looks) == 1:
+            with closing(sqlite3.connect(path)) as other:
+                other.execute("CREATE TABLE theirs (a)")
+            raise sqlite3.DatabaseError("half of it was read")
+        return int(cursor.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+
+    def fail(_cursor: sqlite3.Cursor) -> None:
+        looks.append("look")
+        with open(path, "ab") as file:
+            file.write(bytes(4096))
+        raise sqlite3.DatabaseError("again")
+
+    assert (look(os.fspath(path), act), len(looks)) == (1, 2)
+    with pytest.raises(sqlite3.DatabaseError, match="again"):
+        look(os.fspath(path), fail)
+    assert len(looks) == 5  # not for as long as somebody writes
 
 
 # -- where the system lacks something
