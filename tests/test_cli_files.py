@@ -25,6 +25,8 @@ pytest.importorskip("rich", reason="needs the extra 'cli'")
 
 from test_cli import READING, Done, Terminal, at_once, environment, piped
 
+from session_sync.cli.files import new_file
+
 AS_ANOTHER = [sys.executable, "-W", "error", str(Path(__file__).with_name("unprivileged.py"))]
 KINDS = pytest.mark.parametrize("kind", ["sqlite", "disk"])
 
@@ -411,6 +413,61 @@ def test_a_backup_takes_the_place_of_no_store(tmp_path: Path) -> None:
     for storage in storages:
         assert storage.get("user:1") == {"n": 1}
         storage.close()
+
+
+@pytest.mark.parametrize("to", ["a file", "nothing", "another folder"])
+def test_a_planted_link_is_not_written_through(to: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/sessions.db"
+    with closing(SQLiteStorage(tmp_path / "sessions.db")) as storage:
+        storage.set("user:1", {"n": 1})
+    victim = tmp_path / "home" / "victim"
+    victim.parent.mkdir()
+    if to == "a file":
+        victim.write_text("something of root's")
+    link = tmp_path / "shared" / "copy"
+    link.parent.mkdir()
+    link.symlink_to(victim.parent if to == "another folder" else "../home/victim")
+    before = files_in(tmp_path)
+    backup, export = at_once(
+        lambda: piped("backup", str(link), url=url), lambda: piped("export", str(link), url=url)
+    )
+    assert backup.code == 2
+    assert f"{link} is a link, to " in backup.err
+    assert "Give the name of the file itself" in backup.err
+    if to == "another folder":
+        assert export.code == 4
+        assert "Is a directory" in export.err
+    else:
+        assert (export.code, export.err) == (2, backup.err)
+    assert link.is_symlink()
+    assert files_in(tmp_path) == before
+
+
+def test_a_link_that_is_planted_meanwhile_is_replaced(tmp_path: Path) -> None:
+    victim, target = tmp_path / "victim", tmp_path / "copy"
+    victim.write_text("something of root's")
+    with new_file(str(target)) as unfinished:
+        target.symlink_to(victim)
+        Path(unfinished).write_text("the copy")
+    assert not target.is_symlink()
+    assert target.read_text() == "the copy"
+    assert victim.read_text() == "something of root's"
+
+
+def test_a_folder_on_the_way_may_be_a_link_and_an_export_may_go_to_a_pipe(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/sessions.db"
+    with closing(SQLiteStorage(tmp_path / "sessions.db")) as storage:
+        storage.set("user:1", {"n": 1})
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "backups").symlink_to("disk")
+    backup, export, stdout = at_once(
+        lambda: piped("backup", f"{tmp_path}/backups/copy.db", url=url),
+        lambda: piped("export", "copy.jsonl", url=url, cwd=tmp_path / "backups"),
+        lambda: piped("export", "/dev/stdout", url=url),
+    )
+    assert [each.code for each in (backup, export, stdout)] == [0, 0, 0]
+    assert sorted(each.name for each in (tmp_path / "disk").iterdir()) == ["copy.db", "copy.jsonl"]
+    assert stdout.lines == ['{"key":"user:1","fields":{"n":1}}']
 
 
 def test_a_backup_that_fails_leaves_the_older_one(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 import click
 
 from .exits import Code, Failure, say
-from .files import Files, new_file
+from .files import Files, new_file, refuse_link
 from .output import size
 from .reader import Database
 from .store import Place, at_place, named_files, opened_to_read, shown
@@ -59,12 +59,13 @@ def backup(place: Place, target: str) -> None:
 def _check_target(files: Files, target: str) -> None:
     if not os.path.lexists(target):
         return
+    if os.path.exists(target) and os.path.samefile(files.database, target):
+        raise Failure(f"{target} is the store itself", Code.USAGE)
+    refuse_link(target)
     if not os.path.isfile(target):
         raise Failure(f"{target} is no file; give the name of the file to write", Code.USAGE)
-    if os.path.samefile(files.database, target):
-        raise Failure(f"{target} is the store itself", Code.USAGE)
     for end in ("-wal", "-journal"):
-        if os.path.exists(os.path.realpath(target) + end):
+        if os.path.exists(target + end):
             raise Failure(
                 f"{target} is a database in use: {target}{end} lies beside it, and SQLite would "
                 f"read that into the copy. Give another name, or remove both files if no program "

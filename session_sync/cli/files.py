@@ -91,19 +91,32 @@ def _denied(path: str, what: str) -> Failure:
 @contextmanager
 def new_file(path: str) -> Iterator[str]:
     """The name of an empty file of mode 0600, which takes the place of `path` when it is written
-    without an error."""
-    path = os.path.realpath(path)
-    number, unfinished = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".session-sync-")
+    without an error; also of a link that somebody plants there meanwhile. Raises Failure for one
+    that is there."""
+    refuse_link(path)
+    folder = os.path.realpath(os.path.dirname(path))
+    number, unfinished = tempfile.mkstemp(dir=folder, prefix=".session-sync-")
     try:
         os.close(number)
         yield unfinished
         with open(unfinished, "r+b") as written:
             os.fsync(written.fileno())
-        os.replace(unfinished, path)
+        os.replace(unfinished, os.path.join(folder, os.path.basename(path)))
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(unfinished)
         raise
+
+
+def refuse_link(path: str) -> None:
+    """Raise Failure if a link has the place of a file to write: whoever made it would choose which
+    file that is."""
+    if os.path.islink(path):
+        raise Failure(
+            f"{path} is a link, to {os.readlink(path)}, and is not followed: another user may have "
+            f"made it. Give the name of the file itself, or remove the link",
+            Code.USAGE,
+        )
 
 
 def user_name(number: int) -> str:
