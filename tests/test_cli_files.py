@@ -25,6 +25,7 @@ pytest.importorskip("rich", reason="needs the extra 'cli'")
 
 from test_cli import READING, Done, Terminal, at_once, environment, piped
 
+from session_sync.cli.app import app
 from session_sync.cli.files import new_file
 
 AS_ANOTHER = [sys.executable, "-W", "error", str(Path(__file__).with_name("unprivileged.py"))]
@@ -297,6 +298,72 @@ def test_the_doctor_lists_the_sessions_that_are_open(kind: str, folder: Path) ->
     locks = folder / "bot" / ("sessions.db-locks" if kind == "sqlite" else "locks")
     locks.unlink()
     assert "locks" not in piped("doctor", url=url).out
+
+
+@KINDS
+@pytest.mark.parametrize("to", ["a file", "nothing"])
+def test_the_doctor_reports_links_among_the_files_of_a_store(
+    kind: str, to: str, folder: Path
+) -> None:
+    url, storage = made(kind, folder)
+    storage.close()
+    if to == "a file":
+        (folder / "victim").touch(0o644)
+    locks = folder / "bot" / ("sessions.db-locks" if kind == "sqlite" else "locks")
+    locks.unlink(missing_ok=True)
+    before = piped("doctor", url=url)
+    (folder / "bot" / "other").symlink_to(folder / "victim")
+    noted = piped("doctor", url=url)
+    locks.symlink_to(folder / "victim")
+    wrong = piped("doctor", url=url)
+    note = f"note\tlinks\t{folder / 'bot' / 'other'} is a link, which the store does not use"
+    assert (before.code, noted.code, wrong.code) == (0, 0, 1)
+    assert "links" not in before.out
+    assert (note in noted.lines) == (kind == "disk")  # a SQLite store has no folder of its own
+    assert (
+        f"wrong\tlinks\t{locks} is a link in the place of a file of the store; remove it"
+        in wrong.lines
+    )
+    for done in (before, noted, wrong):
+        assert "ok\tpermissions\tonly the owner may read the files" in done.lines
+        assert "ok\tsessions\t1 can be read" in done.lines
+
+
+@KINDS
+def test_the_doctor_looks_at_the_files_to_which_a_link_leads(kind: str, folder: Path) -> None:
+    _url, storage = made(kind, folder)
+    name = "sessions.db" if kind == "sqlite" else "cache.db"
+    (folder / "bot" / f"{name}-wal").chmod(0o644)
+    link = folder / "link"
+    link.symlink_to(folder / "bot" / name if kind == "sqlite" else folder / "bot")
+    done = piped("doctor", url=f"{kind}:///{link}")
+    storage.close()
+    assert done.code == 1
+    assert f"{name}-wal: mode 0644; chmod 600" in done.out
+    assert "links" not in done.out
+
+
+@KINDS
+def test_a_file_that_disappears_while_the_doctor_looks_is_passed_over(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SQLite removes its log when the last bot ends."""
+    url, storage = made(kind, folder)
+    lstat, logs = os.lstat, list((folder / "bot").glob("*-wal"))
+    assert len(logs) == 1
+
+    def lstat_later(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("-wal"):
+            storage.close()
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat_later)
+    with pytest.raises(SystemExit) as end:
+        app(["doctor", "-s", url], prog_name="session-sync")
+    said = capsys.readouterr()
+    assert (end.value.code, said.err) == (0, "")
+    assert "only the owner may read the files" in said.out
+    assert not logs[0].exists()
 
 
 # -- backups

@@ -10,7 +10,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import click
@@ -76,7 +76,7 @@ def doctor(place: Place, as_json: bool) -> None:
 
 def _files(files: Files) -> Iterator[Finding]:
     if os.name == "posix":
-        yield from _permissions(files.path)
+        yield from _permissions(files)
     check_readable(files.database)
     yield from _integrity(files.database)
     free = shutil.disk_usage(files.path).free
@@ -84,10 +84,13 @@ def _files(files: Files) -> Iterator[Finding]:
     yield Finding(state, "space", f"{size(free)} are free on the disk")
 
 
-def _permissions(path: str) -> Iterator[Finding]:
+def _permissions(files: Files) -> Iterator[Finding]:
     open_to_others = False
-    for each in _files_of(path):
-        found = os.stat(each)
+    own = _own_files(files)
+    for each, found in _found(files, own):
+        if stat.S_ISLNK(found.st_mode):  # its own mode says nothing
+            yield _link(each, each in own)
+            continue
         mode = stat.S_IMODE(found.st_mode)
         right = 0o700 if stat.S_ISDIR(found.st_mode) else 0o600
         if mode & 0o077:
@@ -101,12 +104,30 @@ def _permissions(path: str) -> Iterator[Finding]:
         yield Finding("ok", "permissions", "only the owner may read the files")
 
 
-def _files_of(path: str) -> list[str]:
-    """A folder and what is in it; or a file of SQLite's, and what lies beside it."""
-    if os.path.isdir(path):
-        return [path, *(entry.path for entry in sorted(os.scandir(path), key=lambda e: e.name))]
-    beside = (path, f"{path}-wal", f"{path}-shm", f"{path}-journal", f"{path}-locks")
-    return [each for each in beside if os.path.exists(each)]
+def _link(path: str, is_own: bool) -> Finding:
+    if is_own:
+        return Finding(
+            "wrong", "links", f"{path} is a link in the place of a file of the store; remove it"
+        )
+    return Finding("note", "links", f"{path} is a link, which the store does not use")
+
+
+def _own_files(files: Files) -> list[str]:
+    """What a storage makes, and follows no link to."""
+    database = files.database if files.is_disk else os.path.realpath(files.database)
+    return [database, files.locks, *(f"{database}{end}" for end in ("-wal", "-shm", "-journal"))]
+
+
+def _found(files: Files, own: list[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """What is there of a store: a folder and what is in it, or the files of SQLiteStorage. SQLite
+    removes some of them while they are looked at."""
+    names = own
+    if files.is_disk:
+        yield files.path, os.stat(files.path)  # to which a link may lead
+        names = sorted(os.path.join(files.path, name) for name in os.listdir(files.path))
+    for name in names:
+        with suppress(FileNotFoundError):
+            yield name, os.lstat(name)
 
 
 def _integrity(path: str) -> Iterator[Finding]:
