@@ -41,7 +41,7 @@ def look(path: str, act: Callable[[sqlite3.Cursor], T], times: int = _TIMES) -> 
     connections = Connections(StoreFile(path), mode=how, text=bytes)
     try:
         return connections.use(act)
-    except sqlite3.Error:
+    except (sqlite3.Error, ValueError):
         if times == 1 or _state(path) == before:
             raise
     finally:
