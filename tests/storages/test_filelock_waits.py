@@ -407,6 +407,7 @@ def test_a_thread_that_an_exception_ends_is_not_waited_for_for_ever(
     held = other.acquire("key", 0)
     with pytest.raises(SessionLockTimeout):
         locks.acquire("key", 0.01)
+    until(waiting_threads)  # it may not even have begun
     (ident,) = (ident for ident, frame in sys._current_frames().items() if is_waiter(frame))
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(SystemExit))
     held.release()
