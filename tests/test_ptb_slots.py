@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import callback_query, message, poll
+from stores import OwnStorage
 from test_ptb import (
     KEY,
     SOON,
@@ -503,6 +504,34 @@ def test_what_fails_before_the_handlers_goes_to_the_error_handlers(api: OfflineB
         assert [str(error) for error in errors] == ["no key"] * 3
 
     asyncio.run(main())
+
+
+def test_an_update_whose_session_cannot_be_opened_keeps_no_other_key(api: OfflineBotAPI) -> None:
+    """Also while its error, and all that knows, is being handled."""
+
+    class Failing(OwnStorage):
+        def get(self, key: str) -> Any:
+            raise OSError("the disk is broken")
+
+    sessions = SessionManager(storage=Failing())
+    chats = SessionManager(get_storage_key=by_chat, lock_timeout=SOON)
+
+    async def main() -> None:
+        async def failed(update: Any, context: Any) -> None:
+            async with chats.session_scope("chat:-5") as session:
+                session.error = str(context.error)
+
+        app = install(builder(api).concurrent_updates(2), sessions, chat_session=chats).build()
+        app.add_handler(on_text(count))
+        app.add_error_handler(failed)
+        async with app:
+            await app.start()
+            await put(app, message(chat=-5))
+            await until_async(lambda: stored(chats, "chat:-5"))
+            await app.stop()
+
+    asyncio.run(main())
+    assert stored(chats, "chat:-5") == {"error": "the disk is broken"}
 
 
 def test_a_group_that_has_become_a_supergroup_is_moved_first(api: OfflineBotAPI) -> None:

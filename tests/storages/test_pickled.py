@@ -93,6 +93,13 @@ def test_a_manager_is_given_to_processes(make: Make, method: str, tmp_path: Path
         assert sessions.storage.get("user:1") == {"n": 60}
 
 
+def test_a_manager_is_given_away_while_its_sessions_are_open(make: Make, tmp_path: Path) -> None:
+    """From a handler, say."""
+    with SessionManager(storage=make(tmp_path)) as sessions, sessions.session_scope("user:1"):
+        with pickle.loads(pickle.dumps(sessions)) as other:
+            assert other.locks.is_locked("user:1")  # in this process it is the same store
+
+
 def test_a_storage_keeps_its_options_and_its_place(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
