@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import pytest
 from waiting import until
 
-from session_sync import LruMemoryStorage, MemoryStorage, storage_from_url
+from session_sync import LruMemoryStorage, MemoryStorage, SessionManager, storage_from_url
 from session_sync.testing import OfflineBotAPI
 
 # Programs that a test starts in a process of its own, and what only type checkers read.
@@ -210,6 +210,22 @@ class Threads:
         self._threads.clear()
         if self._errors:
             raise self._errors[0]
+
+
+def add_by_two(threads: Threads, one: SessionManager[Any], other: SessionManager[Any]) -> None:
+    """By eight threads, half of them through each manager: no addition to a counter is lost."""
+
+    def count(sessions: SessionManager[Any]) -> None:
+        for _ in range(25):
+            with sessions.session_scope("key") as session:
+                session.n = session.get("n", 0) + 1
+
+    for _ in range(4):
+        threads.start(count, one)
+        threads.start(count, other)
+    threads.join()
+    assert len(one.locks) == len(other.locks) == 0
+    assert one.storage.get("key") == {"n": 200}
 
 
 def run_client(main: Coroutine[Any, Any, T]) -> T:

@@ -576,6 +576,17 @@ def test_what_cannot_be_read_is_named_and_can_be_deleted(url: str, storage: Any)
     assert not storage.has("user:7:chat:5")
 
 
+def read_by_all(url: str) -> tuple[Any, Any, Any]:
+    """What `ls`, `export` and `doctor` say of a store in which only the doctor finds anything."""
+    listed, exported, doctor = at_once(
+        lambda: piped("ls", url=url),
+        lambda: piped("export", url=url),
+        lambda: piped("doctor", url=url),
+    )
+    assert (listed.code, exported.code, doctor.code) == (0, 0, 1)
+    return listed, exported, doctor
+
+
 def test_a_row_of_no_key_stops_no_command_and_is_found_by_the_doctor(sqlite: str) -> None:
     storage: Any = storage_from_url(sqlite)
     storage.set("user:1", {"a": 1})
@@ -583,12 +594,7 @@ def test_a_row_of_no_key_stops_no_command_and_is_found_by_the_doctor(sqlite: str
     with closing(sqlite3.connect(sqlite.partition(":///")[2])) as file:
         file.execute("INSERT INTO sessions VALUES (x'ff', x'7b7d', NULL)")
         file.commit()
-    listed, exported, doctor = at_once(
-        lambda: piped("ls", url=sqlite),
-        lambda: piped("export", url=sqlite),
-        lambda: piped("doctor", url=sqlite),
-    )
-    assert (listed.code, exported.code, doctor.code) == (0, 0, 1)
+    listed, exported, doctor = read_by_all(sqlite)
     assert "user:1" in listed.out
     assert "user:1" in exported.out
     assert "keys that no session has, which session_sync has not written: 1" in doctor.out
@@ -602,12 +608,7 @@ def test_a_name_of_no_key_in_redis_stops_no_command_and_is_found_by_the_doctor(
     some.set("user:1", {"a": 1})
     some._client.set(some._prefix + b"{\xff\x1b]0;x\x07}", "{}")
     some.close()
-    listed, exported, doctor = at_once(
-        lambda: piped("ls", url=url),
-        lambda: piped("export", url=url),
-        lambda: piped("doctor", url=url),
-    )
-    assert (listed.code, exported.code, doctor.code) == (0, 0, 1)
+    listed, exported, doctor = read_by_all(url)
     assert listed.lines == ["user:1"]
     assert len(exported.lines) == 1
     assert "keys that no session has, which session_sync has not written: 1" in doctor.out

@@ -190,9 +190,11 @@ class Scope(Generic[S]):
         return True
 
     def new_handle(self) -> LockHandle:
-        """A claim to the key of this scope, which others may have to be waited for: not for those
-        that a fork has left behind. (To look for that each time would take an update in memory 5 %
-        longer.)"""
+        """A claim to the key of this scope, of a caller that may have to wait.
+
+        First, what a fork by C code has left in the lock table is dropped. (`open_now` does not do
+        that: in memory, an update would take 5 % longer.)
+        """
         forks.check()
         handle = LockHandle(self.options.backend.locks, self.full_key, current_caller())
         handle.owner = self.reference
@@ -728,7 +730,7 @@ class Scope(Generic[S]):
         if handle is None or self._ends_soon or _GIVE_UP in self.held:
             return
         handle.by_note = True  # to others, it may have no owner any more
-        self._is_taken_over(handle)
+        self._take_over(handle)
         self.closed = True  # what is to give it up keeps it alive: nobody is to join it meanwhile
         self._is_left_too_late()
         try:
@@ -740,10 +742,10 @@ class Scope(Generic[S]):
         if not is_given_up:
             self._end_soon(handle, self._give_up)
 
-    def _is_taken_over(self, handle: LockHandle) -> Caller:
-        """By this caller, and before it is closed: the one that opened it may have gone on in
-        another thread, and waits for the key as soon as it finds it closed. Not so a signal handler
-        that comes in between: this thread has to go on first."""
+    def _take_over(self, handle: LockHandle) -> Caller:
+        """Make this caller the one that holds the key; before the scope is closed, since the thread
+        that opened it may have gone on, and waits for the key as soon as it finds the scope closed.
+        A signal handler in between must not wait: this caller has to go on first."""
         caller = current_caller()
         handle.callers[:] = [caller]
         return caller
@@ -761,9 +763,9 @@ class Scope(Generic[S]):
 
     def _end_soon(self, handle: LockHandle, end: Callable[[], None]) -> None:
         """Call `end` in another thread."""
+        self._take_over(handle)
         # To a collection, the weak reference to this scope is dead by now. So that nobody takes
         # the key before the store is closed, its owner is this call, for as long as it exists.
-        self._is_taken_over(handle)
         handle.owner = weakref.ref(end)
         self._ends_soon = True
         try:
@@ -833,7 +835,7 @@ class Scope(Generic[S]):
         # To the collector's finalisers the reference is dead. Else the thread that opened this may
         # just find it open around its next block, and join it: then that block ends it.
         if not (was_left or self.closed or self.reference() is None):
-            caller = self._is_taken_over(handle)
+            caller = self._take_over(handle)
             if not self.leave(FIRST, caller) and self.is_loaded:
                 return
         handle.by_note = True

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Threads
+from conftest import Threads, add_by_two
 from waiting import until
 
 from session_sync import (
@@ -129,21 +129,11 @@ def test_a_block_inside_a_handler_of_a_second_object_is_refused_at_once(
 def test_updates_through_two_objects_lose_nothing(
     kind: Kind, tmp_path: Path, threads: Threads
 ) -> None:
-    def count(sessions: SessionManager[Any]) -> None:
-        for _ in range(25):
-            with sessions.session_scope("key") as session:
-                session.n = session.get("n", 0) + 1
-
     with (
         SessionManager(storage=kind.make(tmp_path)) as one,
         SessionManager(storage=kind.make(tmp_path)) as other,
     ):
-        for _ in range(4):
-            threads.start(count, one)
-            threads.start(count, other)
-        threads.join()
-        assert len(one.locks) == len(other.locks) == 0
-        assert one.storage.get("key") == {"n": 200}
+        add_by_two(threads, one, other)
 
 
 def test_a_link_to_the_file_itself_names_the_same_store(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Threads
+from conftest import Threads, add_by_two
 from redis_servers import SERVER, Sentinel, Server, free_port
 
 redis = pytest.importorskip("redis", reason="needs the extra 'redis'")
@@ -87,18 +87,8 @@ def test_a_block_inside_a_handler_of_a_second_object_is_refused_at_once(make: Ma
 
 
 def test_updates_through_two_objects_lose_nothing(make: Make, threads: Threads) -> None:
-    def count(sessions: SessionManager[Any]) -> None:
-        for _ in range(25):
-            with sessions.session_scope("key") as session:
-                session.n = session.get("n", 0) + 1
-
     one, other = (SessionManager(storage=make().storage, lock_timeout=60) for _ in range(2))
-    for _ in range(4):
-        threads.start(count, one)
-        threads.start(count, other)
-    threads.join()
-    assert len(one.locks) == len(other.locks) == 0
-    assert one.storage.get("key") == {"n": 200}
+    add_by_two(threads, one, other)
 
 
 def test_a_server_has_one_name_however_its_url_is_written(make: Make, server: Server) -> None:
