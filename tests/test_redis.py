@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from contextvars import Context
 from pathlib import Path
 from typing import Any
@@ -1633,6 +1633,13 @@ class TestCluster:
                 raise AssertionError("both have it")
             with another.session_scope("key"):
                 pass
+
+    def test_of_another_name_is_another_store(self, cluster: list[Server]) -> None:
+        """It may be another cluster, for all that is known."""
+        urls = [f"redis+cluster://127.0.0.1:{server.port}" for server in cluster]
+        with ExitStack() as stack:
+            stores = [stack.enter_context(closing(RedisStorage(url))).store for url in urls]
+        assert len(set(stores)) == len(urls)
 
     def test_renews_leases_on_all_nodes(self, clustered: Callable[..., RedisStorage]) -> None:
         storage = clustered(lease=0.5)
