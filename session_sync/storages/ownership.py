@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, TypeVar
 
@@ -26,27 +27,38 @@ _TABLES: Final = """
         count(CASE WHEN tbl_name NOT IN ('Cache', 'Settings') THEN 1 END)
     FROM sqlite_master
 """
-_TIMES: Final = 3  # that a file is looked at which others are just changing
+_TRIES: Final = 100  # at a file that others change all the time
+_PAUSE: Final = 0.05  # seconds between two tries: longer than a file system's clock stands still
 
 
-def look(path: str, act: Callable[[sqlite3.Cursor], T], times: int = _TIMES) -> T:
+def look(path: str, act: Callable[[sqlite3.Cursor], T]) -> T:
     """What `act` makes of a cursor that only reads: nothing of the file is changed, and nothing is
     made beside it.
 
     While a program has it open, the newest is in the log, which SQLite then reads too. If there is
-    none, SQLite is told that nothing changes, and what fails is done again if something has.
+    none, SQLite is told that nothing changes, and takes no lock. If something does change, it reads
+    half of it: `act` has failed only if it does so twice in a file that has not changed meanwhile.
     """
-    before = _state(path)
-    how = "ro" if before.has_log else "ro&immutable=1"
-    connections = Connections(StoreFile(path), mode=how, text=bytes)
+    failed = None
+    for _ in range(_TRIES - 1):
+        before = _state(path)
+        try:
+            return _look_once(path, act, before)
+        except (sqlite3.Error, ValueError):
+            if failed == before == _state(path):
+                raise
+        failed = before
+        time.sleep(_PAUSE)
+    return _look_once(path, act, _state(path))
+
+
+def _look_once(path: str, act: Callable[[sqlite3.Cursor], T], state: _State) -> T:
+    mode = "ro" if state.has_log else "ro&immutable=1"
+    connections = Connections(StoreFile(path), mode=mode, text=bytes)
     try:
         return connections.use(act)
-    except (sqlite3.Error, ValueError):
-        if times == 1 or _state(path) == before:
-            raise
     finally:
         connections.close()
-    return look(path, act, times - 1)
 
 
 class _State(NamedTuple):

@@ -487,16 +487,45 @@ def test_a_look_at_a_file_that_is_just_written_is_taken_again(
             raise error("half of it was read")
         return int(cursor.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
 
+    def fail_twice(_cursor: sqlite3.Cursor) -> int:
+        """As what is read while the file is written, in less time than its clock tells apart."""
+        looks.append("look")
+        if len(looks) < 4:
+            with open(path, "ab") as file:
+                file.write(bytes(4096))
+        if len(looks) < 5:
+            raise error("half of it was read")
+        return 1
+
+    def fail(_cursor: sqlite3.Cursor) -> None:
+        looks.append("look")
+        raise error("it is no database")
+
+    assert (look(os.fspath(path), act), len(looks)) == (1, 2)
+    assert (look(os.fspath(path), fail_twice), len(looks)) == (1, 5)
+    looks.clear()
+    with pytest.raises(error, match="it is no database"):
+        look(os.fspath(path), fail)
+    assert len(looks) == 2  # it has not changed between
+
+
+def test_a_file_that_is_written_all_the_time_is_not_looked_at_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.db"
+    path.touch()
+    monkeypatch.setattr("session_sync.storages.ownership._TRIES", 5)
+    looks: list[str] = []
+
     def fail(_cursor: sqlite3.Cursor) -> None:
         looks.append("look")
         with open(path, "ab") as file:
             file.write(bytes(4096))
-        raise error("again")
+        raise sqlite3.DatabaseError("again")
 
-    assert (look(os.fspath(path), act), len(looks)) == (1, 2)
-    with pytest.raises(error, match="again"):
+    with pytest.raises(sqlite3.DatabaseError, match="again"):
         look(os.fspath(path), fail)
-    assert len(looks) == 5  # not for as long as somebody writes
+    assert len(looks) == 5
 
 
 # -- where the system lacks something
