@@ -14,8 +14,6 @@ import importlib
 from dataclasses import field
 from typing import TYPE_CHECKING
 
-from .codec import Codec
-from .copying import copy_storage
 from .errors import (
     SessionAwaitError,
     SessionClosedError,
@@ -30,20 +28,22 @@ from .errors import (
     SessionTypeError,
     SessionVersionError,
 )
-from .expiry import ttl
-from .keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
+from .lifecycle.copying import copy_storage
 from .lifecycle.entry import SessionScope
 from .lifecycle.observers import SessionEvent
 from .lifecycle.transaction import SessionScopes
 from .manager import SessionManager
-from .session import Session, StrictSession
+from .session.keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
+from .session.session import Session, StrictSession
+from .session.ttl import ttl
 from .storages.base import KVStorage, ListableStorage, TtlStorage
+from .storages.codec import Codec
 from .storages.memory import LruMemoryStorage, MemoryStorage
 from .storages.urls import storage_from_url
 
 if TYPE_CHECKING:
     from .storages.disk import DiskStorage
-    from .storages.redis import RedisStorage
+    from .storages.redis.storage import RedisStorage
     from .storages.sqlite import SQLiteStorage
 
 __version__ = "0.1.0"

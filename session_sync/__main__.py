@@ -1,6 +1,6 @@
 """`python -m session_sync` is `session-sync`."""
 
-from .cli import main
+from .admin.cli import main
 
 if __name__ == "__main__":
     main()

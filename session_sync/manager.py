@@ -11,21 +11,21 @@ from logging import DEBUG
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast
 
-from . import people
 from .errors import SessionKeyError, SessionMigrationError
-from .expiry import seconds_of
-from .keys import StorageKey, default_key_text, default_storage_key, message_types
+from .lifecycle import bulk
 from .lifecycle.backend import backend_of
 from .lifecycle.entry import SessionScope
+from .lifecycle.handlers import HandlerSignature, is_async
 from .lifecycle.observers import ObservedScope, Observer, Observers, WaitReporter, logger
-from .lifecycle.options import Options
+from .lifecycle.options import LOCK_TIMEOUT, Options
 from .lifecycle.transaction import SessionScopes
 from .locks.table import Locks
-from .migrations import Migration, Migrations
-from .session import BaseSession, Session, schema_of
+from .session.keys import StorageKey, default_key_text, default_storage_key, message_types
+from .session.migrations import Migration, Migrations
+from .session.session import BaseSession, Session, schema_of
 from .storages.base import KVStorage
+from .storages.durations import seconds_of
 from .storages.memory import MemoryStorage
-from .stored import for_each_key, stored_keys
 
 if TYPE_CHECKING:  # a manager made without arguments is a SessionManager[Session]
     from typing_extensions import TypeVar as TypeVarWithDefault
@@ -35,7 +35,6 @@ else:
     S = TypeVar("S", bound=BaseSession)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 _is_logged: Final = logger.isEnabledFor
-_PATIENCE: Final = 30.0  # seconds until the first report of a wait, where no time-out is set
 _SHORTEST_PATIENCE: Final = 0.1
 
 
@@ -91,7 +90,7 @@ class SessionManager(Generic[S]):
         get_storage_key: Callable[[Any], str | StorageKey | None] = default_storage_key,
         initial: Callable[[Any], Mapping[str, Any] | None] | None = None,
         lazy: bool = False,
-        lock_timeout: float | timedelta | None = 30.0,
+        lock_timeout: float | timedelta | None = LOCK_TIMEOUT,
         on_error: Literal["discard", "flush"] = "discard",
         prefix: str = "",
         dedupe: int = 0,
@@ -144,7 +143,7 @@ class SessionManager(Generic[S]):
             lock_timeout=timeout,
             queue_timeout=timeout,
             patience=WaitReporter(
-                max(_SHORTEST_PATIENCE, _PATIENCE if timeout is None else timeout),
+                max(_SHORTEST_PATIENCE, LOCK_TIMEOUT if timeout is None else timeout),
                 Observers(on_open, on_close, on_wait),
                 prefix,
             ),
@@ -256,35 +255,35 @@ class SessionManager(Generic[S]):
         >>> start(update), start(update)
         (1, 2)
         """
-        shape = _Shape(handler)
+        known = HandlerSignature(handler)
 
-        if _is_async(handler):
+        if is_async(handler):
 
             @functools.wraps(handler)
             async def awrapper(*args: Any, **kwargs: Any) -> Any:
-                async with self.session_scope(shape.update(args, kwargs)) as session:
-                    if shape.wants_session:
+                async with self.session_scope(known.update(args, kwargs)) as session:
+                    if known.wants_session:
                         kwargs["session"] = session
                     try:
                         return await handler(*args, **kwargs)
                     except TypeError as error:
-                        shape.refuse_other_name(error, args, kwargs)
+                        known.refuse_other_name(error, args, kwargs)
                         raise
 
-            return cast(Handler, shape.dress(awrapper))
+            return cast(Handler, known.dress(awrapper))
 
         @functools.wraps(handler)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            with self.session_scope(shape.update(args, kwargs)) as session:
-                if shape.wants_session:
+            with self.session_scope(known.update(args, kwargs)) as session:
+                if known.wants_session:
                     kwargs["session"] = session
                 try:
                     return handler(*args, **kwargs)
                 except TypeError as error:
-                    shape.refuse_other_name(error, args, kwargs)
+                    known.refuse_other_name(error, args, kwargs)
                     raise
 
-        return cast(Handler, shape.dress(wrapper))
+        return cast(Handler, known.dress(wrapper))
 
     # -- for the rooms of the frameworks
 
@@ -315,8 +314,7 @@ class SessionManager(Generic[S]):
     def scope_as_stored(self, key: str) -> SessionScope[S]:
         """The scope of a key for who does not look at the fields, of whatever version they are."""
         self.refuse_closed(f"session {key!r} cannot be opened")
-        options = replace(self._options, lazy=False, migrations=None)
-        return SessionScope(options, key, self.prefix + key, key)
+        return bulk.scope_as_stored(self._options, key, self.prefix + key)
 
     # -- all of them
 
@@ -362,7 +360,7 @@ class SessionManager(Generic[S]):
                     )
                 return entry.fields is not None and entry.fields.is_unsaved
 
-        return for_each_key(self.storage, migrate, "migrated", progress, self.prefix)
+        return bulk.for_each_key(self.storage, migrate, "migrated", progress, self.prefix)
 
     # -- those of somebody
 
@@ -388,8 +386,8 @@ class SessionManager(Generic[S]):
         (['user:7:chat:7', 'user:7:chat:-100'], ['user:8:chat:-100'])
         """
         self.refuse_closed("find() cannot list the sessions")
-        names = self._until_closed(stored_keys(self.storage, self.prefix))
-        return people.find(names, self.prefix, user, chat)
+        names = self._until_closed(bulk.stored_keys(self.storage, self.prefix))
+        return bulk.find(names, self.prefix, user, chat)
 
     def _until_closed(self, names: Iterator[str]) -> Iterator[str]:
         for name in names:
@@ -418,7 +416,7 @@ class SessionManager(Generic[S]):
         (1, 0)
         """
         self.refuse_closed("forget() cannot open the sessions")
-        return people.forget(self._options, self.prefix, user, chat)
+        return bulk.forget(self._options, self.prefix, user, chat)
 
     def migrate_chat(self, old: int, new: int) -> int:
         """Move all sessions of a group to the number that it has as a supergroup: of every user,
@@ -453,7 +451,7 @@ class SessionManager(Generic[S]):
         ['user:7:chat:-1001234']
         """
         self.refuse_closed("migrate_chat() cannot open the sessions")
-        return people.migrate_chat(self._options, self.prefix, old, new)
+        return bulk.migrate_chat(self._options, self.prefix, old, new)
 
     # -- the end
 
@@ -510,105 +508,4 @@ def no_key(update: Any) -> str:
         f"this {type(update).__name__} belongs to no session: it has neither a user nor a chat (a "
         f"poll, say), or get_storage_key answered None. Give the manager a get_storage_key that "
         f"knows it, or open a session by its key: session_scope(StorageKey(user=...))."
-    )
-
-
-class _Shape:
-    """What a decorator must know of a handler: where its update is, and if it takes a session."""
-
-    def __init__(self, handler: Callable[..., Any]) -> None:
-        signature = inspect.signature(handler)
-        parameters = list(signature.parameters.values())
-        session = signature.parameters.get("session")
-        if session is not None and session.kind is session.POSITIONAL_ONLY:
-            raise TypeError(f"{handler!r}: `session` is passed by name, it cannot stand before a /")
-        self.wants_session: Final = session is not None
-        self._handler: Final = handler
-        if session is None:
-            _refuse_other_annotation(handler)
-        parameters = [p for p in parameters if p.name != "session"]
-        self._signature: Final = signature.replace(parameters=parameters)
-        is_method = bool(parameters) and parameters[0].name in ("self", "cls")
-        self._position: Final = int(is_method)
-        given = [p for p in parameters[self._position :] if p.kind is not p.KEYWORD_ONLY]
-        if not given or given[0].kind is inspect.Parameter.VAR_KEYWORD:
-            raise TypeError(f"{handler!r} takes no update, so it can have no session")
-        self._name: Final = given[0].name
-
-    def update(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The update among the arguments of a call."""
-        if len(args) > self._position:
-            update = args[self._position]
-        elif self._name in kwargs:
-            update = kwargs[self._name]
-        else:
-            raise TypeError("a handler decorated with with_session was called without an update")
-        if isinstance(update, (str, StorageKey)):
-            raise TypeError(
-                f"a handler decorated with with_session was called with a {type(update).__name__} "
-                f"in place of an update, as functools.partial(handler, ...) does: decorate what "
-                f"the bot calls, with_session(functools.partial(...)), with the update as its "
-                f"first argument. A key is for session_scope()."
-            )
-        return update
-
-    def refuse_other_name(
-        self, error: TypeError, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Raise TypeError with the rule, if `error` is Python's own for a call that lacks an
-        argument: that may be the session under another name."""
-        is_inside = error.__traceback__ is None or error.__traceback__.tb_next is not None
-        if self.wants_session or is_inside:
-            return
-        try:
-            given = self._signature.bind_partial(*args, **kwargs).arguments
-        except TypeError:  # that is not all that is wrong
-            return
-        missing = [
-            parameter.name
-            for parameter in self._signature.parameters.values()
-            if parameter.default is parameter.empty
-            and parameter.kind not in _ANY_NUMBER
-            and parameter.name not in given
-        ]
-        if missing:
-            raise TypeError(
-                f"{self._handler!r} was called without {', '.join(missing)}; {_RULE}"
-            ) from error
-
-    def dress(self, wrapper: Callable[..., Any]) -> Any:
-        """Give the wrapper the handler's signature, less the session."""
-        wrapper.__signature__ = self._signature  # type: ignore[attr-defined] # what inspect reads
-        return wrapper
-
-
-def _refuse_other_annotation(handler: Callable[..., Any]) -> None:
-    """Raise TypeError if an argument that is to have a session, as its annotation says, has another
-    name. One with a value of its own (of a functools.partial, say) needs none."""
-    try:
-        signature = inspect.signature(handler, eval_str=True)
-    except Exception:  # what type checkers alone import, say: a call will tell
-        return
-    for parameter in signature.parameters.values():
-        annotation = parameter.annotation
-        is_session = isinstance(annotation, type) and issubclass(annotation, BaseSession)
-        is_given = isinstance(parameter.default, BaseSession)
-        if is_session and not is_given and parameter.kind not in _ANY_NUMBER:
-            raise TypeError(
-                f"{handler!r}: `{parameter.name}` is annotated as {annotation.__name__}; {_RULE}"
-            )
-
-
-_ANY_NUMBER: Final = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-_RULE: Final = (
-    "the session arrives as the argument named `session`, and this handler has none of that name: "
-    "rename the one that is to have it"
-)
-
-
-def _is_async(handler: Callable[..., Any]) -> bool:
-    while isinstance(handler, functools.partial):
-        handler = handler.func
-    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-        getattr(handler, "__call__", None)  # noqa: B004 (an object with an async __call__)
     )

@@ -20,8 +20,8 @@ import pytest
 
 import session_sync
 from session_sync import Session, SessionClosedError, SessionEncodeError, field, ttl
-from session_sync.expiry import TIMERS
-from session_sync.session import Fields, schema_of
+from session_sync.session.session import Fields, schema_of
+from session_sync.session.ttl import TIMERS
 from session_sync.storages.base import PatchedRecord, Record, record_of
 
 KEY = "user:1"
@@ -93,7 +93,7 @@ def each_stop(begin: Callable[[], Callable[[], Any]]) -> Iterator[Stopped]:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=NOW)
-    monkeypatch.setattr("session_sync.expiry.time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr("session_sync.session.ttl.time", SimpleNamespace(time=lambda: clock.now))
     return clock
 
 

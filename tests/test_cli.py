@@ -38,9 +38,9 @@ from session_sync import Codec, Session, SessionManager, storage_from_url, ttl
 pytest.importorskip("click", reason="needs the extra 'cli'")
 pytest.importorskip("rich", reason="needs the extra 'cli'")
 
-from session_sync.cli.app import app
-from session_sync.cli.exits import Code
-from session_sync.cli.lines import CODEC, from_line, to_line
+from session_sync.admin.cli.app import app
+from session_sync.admin.cli.errors import Code
+from session_sync.admin.cli.jsonl import CODEC, from_line, to_line
 
 COMMAND = [sys.executable, "-W", "error", "-m", "session_sync"]
 SECRET = "s3cr3t/pa$$"
@@ -564,7 +564,7 @@ def test_what_cannot_be_read_is_named_and_can_be_deleted(url: str, storage: Any)
         assert "nonsense" not in done.err + done.out
     assert "rm KEY" in forgotten.err
     assert doctor.code == 1
-    assert any("user:7:chat:5" in line["text"] for line in doctor.objects)
+    assert any("user:7:chat:5" in line["text"] for line in doctor.objects), doctor.objects
     # Not while somebody else is at it.
     opened = storage.open_unread("user:7:chat:5", 1.0)
     held = piped("rm", "-y", "user:7:chat:5", "--lock-timeout", "0.1", url=url)
@@ -950,7 +950,7 @@ def test_without_the_extra_one_line_says_what_to_install() -> None:
         program = f"""
 import sys
 sys.modules[{missing!r}] = None
-from session_sync.cli import main
+from session_sync.admin.cli import main
 main()
 """
         done = subprocess.run(
@@ -970,12 +970,12 @@ import importlib, pathlib, sys, session_sync
 root = pathlib.Path(session_sync.__file__).parent
 for each in root.rglob("*.py"):
     name = ".".join(("session_sync", *each.relative_to(root).with_suffix("").parts))
-    if not name.startswith("session_sync.cli") and not name.endswith("__main__"):
+    if not name.startswith("session_sync.admin.cli") and not name.endswith("__main__"):
         try:
             importlib.import_module(name)
         except ImportError:  # an extra
             pass
-print([name for name in sys.modules if name.startswith("session_sync.cli")])
+print([name for name in sys.modules if name.startswith("session_sync.admin.cli")])
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

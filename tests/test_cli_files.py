@@ -25,8 +25,8 @@ pytest.importorskip("rich", reason="needs the extra 'cli'")
 
 from test_cli import READING, Done, Terminal, at_once, environment, piped
 
-from session_sync.cli.app import app
-from session_sync.cli.files import new_file
+from session_sync.admin.cli.app import app
+from session_sync.admin.cli.files import new_file
 
 AS_ANOTHER = [sys.executable, "-W", "error", str(Path(__file__).with_name("unprivileged.py"))]
 KINDS = pytest.mark.parametrize("kind", ["sqlite", "disk"])

@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="needs the extra 'cli'")
 
 from test_cli import COMMAND, at_once, environment, on_terminal, piped
 
-from session_sync.cli.app import app
+from session_sync.admin.cli.app import app
 
 #: What a terminal obeys, or shows in another order, in the eight-bit and in Unicode's forms, too.
 OBEYED = "\x1b]0;x\x07\x1b[2J\x9b31m\x7f\u202e\u2066\r\x00\x08"

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from session_sync.codec import MAX_DEPTH, Codec, EncodedRecord
 from session_sync.errors import SessionDecodeError, SessionEncodeError
 from session_sync.storages.base import Record, record_of
+from session_sync.storages.codec import MAX_DEPTH, Codec, EncodedRecord
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

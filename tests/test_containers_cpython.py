@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from session_sync import SessionManager
-from session_sync.containers import SessionDict, SessionList, SessionSet
+from session_sync.session.containers import SessionDict, SessionList, SessionSet
 
 pytest.importorskip("test.mapping_tests", reason="CPython's `test` package is not installed")
 

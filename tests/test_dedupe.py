@@ -321,7 +321,7 @@ def test_a_field_that_expires_takes_nothing_else_along(
     now = __import__("time").time()
     group = Group(kind, sessions=sessions)
     group.play(lambda at: todo.pop(0)(at), first)
-    monkeypatch.setattr("session_sync.expiry.time.time", lambda: now + 120)
+    monkeypatch.setattr("session_sync.session.ttl.time.time", lambda: now + 120)
     group.play(lambda at: todo.pop(0)(at), second, first)
     assert group.errors == []
     assert stored(sessions) == {"$updates": [first["update_id"], second["update_id"]]}

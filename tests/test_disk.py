@@ -21,10 +21,10 @@ import diskcache
 import pytest
 
 from session_sync import SessionManager
-from session_sync.codec import Codec
 from session_sync.errors import SessionDecodeError, SessionEncodeError, SessionLockTimeout
 from session_sync.storages import disk
 from session_sync.storages.base import ListableStorage, RecordStorage, TtlStorage, record_of
+from session_sync.storages.codec import Codec
 from session_sync.storages.disk import DiskStorage
 
 HERE = Path(__file__).parent

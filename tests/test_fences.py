@@ -69,9 +69,9 @@ def test_a_command_writes_nothing_over_what_a_bot_stored_meanwhile(
     command: str, store: Paused, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     testing = pytest.importorskip("click.testing", reason="needs the extra 'cli'")
-    from session_sync.cli import store as opening
-    from session_sync.cli.app import app
-    from session_sync.cli.lines import to_line
+    from session_sync.admin.cli import store as opening
+    from session_sync.admin.cli.app import app
+    from session_sync.admin.cli.jsonl import to_line
 
     lines = tmp_path / "lines.jsonl"
     lines.write_bytes(to_line(key, {"by": "the import"}))

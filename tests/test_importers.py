@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from session_sync import Codec, SessionDecodeError, StorageKey, default_storage_key
-from session_sync.importers import IMPORTERS
+from session_sync.admin.importers import IMPORTERS
 
 HERE = Path(__file__)
 FOLDER = HERE.parent / "data" / "importers"

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from telegram.constants import ChatID
 
-from session_sync.keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
+from session_sync.session.keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
 
 UPDATES: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("data").joinpath("updates.json").read_text(encoding="utf-8")
@@ -696,9 +696,8 @@ class TestStorageKey:
 
 
 def test_importing_keys_imports_neither_library() -> None:
-    code = (
-        "import sys, session_sync.keys; print({'telebot', 'telegram', 'aiogram'} & {*sys.modules})"
-    )
+    libraries = "{'telebot', 'telegram', 'aiogram'}"
+    code = f"import sys, session_sync.session.keys; print({libraries} & {{*sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],

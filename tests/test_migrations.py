@@ -334,7 +334,7 @@ def test_what_a_step_returns_is_not_shared(storage: Any) -> None:
 
 def test_timers_stay_with_fields_that_stay(monkeypatch: pytest.MonkeyPatch, storage: Any) -> None:
     now = [1000.0]
-    monkeypatch.setattr("session_sync.expiry.time.time", lambda: now[0])
+    monkeypatch.setattr("session_sync.session.ttl.time.time", lambda: now[0])
     with SessionManager(storage=storage).session_scope("user:1") as session:
         session.clear()
         session.update(
@@ -363,7 +363,7 @@ def test_a_step_may_set_a_field_whose_time_was_up(
     monkeypatch: pytest.MonkeyPatch, storage: Any
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("session_sync.expiry.time.time", lambda: now[0])
+    monkeypatch.setattr("session_sync.session.ttl.time.time", lambda: now[0])
     with SessionManager(storage=storage).session_scope("user:1") as session:
         session.status = ttl("trial", 5)
     now[0] += 10
@@ -380,7 +380,7 @@ def test_a_session_of_which_all_time_is_up_is_not_migrated_but_gone(
     monkeypatch: pytest.MonkeyPatch, storage: Any
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("session_sync.expiry.time.time", lambda: now[0])
+    monkeypatch.setattr("session_sync.session.ttl.time.time", lambda: now[0])
     with SessionManager(storage=storage).session_scope("user:2") as session:
         session.code = ttl("1234", 5)
     now[0] += 10

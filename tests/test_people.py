@@ -394,7 +394,7 @@ def test_timers_go_along_and_what_has_expired_does_not(
     sessions: SessionManager[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("session_sync.expiry.time.time", lambda: now[0])
+    monkeypatch.setattr("session_sync.session.ttl.time.time", lambda: now[0])
     with sessions.session_scope("chat:-100") as session:
         session.update(a=ttl("old", 100), b=ttl("old", 100), c=ttl("old", 5), d=ttl("old", 100))
     with sessions.session_scope("chat:-1001234") as session:
@@ -419,7 +419,7 @@ def test_two_sessions_of_which_all_time_is_up_leave_none(
     sessions: SessionManager[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
-    monkeypatch.setattr("session_sync.expiry.time.time", lambda: now[0])
+    monkeypatch.setattr("session_sync.session.ttl.time.time", lambda: now[0])
     put_for_a_moment = {"code": ttl("1234", 5)}
     for key in ("chat:-100", "chat:-1001234"):
         with sessions.session_scope(key) as session:

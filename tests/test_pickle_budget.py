@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from session_sync import SessionDecodeError
-from session_sync.importers import IMPORTERS
+from session_sync.admin.importers import IMPORTERS
 
 MANY = 30_000  # values that are copied ...
 OFTEN = 1_000  # ... so many times: a quarter of a gigabyte

@@ -56,8 +56,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError  # noqa: E4
 from redis.exceptions import OutOfMemoryError, RedisError  # noqa: E402
 from redis.retry import Retry  # noqa: E402
 
-from session_sync.storages import redis as module  # noqa: E402
-from session_sync.storages.redis import RedisStorage  # noqa: E402
+from session_sync.storages.redis import storage as module  # noqa: E402
+from session_sync.storages.redis.storage import RedisStorage  # noqa: E402
 
 SOON = 20  # seconds until a test gives up waiting for what has to come
 
@@ -989,7 +989,7 @@ class TestProcesses:
     ) -> None:
         package = Path(session_sync.__file__).parent
         shutil.copytree(package, tmp_path / "session_sync")
-        file = tmp_path / "session_sync/storages/redis.py"
+        file = tmp_path / "session_sync/storages/redis/storage.py"
         text = file.read_text()
         lock = "return held and string.sub(held, 1, #token + 1) == token .. ' '\nend\n"
         assert text.count(lock) == 1

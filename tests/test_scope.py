@@ -28,7 +28,7 @@ from session_sync import (
     SessionManager,
     ttl,
 )
-from session_sync.session import Fields
+from session_sync.session.session import Fields
 
 KEY = "user:1:chat:1"
 

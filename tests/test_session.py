@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import session_sync.containers
-import session_sync.session
+import session_sync.session.containers
+import session_sync.session.session
 from session_sync import (
     Codec,
     LruMemoryStorage,
@@ -34,7 +34,7 @@ from session_sync import (
     SessionManager,
     ttl,
 )
-from session_sync.containers import SessionDict, SessionList, SessionSet
+from session_sync.session.containers import SessionDict, SessionList, SessionSet
 
 KEY = "user:1"
 Sessions = SessionManager[Session]
@@ -1513,7 +1513,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("session_sync.expiry.time", SimpleNamespace(time=clock.time))
+    monkeypatch.setattr("session_sync.session.ttl.time", SimpleNamespace(time=clock.time))
     return clock
 
 
@@ -1849,13 +1849,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     calls: list[str] = []
     with monkeypatch.context() as patch:
         for name in ("thaw", "freeze"):
-            plain = getattr(session_sync.shapes.base.Free, name)
+            plain = getattr(session_sync.session.types.base.Free, name)
 
             def counting(*args: Any, name: str = name, plain: Any = plain) -> Any:
                 calls.append(name)
                 return plain(*args)
 
-            patch.setattr(session_sync.shapes.base.Free, name, counting)
+            patch.setattr(session_sync.session.types.base.Free, name, counting)
         yield calls
 
 
@@ -1941,7 +1941,7 @@ def test_what_a_class_does_when_a_field_is_assigned_it_does_in_every_way() -> No
             lambda: session.setdefault("a", "bad"),
             lambda: session.update(a="bad"),
             lambda: session.__ior__({"a": "bad"}),
-            lambda: session_sync.session.replace_fields(session, {"a": "bad"}),
+            lambda: session_sync.session.session.replace_fields(session, {"a": "bad"}),
         ):
             with pytest.raises(ValueError, match="a"):
                 assign()

@@ -386,7 +386,7 @@ def test_a_field_without_a_default_is_missed_when_it_is_read(carts: SessionManag
 
 def test_an_expired_field_is_its_default_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("session_sync.expiry.time.time", lambda: now[0])
+    monkeypatch.setattr("session_sync.session.ttl.time.time", lambda: now[0])
     sessions = SessionManager(Cart)
     with sessions.session_scope("user:1") as session:
         session.theme = ttl("dark", 10)
@@ -751,7 +751,7 @@ def test_whoever_mends_it_loses_nothing(carts: SessionManager[Cart]) -> None:
 
 
 def test_replacing_all_fields_is_all_or_nothing(carts: SessionManager[Cart]) -> None:
-    from session_sync.session import replace_fields
+    from session_sync.session.session import replace_fields
 
     with carts.session_scope("user:1") as session:
         session.counter = 5

@@ -17,7 +17,7 @@ MODULES = (
     "importlib.metadata",
     "pwd",
     "rich.console",
-    "session_sync.cli.app",
+    "session_sync.admin.cli.app",
     "session_sync.storages.disk",
     "session_sync.storages.sqlite",
 )
@@ -32,4 +32,4 @@ if __name__ == "__main__":
         os.setegid(NOBODY)
         os.seteuid(NOBODY)
         atexit.register(os.seteuid, 0)  # for coverage, which writes what it has seen after this
-    sys.modules["session_sync.cli.app"].app(prog_name="session-sync")
+    sys.modules["session_sync.admin.cli.app"].app(prog_name="session-sync")

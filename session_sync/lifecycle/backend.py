@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from ..containers import Check
 from ..errors import SessionDecodeError
 from ..locks.table import StoreLocks, after_fork
 from ..storages import forks
 from ..storages.base import (
     AtomicStorage,
+    Check,
     CheckingStorage,
     KVStorage,
     OpenRecord,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ..errors import SessionVersionError
 from ..locks.callers import Caller, current_caller
 from ..locks.lock import LockHandle
-from ..session import BaseSession
+from ..session.session import BaseSession
 from .current import Around, current, entries, in_handler, open_around
 from .flow import Acquire, Flow, arun_flow, run_flow
 from .options import Options

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from ..errors import is_control_flow
 from ..locks.watch import WaitReport
-from ..session import BaseSession
+from ..session.session import BaseSession
 from ..storages.base import Record
 from .entry import SessionScope
 from .flow import Acquire, Flow

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from ..locks.watch import Patience
-from ..migrations import Migrations
-from ..schema import Schema
-from ..session import BaseSession
+from ..session.declarations import Schema
+from ..session.migrations import Migrations
+from ..session.session import BaseSession
 from .backend import Backend
 
 S = TypeVar("S", bound=BaseSession)
+
+#: How many seconds a scope waits for its key, where nothing else is said.
+LOCK_TIMEOUT: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)

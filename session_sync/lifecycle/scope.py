@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
-from ..containers import freeze
 from ..errors import (
     SessionAwaitError,
     SessionClosedError,
@@ -23,12 +22,13 @@ from ..errors import (
     SessionTypeError,
     is_control_flow,
 )
-from ..expiry import Ttl
 from ..locks.callers import Caller, Ender, current_caller
 from ..locks.lock import NO_QUEUES, LockHandle, wait_for_notes
 from ..locks.queue import KeyQueue
-from ..repeats import has_only_updates
-from ..session import BaseSession, Fields
+from ..session.containers import freeze
+from ..session.dedupe import has_only_updates
+from ..session.session import BaseSession, Fields
+from ..session.ttl import Ttl
 from ..storages import forks
 from ..storages.base import HeldHereError, OpenRecord, Record, record_of
 from .flow import Acquire, AcquireInsisting, Flow, arun_flow, run_flow

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from ..locks.lock import LockHandle
-from ..session import BaseSession, Fields
+from ..session.session import BaseSession, Fields
 from ..storages.base import Record
 from .backend import Backend
 from .entry import SessionScope

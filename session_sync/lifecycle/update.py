@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..locks.tickets import Tickets
-from ..session import BaseSession, Fields
+from ..session.session import BaseSession, Fields
 from ..storages import forks
 from .entry import SessionScope
 from .observers import logger

@@ -68,6 +68,12 @@ class StoredEntry(NamedTuple):
     left: float | None
 
 
+#: Raises SessionEncodeError for a value that the store would refuse. It is given what would be
+#: stored of it, and for the message the key of the session and the place of the value in it, which
+#: `str()` says in words.
+Check: TypeAlias = Callable[[Any, str, object], None]
+
+
 @runtime_checkable
 class CheckingStorage(KVStorage[V], Protocol[V]):
     """A storage that does not keep values of every type, and says so in the line that assigns one,
@@ -208,6 +214,28 @@ def record_of(fields: Mapping[str, Any]) -> Record:
     ({'counter': 1, 'name': 'alex'}, {'counter': 2, 'name': 'alex'})
     """
     return dict(fields) if len(fields) <= _SMALL else PatchedRecord(dict(fields), {})
+
+
+def plain(value: Any) -> Any:
+    """`value` with containers of its own: dicts, lists, sets and tuples that nobody else has.
+
+    Raises RecursionError if it contains itself or is nested too deeply.
+
+    >>> cart = {"items": [1, 2]}
+    >>> copy = plain(cart)
+    >>> cart["items"].append(3)
+    >>> copy
+    {'items': [1, 2]}
+    """
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, set):
+        return set(value)
+    if value.__class__ is tuple:
+        return tuple(plain(item) for item in value)
+    return value
 
 
 def patched(record: Record, changes: Mapping[str, Any]) -> Record:

@@ -14,17 +14,17 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from session_sync.codec import Codec
 from session_sync.errors import SessionDecodeError
-from session_sync.expiry import life_time
 from session_sync.storages import files
 from session_sync.storages.base import OpenRecord, Record, StoredEntry
+from session_sync.storages.codec import Codec
 from session_sync.storages.connections import (
     Connections,
     in_transaction,
     is_inside_transaction,
     refuse_inside_transaction,
 )
+from session_sync.storages.durations import life_time
 from session_sync.storages.filelocks import FileLocks, LockedRecord
 from session_sync.storages.ownership import has_cache, look
 from session_sync.storages.sqlite import key_of, warn_of_unknown_rows

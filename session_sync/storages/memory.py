@@ -14,13 +14,12 @@ from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
 
-from session_sync.codec import Codec
-from session_sync.containers import freeze
 from session_sync.errors import SessionEncodeError
-from session_sync.expiry import life_time
 from session_sync.storages import forks
 from session_sync.storages.background import for_each
-from session_sync.storages.base import Record, record_of
+from session_sync.storages.base import Record, plain, record_of
+from session_sync.storages.codec import Codec
+from session_sync.storages.durations import life_time
 
 Fields = dict[str, Any]
 
@@ -374,7 +373,7 @@ class _Idle(LRUCache[str, bool]):
 
 def _copy(fields: Mapping[str, Any]) -> Fields:
     """The fields with containers that nobody else has."""
-    return {name: freeze(value) for name, value in fields.items()}
+    return {name: plain(value) for name, value in fields.items()}
 
 
 _all: Final[WeakValueDictionary[int, MemoryStorage]] = WeakValueDictionary()

@@ -14,11 +14,10 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Literal
 
-from ..codec import Codec
 from ..errors import SessionDecodeError, SessionLockTimeout
-from ..expiry import life_time
 from . import files
 from .base import OpenRecord, Record, StoredEntry
+from .codec import Codec
 from .connections import (
     TIMEOUT,
     Connections,
@@ -26,6 +25,7 @@ from .connections import (
     is_inside_transaction,
     refuse_inside_transaction,
 )
+from .durations import life_time
 from .filelocks import FileLocks, LockedRecord
 from .ownership import OURS, VERSION, has_table, look
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode
 
-from ..codec import Codec
 from .addresses import split
 from .base import KVStorage
+from .codec import Codec
 
 
 def storage_from_url(url: str, *, codec: Codec | None = None) -> KVStorage[Any]:
@@ -92,7 +92,7 @@ def _disk(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVS
 
 
 def _redis(url: SplitResult, options: dict[str, str], codec: Codec | None) -> KVStorage[Any]:
-    from .redis import RedisStorage
+    from .redis.storage import RedisStorage
 
     kinds: dict[str, Callable[[str], Any]] = {"ttl": float, "lease": float, "prefix": str}
     ours = {name: options.pop(name) for name in kinds if name in options}

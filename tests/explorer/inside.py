@@ -14,20 +14,9 @@ import session_sync
 PACKAGE = Path(session_sync.__file__).parent
 
 #: Files and folders below session_sync/ in which an actor can be stopped.
-CORE = (
-    "locks",
-    "lifecycle",
-    # before they became the two packages
-    "locks.py",
-    "turns.py",
-    "scope.py",
-    "scopes.py",
-    "steps.py",
-    "door.py",
-    "bags.py",
-)
+CORE = ("locks", "lifecycle")
 #: What a session itself is made of: only for scenes that share one between threads.
-SESSION = ("session.py", "session")
+SESSION = ("session/session.py",)
 
 _SCOPES = {"Scope", "SessionScope", "ObservedScope"}
 _is_core: dict[CodeType, bool] = {}
@@ -49,30 +38,22 @@ def _is_in(code: CodeType, places: tuple[str, ...], known: dict[CodeType, bool])
     if answer is None:
         path = Path(code.co_filename)
         inside = path.is_relative_to(PACKAGE)
-        answer = known[code] = inside and path.relative_to(PACKAGE).parts[0] in places
+        answer = inside and any(path.is_relative_to(PACKAGE / place) for place in places)
+        known[code] = answer
     return answer
 
 
 def locks_left(manager: Any) -> int:
-    """How many keys somebody holds or waits for."""
-    return len(_table(manager))
+    """How many keys are held or waited for."""
+    return len(manager.locks)
 
 
 def waiters(manager: Any, key: str) -> int:
     """How many wait for a key."""
-    if hasattr(manager, "locks"):
-        found = manager.locks.waiters(key)
-        return found if isinstance(found, int) else len(list(found))
-    entry = _table(manager)._locks.get(key)
-    lock = entry._fate.get("lock") if hasattr(entry, "_fate") else entry
-    return len(lock._queue) + len(lock._turns) if hasattr(lock, "_queue") else 0
+    return len(manager.locks.waiters(key))
 
 
 def scopes_alive() -> list[str]:
     """The scopes that the garbage collector left alive."""
     found = [each for each in gc.get_objects() if type(each).__name__ in _SCOPES]
     return [f"{type(each).__name__} of {each.key!r}" for each in found]
-
-
-def _table(manager: Any) -> Any:
-    return manager.locks if hasattr(manager, "locks") else manager._options.door.locks

@@ -29,10 +29,10 @@ from session_sync import (
     SQLiteStorage,
     storage_from_url,
 )
-from session_sync import session as session_module
 from session_sync.lifecycle import backend, entry, scope, transaction
 from session_sync.lifecycle import threads as pools
 from session_sync.locks import lock
+from session_sync.session import session as session_module
 from session_sync.storages import connections, disk, filelocks, memory, sqlite
 from session_sync.storages.base import record_of
 

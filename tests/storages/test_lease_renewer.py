@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import pytest
 from interruptions import OutsideError, everywhere, raise_outside
 
-from session_sync.storages import background, leases
-from session_sync.storages.leases import Lease, Renewer
+from session_sync.storages import background
+from session_sync.storages.redis import leases
+from session_sync.storages.redis.leases import Lease, Renewer
 
 SOON = 20.0
 NAME = "a renewer of a test"

@@ -22,9 +22,9 @@ import pytest
 from conftest import message
 from interruptions import OutsideError, everywhere, raise_outside
 
-import session_sync.codec
-import session_sync.importers.pickles
-import session_sync.keys
+import session_sync.admin.importers.pickles
+import session_sync.session.keys
+import session_sync.storages.codec
 from session_sync import (
     Codec,
     LruMemoryStorage,
@@ -37,8 +37,8 @@ from session_sync import (
     SQLiteStorage,
     default_storage_key,
 )
-from session_sync.importers.pickles import read_pickle
-from session_sync.keys import default_key_text
+from session_sync.admin.importers.pickles import read_pickle
+from session_sync.session.keys import default_key_text
 
 SOON = 20.0
 
@@ -115,7 +115,7 @@ def test_at_any_place_of_a_codec(what: str, error: type[Exception]) -> None:
     def fail() -> None:
         raise error
 
-    for interruption in everywhere(fail, session_sync.codec):
+    for interruption in everywhere(fail, session_sync.storages.codec):
         assert comes_out(acts[what], interruption, error) == interruption.happened
 
 
@@ -333,12 +333,12 @@ def test_a_time_out_while_the_key_of_an_update_is_read() -> None:
     def time_is_up() -> None:
         raise TimeoutError
 
-    for interruption in everywhere(time_is_up, session_sync.keys):
+    for interruption in everywhere(time_is_up, session_sync.session.keys):
         assert comes_out(act, interruption, TimeoutError) == interruption.happened
 
 
 def test_a_damaged_pickle_is_none_because_of_an_interruption() -> None:
     data = pickle.dumps([{"a": (1, 2.0, b"?")}, datetime(2026, 1, 1, tzinfo=UTC), {1}])
-    for interruption in everywhere(raise_outside, session_sync.importers.pickles):
+    for interruption in everywhere(raise_outside, session_sync.admin.importers.pickles):
         came = comes_out(lambda: read_pickle(data), interruption, OutsideError)
         assert came == interruption.happened

@@ -18,10 +18,13 @@ pytest.importorskip("redis", reason="needs the extra 'redis'")
 import redis
 
 from session_sync import RedisStorage, SessionLockTimeout
-from session_sync.storages import background, leases, lines, redis_clients
-from session_sync.storages import redis as redis_module
+from session_sync.storages import background
 from session_sync.storages.base import OpenRecord, record_of
-from session_sync.storages.lines import Asked
+from session_sync.storages.redis import clients as redis_clients
+from session_sync.storages.redis import connections as lines
+from session_sync.storages.redis import leases
+from session_sync.storages.redis import storage as redis_module
+from session_sync.storages.redis.connections import Asked
 
 LEASE = 0.1
 HERE = (redis_module, redis_clients, lines, leases, background)

@@ -22,9 +22,10 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError  # n
 from redis.retry import Retry  # noqa: E402
 
 from session_sync import RedisStorage, SessionManager, storage_from_url  # noqa: E402
-from session_sync.storages import lines, redis_clients  # noqa: E402
-from session_sync.storages import redis as redis_module  # noqa: E402
 from session_sync.storages.base import record_of  # noqa: E402
+from session_sync.storages.redis import clients as redis_clients  # noqa: E402
+from session_sync.storages.redis import connections as lines  # noqa: E402
+from session_sync.storages.redis import storage as redis_module  # noqa: E402
 
 if SERVER is None:
     pytest.skip("needs redis-server", allow_module_level=True)

@@ -24,10 +24,10 @@ from session_sync import (  # noqa: E402
     SessionLockTimeout,
     SessionManager,
 )
-from session_sync.storages import redis as redis_module  # noqa: E402
-from session_sync.storages import redis_refusals  # noqa: E402
 from session_sync.storages.base import record_of  # noqa: E402
-from session_sync.storages.redis_refusals import RIGHTS  # noqa: E402
+from session_sync.storages.redis import refusals as redis_refusals  # noqa: E402
+from session_sync.storages.redis import storage as redis_module  # noqa: E402
+from session_sync.storages.redis.refusals import RIGHTS  # noqa: E402
 
 if SERVER is None:
     pytest.skip("needs redis-server", allow_module_level=True)

@@ -343,8 +343,8 @@ def test_a_close_that_is_interrupted_as_it_lets_others_in_stores_nothing_when_it
 def test_a_close_in_redis_that_is_interrupted_anywhere_can_be_done_again(redis_url: str) -> None:
     """It was begun in place, without a wait, and its connection breaks."""
     redis = pytest.importorskip("redis", reason="needs the extra 'redis'")
-    from session_sync.storages import lines
-    from session_sync.storages import redis as redis_storage
+    from session_sync.storages.redis import connections as lines
+    from session_sync.storages.redis import storage as redis_storage
 
     client = redis.Redis.from_url(redis_url)
     client.flushall()
@@ -441,7 +441,7 @@ def test_the_answer_to_what_was_interrupted_in_redis_is_not_taken_for_that_to_th
 
 def test_a_redis_storage_that_is_closed_breaks_no_wait(redis_url: str, threads: Threads) -> None:
     redis = pytest.importorskip("redis", reason="needs the extra 'redis'")
-    from session_sync.storages.redis import RedisStorage
+    from session_sync.storages.redis.storage import RedisStorage
 
     client = redis.Redis.from_url(redis_url)
     client.flushall()
@@ -461,7 +461,7 @@ def test_a_begun_opening_in_redis_keeps_no_token_that_another_thread_has_used(
     redis_url: str, threads: Threads
 ) -> None:
     redis = pytest.importorskip("redis", reason="needs the extra 'redis'")
-    from session_sync.storages.redis import RedisStorage, _InProcess
+    from session_sync.storages.redis.storage import RedisStorage, _InProcess
 
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()

@@ -1,0 +1,1 @@
+"""What operators use: the command line, and the importers of other libraries' sessions."""

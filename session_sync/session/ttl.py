@@ -1,0 +1,102 @@
+"""Fields that disappear by themselves: `ttl()` and the timers of one session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container, Mapping
+from datetime import timedelta
+from typing import Any, Final, TypeAlias
+
+from ..errors import SessionDecodeError
+from ..storages.durations import seconds_of
+
+#: The stored name of a session's timers: `{field: [expires_at, seconds]}`, in Unix time.
+TIMERS: Final = "$ttl"
+
+#: When a field disappears, in Unix time, and how many seconds after its last assignment that is.
+#: Nobody changes one: an assignment makes a new one.
+Deadline: TypeAlias = list[float]
+
+
+def deadline_in(seconds: float) -> Deadline:
+    """The deadline of a field that is assigned now."""
+    return [time.time() + seconds, seconds]
+
+
+def is_over(deadline: Deadline | None) -> bool:
+    """Whether the time of a field is up; None: it has no timer."""
+    return deadline is not None and deadline[0] <= time.time()
+
+
+class Ttl:
+    """A value with a life time, on its way into a session. Made by `ttl()`."""
+
+    __slots__ = ("seconds", "value")
+    # So that it gets into no set and is no dict's key: Python's way to say so, though to type
+    # checkers __hash__ is a method.
+    __hash__ = None  # type: ignore[assignment] # pyright: ignore[reportAssignmentType]
+
+    def __init__(self, value: Any, seconds: float) -> None:
+        self.value: Final = value
+        self.seconds: Final = seconds
+
+
+def ttl(value: Any, seconds: float | timedelta = 30.0) -> Any:
+    """`value`, to be assigned to a field of a session that disappears `seconds` later.
+
+    The time counts from the last assignment of the field: a plain assignment restarts it, a change
+    inside the value does not. `ttl(value, 0)` removes the timer and keeps the value. Timers are
+    stored with the session, so they run on while the bot is down.
+
+    Raises ValueError if `seconds` is negative, and TypeError where the result is used as anything
+    but the value of a field.
+
+    >>> from session_sync import SessionManager, ttl
+    >>> sessions = SessionManager()
+    >>> with sessions.session_scope("user:1") as session:
+    ...     session["code"] = ttl("1234", 300)  # gone in five minutes
+    ...     session["code"]
+    '1234'
+    """
+    if isinstance(value, Ttl):
+        raise TypeError("ttl(ttl(...)): a field has one timer")
+    return Ttl(value, seconds_of(seconds, "ttl"))
+
+
+class Timers:
+    """The timers of one stored session: when which field disappears."""
+
+    __slots__ = ("_deadlines",)
+
+    def __init__(self, stored: Mapping[str, Any], key: str) -> None:
+        try:
+            self._deadlines = {
+                name: (float(at), float(seconds)) for name, (at, seconds) in stored.items()
+            }
+        except (AttributeError, TypeError, ValueError):
+            raise SessionDecodeError(
+                f"session {key!r} cannot be read: what is stored under {TIMERS!r} are not timers "
+                f"that were written here. The record is left as it is."
+            ) from None
+
+    def __bool__(self) -> bool:
+        return bool(self._deadlines)
+
+    def all_expired(self) -> list[str]:
+        """The names whose time is up."""
+        now = time.time()
+        return [name for name, (at, _) in self._deadlines.items() if at <= now]
+
+    def drop(self, name: str) -> None:
+        """A field went away."""
+        self._deadlines.pop(name, None)
+
+    def keep(self, names: Container[str]) -> None:
+        """All other fields went away."""
+        for name in list(self._deadlines):
+            if name not in names:
+                self.drop(name)
+
+    def to_store(self) -> dict[str, Deadline]:
+        """What lies in the store under TIMERS."""
+        return {name: list(deadline) for name, deadline in self._deadlines.items()}
