@@ -63,4 +63,4 @@ def talk(api: OfflineBotAPI, chat: Iterable[str]) -> None:
     for text in chat:
         print("Alex:", text)
         alex.send(text)
-        print(" bot:", alex.wait_reply().text)
+        print(" bot:", alex.reply().text)

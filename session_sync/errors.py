@@ -22,7 +22,7 @@ class SessionAwaitError(SessionError, RuntimeError):
     """Async code did without `await` what would have blocked the event loop."""
 
 
-class SessionLockTimeout(SessionError, TimeoutError):  # noqa: N818 (named after TimeoutError's cause)
+class SessionLockTimeoutError(SessionError, TimeoutError):
     """Somebody else held the session for longer than `lock_timeout` seconds."""
 
 

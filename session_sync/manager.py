@@ -51,7 +51,7 @@ class SessionManager(Generic[S]):
             changes; what it raises propagates.
         lazy: lock and load at the first access instead of at the beginning.
         lock_timeout: how many seconds (or a timedelta) a scope waits for its key before it raises
-            SessionLockTimeout; None waits for ever.
+            SessionLockTimeoutError; None waits for ever.
         on_error: "discard": a handler that raises leaves the stored session as it was at the last
             flush; "flush": save anyway.
         prefix: goes before every key, for several bots on one store.
@@ -182,8 +182,9 @@ class SessionManager(Generic[S]):
     def session_scope(self, update_or_key: Any) -> SessionScope[S]:
         """The session of an update or a key (`str`, `StorageKey`), for `with` or `async with`.
 
-        Raises SessionKeyError if the update has no session. Entering raises SessionLockTimeout,
-        SessionDeadlockError, and what the storage raises; so does leaving, for the storage.
+        Raises SessionKeyError if the update has no session. Entering raises
+        SessionLockTimeoutError, SessionDeadlockError, and what the storage raises; so does leaving,
+        for the storage.
 
         >>> from session_sync import SessionManager, StorageKey
         >>> sessions = SessionManager()
@@ -337,8 +338,8 @@ class SessionManager(Generic[S]):
         >>> from session_sync import MemoryStorage
         >>> storage = MemoryStorage()
         >>> storage.set("user:1", {"name": "Alex Doe"})
-        >>> def split_name(fields):
-        ...     fields["first"], fields["last"] = fields.pop("name").split()
+        >>> def split_name(tracker):
+        ...     tracker["first"], tracker["last"] = tracker.pop("name").split()
         >>> sessions = SessionManager(storage=storage, migrations={2: split_name})
         >>> sessions.migrate_all()
         1
@@ -358,7 +359,7 @@ class SessionManager(Generic[S]):
                         f"session {key!r} is open around migrate_all(), so it is stored only when "
                         f"that handler has ended; call it outside of handlers"
                     )
-                return entry.fields is not None and entry.fields.is_unsaved
+                return entry.tracker is not None and entry.tracker.is_unsaved
 
         return bulk.for_each_key(self.storage, migrate, "migrated", progress, self.prefix)
 

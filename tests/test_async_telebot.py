@@ -37,7 +37,7 @@ from session_sync import (  # noqa: E402
     SessionAwaitError,
     SessionClosedError,
     SessionKeyError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
 )
 from session_sync.testing import OfflineBotAPI  # noqa: E402
@@ -727,7 +727,7 @@ def test_an_update_waits_its_turn_for_longer_than_the_lock_timeout(threads: Thre
     async def main() -> None:
         task = asyncio.create_task(bot.process_new_updates(updates(message(1), message(1))))
         await bot.process_new_updates(updates(message(2)))  # so that the others wait by now
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             async with sessions.session_scope(KEY):
                 pass
         assert not task.done()
@@ -908,7 +908,7 @@ def test_a_polling_bot_keeps_every_update(
             for user in users:
                 user.send("/count")
         for user in users:
-            texts = [(await user.await_reply()).text for _ in range(20)]
+            texts = [(await user.areply()).text for _ in range(20)]
             assert texts == [str(number) for number in range(1, 21)]
 
     poll_offline(bot, main())
@@ -935,9 +935,9 @@ def test_polling_goes_on_after_a_key_function_that_raises(
         )
         for text in ("bad", "a", "bad", "b"):
             user.send(text)
-        assert [(await user.await_reply()).text for _ in "ab"] == ["a 1", "b 2"]
+        assert [(await user.areply()).text for _ in "ab"] == ["a 1", "b 2"]
         user.send("c")
-        assert (await user.await_reply()).text == "c 3"
+        assert (await user.areply()).text == "c 3"
 
     poll_offline(bot, main())
     assert [type(error) for error in exceptions.got] == [LookupError, LookupError]

@@ -20,15 +20,15 @@ import pytest
 
 import session_sync
 from session_sync import Session, SessionClosedError, SessionEncodeError, field, ttl
-from session_sync.session.session import Fields, schema_of
+from session_sync.session.session import ChangeTracker, schema_of
 from session_sync.session.ttl import TIMERS
 from session_sync.storages.base import PatchedRecord, Record, record_of
 
 KEY = "user:1"
 SOON = 20.0  # seconds; nothing here waits so long unless it hangs
 STOP_AT = "opcode" if os.environ.get("SESSION_SYNC_OPCODES") else "line"
-FOLDER = os.path.dirname(session_sync.__file__)
-FILES = {os.path.join(FOLDER, name) for name in ("session.py", "containers.py", "expiry.py")}
+FOLDER = os.path.join(os.path.dirname(session_sync.__file__), "session")
+FILES = {os.path.join(FOLDER, name) for name in os.listdir(FOLDER)}
 NOW = 1000.0
 
 
@@ -238,38 +238,38 @@ class Case:
         self.states_at_once = [self.state(steps, False) for steps in range(len(change) + 1)]
 
     def state(self, steps: int, is_flushed_before: bool) -> dict[str, Any]:
-        fields, session = self.begin()
+        tracker, session = self.begin()
         if is_flushed_before:
-            fields.take_changes()
+            tracker.take_changes()
         do(self.change[:steps], session)
-        return seen(fields.take_changes())
+        return seen(tracker.take_changes())
 
-    def begin(self) -> tuple[Fields, Any]:
-        fields = Fields(KEY, record_of(tree(self.stored)), schema_of(self.cls))
-        session = self.cls(lambda: None, KEY, fields)
+    def begin(self) -> tuple[ChangeTracker, Any]:
+        tracker = ChangeTracker(KEY, record_of(tree(self.stored)), schema_of(self.cls))
+        session = self.cls(lambda: None, KEY, tracker)
         do(self.pending, session)
-        return fields, session
+        return tracker, session
 
     def check_meanwhile(self, record: Record) -> None:
         """Each field is as after one of the steps, with the timer that it had then."""
-        fields = seen(record)
+        tracker = seen(record)
         states = [*self.states, *self.states_at_once]
-        for name in {*fields, *states[0], *states[-1]} - {TIMERS}:
-            assert timed(fields, name) in [timed(state, name) for state in states], name
+        for name in {*tracker, *states[0], *states[-1]} - {TIMERS}:
+            assert timed(tracker, name) in [timed(state, name) for state in states], name
 
-    def check_at_the_end(self, fields: Fields) -> None:
+    def check_at_the_end(self, tracker: ChangeTracker) -> None:
         """All is there, in the order that a dict has, and nothing is pending any more."""
-        record = fields.take_changes()
+        record = tracker.take_changes()
         assert seen(record) in (self.states[-1], self.states_at_once[-1])
         if self.cls is Session:
             assert names(record) == names(self.states[-1])
-        assert fields.take_changes() is record
+        assert tracker.take_changes() is record
 
 
-def timed(fields: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+def timed(tracker: Mapping[str, Any], name: str) -> tuple[Any, Any]:
     """A field and its timer, if its time is not up."""
-    timer = fields.get(TIMERS, {}).get(name)
-    return (None, None) if timer and timer[0] <= NOW else (fields.get(name), timer)
+    timer = tracker.get(TIMERS, {}).get(name)
+    return (None, None) if timer and timer[0] <= NOW else (tracker.get(name), timer)
 
 
 def tree(value: Any) -> Any:
@@ -336,10 +336,10 @@ def test_a_change_while_a_flush_is_on_its_way_is_in_it_or_in_the_next(
         return now[0].take_changes
 
     for flush in each_stop(begin):
-        fields, session = now
+        tracker, session = now
         do(case.change, session)
         case.check_meanwhile(flush.finish())
-        case.check_at_the_end(fields)
+        case.check_at_the_end(tracker)
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -354,10 +354,10 @@ def test_a_flush_while_a_change_is_being_made_takes_it_or_leaves_it_to_the_next(
         return lambda: do(case.change, now[1])
 
     for change in each_stop(begin):
-        fields = now[0]
-        case.check_meanwhile(fields.take_changes())
+        tracker = now[0]
+        case.check_meanwhile(tracker.take_changes())
         change.finish()
-        case.check_at_the_end(fields)
+        case.check_at_the_end(tracker)
 
 
 @pytest.mark.parametrize("make", cases(PLAIN, {"some": PENDING["the fields"]}, SOME_CHANGES))
@@ -368,35 +368,35 @@ def test_a_flush_that_fails_leaves_all_pending_and_what_came_meanwhile_too(
     now: list[Any] = []
 
     def begin() -> Callable[[], Record]:
-        fields, session = case.begin()
-        now[:] = fields, session, fields.kept
-        return fields.take_changes
+        tracker, session = case.begin()
+        now[:] = tracker, session, tracker.committed
+        return tracker.take_changes
 
     for flush in each_stop(begin):
-        fields, session, kept = now
+        tracker, session, committed = now
         do(case.change, session)
         flush.finish()
-        fields.not_saved(kept)
-        assert fields.take_changes() is not kept
-        fields.not_saved(kept)  # and once more
-        record = fields.take_changes()
+        tracker.not_saved(committed)
+        assert tracker.take_changes() is not committed
+        tracker.not_saved(committed)  # and once more
+        record = tracker.take_changes()
         assert (seen(record), names(record)) == (case.states[-1], names(case.states[-1]))
-        assert fields.take_changes() is record
+        assert tracker.take_changes() is record
 
 
 def test_marks_outlive_a_flush_that_cannot_take_them() -> None:
     case = Case(PLAIN, (), ())
-    fields, session = case.begin()
+    tracker, session = case.begin()
     session["a"] = session.pop("a")
     session["n"] = itself = []
     itself.append(itself)
     with pytest.raises(SessionEncodeError):
-        fields.take_changes()
+        tracker.take_changes()
     session["m"] = 1
     session["b"] = session.pop("b")
     itself.clear()
     assert list(session) == ["c", "d", "a", "n", "m", "b"]
-    assert names(fields.take_changes()) == ["c", "d", "a", "n", "m", "b"]
+    assert names(tracker.take_changes()) == ["c", "d", "a", "n", "m", "b"]
 
 
 READS: dict[str, Step] = {
@@ -433,11 +433,11 @@ def test_a_read_undoes_nothing_that_another_thread_does_meanwhile(read: Step) ->
             return lambda: read(now[1])
 
         for reading in each_stop(begin):
-            fields, session = now
+            tracker, session = now
             do(change, session)
-            fields.take_changes()
+            tracker.take_changes()
             reading.finish()
-            case.check_at_the_end(fields)
+            case.check_at_the_end(tracker)
 
 
 @pytest.mark.parametrize("name", ["b", "c", "rows", "made", "old_form", "thing"])
@@ -446,20 +446,20 @@ def test_two_threads_that_read_a_field_get_the_same_object(name: str) -> None:
     now: list[Any] = []
 
     def begin() -> Callable[[], object]:
-        fields = Fields(KEY, record_of(tree(stored)), schema_of(Typed))
-        now[:] = fields, Typed(lambda: None, KEY, fields)
+        tracker = ChangeTracker(KEY, record_of(tree(stored)), schema_of(Typed))
+        now[:] = tracker, Typed(lambda: None, KEY, tracker)
         return lambda: now[1][name]
 
     for reading in each_stop(begin):
-        fields, session = now
+        tracker, session = now
         value = session[name]
         assert reading.finish() is value is session[name]
         assert session[name] is value
         if isinstance(value, list):
             value.append(1)
-            assert fields.take_changes()[name] == value
-        record = fields.kept
-        assert (fields.take_changes() is record) is (name != "thing")
+            assert tracker.take_changes()[name] == value
+        record = tracker.committed
+        assert (tracker.take_changes() is record) is (name != "thing")
 
 
 def test_what_is_noted_of_one_field_is_not_lost_while_another_one_is_read() -> None:
@@ -468,17 +468,17 @@ def test_what_is_noted_of_one_field_is_not_lost_while_another_one_is_read() -> N
 
     def begin() -> Callable[[], object]:
         record = record_of({"things": [Thing(1)], "b": [1], "c": {"x": [2]}})
-        now[:] = [Fields(KEY, record)]
+        now[:] = [ChangeTracker(KEY, record)]
         return lambda: now[0].get("things")
 
     for reading in each_stop(begin):
-        (fields,) = now
-        fields.get("b")
+        (tracker,) = now
+        tracker.get("b")
         reading.finish()
-        fields.set("b", 0)
-        record = fields.take_changes()
-        fields.get("things")[0].value = 2
-        assert fields.take_changes() is not record
+        tracker.set("b", 0)
+        record = tracker.take_changes()
+        tracker.get("things")[0].value = 2
+        assert tracker.take_changes() is not record
 
 
 LATE: dict[str, Step] = {
@@ -502,9 +502,9 @@ def test_a_change_while_the_session_is_closed_is_saved_or_raises(change: Step) -
 
     raised = []
     for changing in each_stop(begin):
-        fields, session = now
-        fields.close()
-        record = fields.take_changes()
+        tracker, session = now
+        tracker.close()
+        record = tracker.take_changes()
         try:
             changing.finish()
         except SessionClosedError:
@@ -539,17 +539,17 @@ def test_a_big_container_is_frozen_as_it_was_at_one_moment() -> None:
 
     def begin() -> Callable[[], object]:
         record = record_of({"b": {"rows": [[n] for n in range(5)], "keys": {"x": [1], "y": [2]}}})
-        now[:] = [Fields(KEY, record)]
+        now[:] = [ChangeTracker(KEY, record)]
         now[0].get("b")["rows"].append([5])
         return now[0].take_changes
 
     for flush in each_stop(begin):
-        (fields,) = now
-        b = fields.get("b")
+        (tracker,) = now
+        b = tracker.get("b")
         b["rows"].pop(0)
         b["keys"]["z"] = [3]
         del b["keys"]["x"]
         record = flush.finish()
         assert record["b"]["rows"] in ([[n] for n in range(6)], [[n] for n in range(1, 6)])
         assert set(record["b"]["keys"]) in ({"x", "y"}, {"x", "y", "z"}, {"y", "z"})
-        assert fields.take_changes()["b"] == b
+        assert tracker.take_changes()["b"] == b

@@ -434,7 +434,7 @@ class TestRefused:
         ids=lambda value: type(value).__name__,
     )
     def test_whatever_would_come_back_as_something_else(self, value: Any) -> None:
-        with pytest.raises(SessionEncodeError, match=r"declare the type of the field .*enc_hook"):
+        with pytest.raises(SessionEncodeError, match=r"declare the type of the field .*encode"):
             Codec().encode({"field": value})
         with pytest.raises(SessionEncodeError, match=r"^session 'user:1' .*: a\.b\[1\]"):
             Codec().encode({"a": {"b": [0, value]}}, "user:1")
@@ -542,17 +542,17 @@ class TestHooks:
         assert same(round_trip(value, self.codec), value)
 
     def test_are_asked_about_containers_and_times_that_are_not_kept(self) -> None:
-        def enc_hook(value: Any) -> Any:
+        def encode(value: Any) -> Any:
             if isinstance(value, Point):
                 return "point", tuple(value)
             if isinstance(value, datetime):
                 return "strange", value.replace(tzinfo=None)
             raise NotImplementedError
 
-        def dec_hook(name: str, value: Any) -> Any:
+        def decode(name: str, value: Any) -> Any:
             return Point(*value) if name == "point" else value.replace(tzinfo=StrangeZone())
 
-        codec = Codec(enc_hook, dec_hook)
+        codec = Codec(encode, decode)
         assert same(round_trip([Point(1, 2)], codec), [Point(1, 2)])
         moment = datetime(2024, 1, 1, tzinfo=StrangeZone())
         assert round_trip(moment, codec) == moment
@@ -577,14 +577,14 @@ class TestHooks:
             Codec(broken).encode({"a": [Money(1)]})
         assert isinstance(caught.value.__cause__, KeyError)
         data = self.codec.encode({"a": [Money(1)]})
-        with pytest.raises(SessionDecodeError, match=r"'k' .* 'a' made dec_hook.*Key") as failed:
+        with pytest.raises(SessionDecodeError, match=r"'k' .* 'a' made `decode`.*Key") as failed:
             Codec(None, broken).decode(data, "k")
         assert isinstance(failed.value.__cause__, KeyError)
         assert "secret" not in str(caught.value) + str(failed.value)
 
     @pytest.mark.parametrize("answer", [None, 5, ("name",), (5, 5), ["name", 5]])
     def test_that_answer_nonsense_are_told(self, answer: Any) -> None:
-        with pytest.raises(SessionEncodeError, match="enc_hook has to return"):
+        with pytest.raises(SessionEncodeError, match="`encode` has to return"):
             Codec(lambda _: answer).encode({"a": Money(1)})
 
     def test_whose_value_cannot_be_kept_are_told_where(self) -> None:
@@ -599,7 +599,7 @@ class TestHooks:
             Codec(lambda value: ("again", value)).encode({"a": Money(1)})
 
     def test_are_needed_to_read_what_they_wrote(self) -> None:
-        with pytest.raises(SessionDecodeError, match="dec_hook"):
+        with pytest.raises(SessionDecodeError, match="decode"):
             Codec().decode(self.codec.encode({"a": Money(1)}))
 
 
@@ -718,11 +718,11 @@ class TestRecord:
     def test_decodes_a_field_once_and_only_when_asked(self) -> None:
         calls = []
 
-        def dec_hook(_name: str, value: Any) -> Any:
+        def decode(_name: str, value: Any) -> Any:
             calls.append(value)
             return Money(value)
 
-        codec = Codec(money_to, dec_hook)
+        codec = Codec(money_to, decode)
         data = codec.encode({str(i): Money(i) for i in range(1000)})
         record = codec.decode_record(data, "user:1")
         assert record["7"] is record["7"]

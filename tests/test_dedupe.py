@@ -738,14 +738,14 @@ def test_a_webhook_that_answers_too_late_handles_the_update_once(
             telebot.apihelper.API_URL = api.telebot_url
             bot.set_webhook(f"http://127.0.0.1:{server.server_port}/")
             alex.send("hi")
-            api.wait_confirmed()
+            api.confirmed()
             assert api.redeliver() == 1
             alex.send("again")
-            api.wait_confirmed()
+            api.confirmed()
             assert api.redeliver(1) == 1
             with pytest.raises(LookupError, match="no update 7"):
                 api.redeliver(7)
-            api.wait_confirmed()
+            api.confirmed()
             bot.delete_webhook()
         finally:
             server.shutdown()

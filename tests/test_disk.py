@@ -21,7 +21,7 @@ import diskcache
 import pytest
 
 from session_sync import SessionManager
-from session_sync.errors import SessionDecodeError, SessionEncodeError, SessionLockTimeout
+from session_sync.errors import SessionDecodeError, SessionEncodeError, SessionLockTimeoutError
 from session_sync.storages import disk
 from session_sync.storages.base import ListableStorage, RecordStorage, TtlStorage, record_of
 from session_sync.storages.codec import Codec
@@ -719,7 +719,7 @@ def test_what_cannot_be_read_can_be_opened_to_be_removed(
     with pytest.raises(SessionDecodeError):
         storage.open_record("user:1", 0)
     opened = storage.open_unread("user:1", 0)
-    with closing(DiskStorage(folder)) as other, pytest.raises(SessionLockTimeout):
+    with closing(DiskStorage(folder)) as other, pytest.raises(SessionLockTimeoutError):
         other.open_unread("user:1", 0)
     opened.close(record_of({}))
     assert not storage.has("user:1")

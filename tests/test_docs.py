@@ -64,7 +64,7 @@ def chat(bot: Any) -> None:
             alex = api.user(1, first_name="Alex")
             for number in ("1", "2"):
                 alex.send("/start")
-                assert number in alex.wait_reply().text
+                assert number in alex.reply().text
         finally:
             stop_telebot(bot)
             polling.join()
@@ -79,7 +79,7 @@ async def ptb_chat(application: Any, api: OfflineBotAPI, first: int) -> None:
             alex = api.user(1, first_name="Alex")
             for number in (first, first + 1):
                 alex.send("/start")
-                assert str(number) in (await alex.await_reply()).text
+                assert str(number) in (await alex.areply()).text
         finally:
             await application.updater.stop()
             await application.stop()

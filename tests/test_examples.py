@@ -144,7 +144,7 @@ def test_the_form_can_be_filled_in_at_one_go(ptb_form: Any) -> None:
             await application.start()
             await application.updater.start_polling()
             try:
-                return [(await alex.await_reply()).text for _ in range(4)]
+                return [(await alex.areply()).text for _ in range(4)]
             finally:
                 await application.updater.stop()
                 await application.stop()

@@ -34,7 +34,7 @@ class Paused(RedisStorage):
             session.by = "the bot"
         return opened
 
-    def open_at_once(self, key: str, /) -> None:
+    def open_nowait(self, key: str, /) -> None:
         """Only the other way."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Threads
 
-from session_sync import SessionLockTimeout, SessionManager
+from session_sync import SessionLockTimeoutError, SessionManager
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_to_thread_joins_and_run_in_executor_waits_for_its_own_caller(
             assert session.counter == 1
             with (
                 ThreadPoolExecutor(1) as pool,
-                pytest.raises(SessionLockTimeout, match=r"task .* has held it for"),
+                pytest.raises(SessionLockTimeoutError, match=r"task .* has held it for"),
             ):
                 await asyncio.get_running_loop().run_in_executor(pool, work)
         await asyncio.get_running_loop().shutdown_default_executor()
@@ -161,7 +161,7 @@ def test_a_task_that_outlives_its_opener_keeps_the_key(sessions: SessionManager[
             await inside.wait()
         assert sessions.storage.get("k") is None
         hurried = SessionManager(storage=sessions.storage, lock_timeout=0.001)
-        with pytest.raises(SessionLockTimeout, match=r"task 'detached' has held it for"):
+        with pytest.raises(SessionLockTimeoutError, match=r"task 'detached' has held it for"):
             async with hurried.session_scope("k"):
                 pass
         go_on.set()

@@ -21,7 +21,7 @@ from session_sync import (
     MemoryStorage,
     Session,
     SessionKeyError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     StorageKey,
 )
@@ -242,7 +242,9 @@ def test_lock_timeout_is_a_number_a_timedelta_or_none() -> None:
             sessions: SessionManager[Any] = SessionManager(storage=storage, lock_timeout=timeout)
 
             def wait(sessions: SessionManager[Any] = sessions) -> None:
-                with pytest.raises(SessionLockTimeout, match=r"'user:1:chat:1'.*within 0 s.*Main"):
+                with pytest.raises(
+                    SessionLockTimeoutError, match=r"'user:1:chat:1'.*within 0 s.*Main"
+                ):
                     sessions.session_scope(KEY).__enter__()
 
             asyncio.run(asyncio.to_thread(_outside(wait)))

@@ -21,7 +21,7 @@ from session_sync import (
     SessionDecodeError,
     SessionEncodeError,
     SessionError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     SessionMigrationError,
     SessionTypeError,
@@ -750,7 +750,7 @@ def test_migrate_all_goes_on_past_a_session_that_somebody_keeps(threads: Any) ->
     with pytest.raises(ExceptionGroup) as caught:
         people.migrate_all()
     go_on.set()
-    assert isinstance(caught.value.exceptions[0], SessionLockTimeout)
+    assert isinstance(caught.value.exceptions[0], SessionLockTimeoutError)
     assert storage.get("user:2") == NEW
 
 

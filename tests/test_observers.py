@@ -24,7 +24,7 @@ from session_sync import (
     SessionDecodeError,
     SessionEncodeError,
     SessionEvent,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     SessionScope,
     SQLiteStorage,
@@ -99,8 +99,8 @@ def test_an_opening_and_a_closing(storage: Any, seen: Observers, how: str) -> No
         assert (opened.loaded, opened.written) == (found, False)
         assert (closed.loaded, closed.written) == (found, True)
         assert 0 <= opened.waited == closed.waited < SOON
-        assert 0 <= opened.seconds < SOON
-        assert 0 < closed.seconds < SOON
+        assert 0 <= opened.open_seconds < SOON
+        assert 0 < closed.open_seconds < SOON
         assert opened.error is closed.error is None
 
 
@@ -117,17 +117,17 @@ def test_the_size_is_that_of_what_is_stored(tmp_path: Path, seen: Observers) -> 
     with sessions.session_scope("user:1") as session:
         session.name = "x" * 1000
     (_, opened), (_, closed) = seen.take()
-    assert (opened.bytes, closed.bytes) == (None, stored())
+    assert (opened.stored_bytes, closed.stored_bytes) == (None, stored())
     with sessions.session_scope("user:1") as session:
         session.name += "ü"
         session.flush()
     (_, opened), (_, closed) = seen.take()
-    assert opened.bytes == closed.bytes - 2 > 1000  # type: ignore[operator]
-    assert closed.bytes == stored()
+    assert opened.stored_bytes == closed.stored_bytes - 2 > 1000  # type: ignore[operator]
+    assert closed.stored_bytes == stored()
     with sessions.session_scope("user:1") as session:
         session.clear()
     (_, opened), (_, closed) = seen.take()
-    assert (closed.written, closed.bytes) == (True, None)
+    assert (closed.written, closed.stored_bytes) == (True, None)
     storage.close()
 
 
@@ -154,7 +154,7 @@ def test_every_way_of_writing_knows_its_size(
                 with sessions.session_scopes("user:1", "user:2") as both:
                     for session in both:
                         session.counter = session.get("counter", 0) + 1
-        sizes = {event.bytes for name, event in seen.take() if name == "close"}
+        sizes = {event.stored_bytes for name, event in seen.take() if name == "close"}
     assert sizes == {len('{"counter":1}')}
 
 
@@ -415,7 +415,7 @@ def test_waiting_is_told_when_it_is_over(
     assert seen.kinds == ["wait", "open", "close"]
     for _, event in seen.events:
         assert A_WHILE <= event.waited < SOON
-    assert seen.events[1][1].seconds < SOON
+    assert seen.events[1][1].open_seconds < SOON
     assert seen.events[0][1].error is None
 
 
@@ -484,7 +484,7 @@ def test_giving_up_is_told_too(storage: Any, seen: Observers, how: str) -> None:
     def run() -> None:
         try:
             wait()
-        except SessionLockTimeout as error:
+        except SessionLockTimeoutError as error:
             errors.append(error)
 
     with other.session_scope("user:1"):
@@ -510,11 +510,11 @@ def test_so_is_waiting_for_another_process(
         assert seen.kinds == ["wait", "open", "close"]
         assert all(event.waited > A_WHILE for _, event in seen.events)
     else:
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             add(sessions)
         opened.close(None)
         assert seen.kinds == ["wait"]
-        assert isinstance(seen.events[0][1].error, SessionLockTimeout)
+        assert isinstance(seen.events[0][1].error, SessionLockTimeoutError)
     ours.close()
     theirs.close()
 
@@ -642,7 +642,7 @@ def test_the_log_says_who_could_not_have_it(caplog: pytest.LogCaptureFixture) ->
     opened = threading.Event()
 
     def wait() -> None:
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             add(sessions)
         opened.set()
 

@@ -205,7 +205,7 @@ def test_who_asks_whether_to_send_a_body_is_told_to(api: OfflineBotAPI) -> None:
 def test_who_hangs_up_before_the_answer_disturbs_nobody(patient: OfflineBotAPI) -> None:
     connection = http.client.HTTPConnection(patient.url.removeprefix("http://"))
     connection.request("POST", f"/bot{patient.token}/getUpdates", "timeout=50")
-    patient.wait_call("getUpdates")
+    patient.call("getUpdates")
     linger = struct.pack("ii", 1, 0)  # close() resets the connection
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     connection.close()
@@ -259,7 +259,7 @@ def test_updates_are_numbered_and_forgotten_when_confirmed(api: OfflineBotAPI) -
     assert ids(call(api, "getUpdates", offset=-1)) == [5]
     assert ids(call(api, "getUpdates", offset=-10)) == [5]
     assert ids(call(api, "getUpdates", offset=6)) == []
-    api.wait_confirmed(timeout=0)
+    api.confirmed(timeout=0)
 
 
 def test_at_most_a_hundred_updates_come_at_once(api: OfflineBotAPI) -> None:
@@ -279,7 +279,7 @@ def test_a_pushed_update_is_the_callers_to_change(api: OfflineBotAPI) -> None:
 def test_a_long_poll_ends_with_the_next_update(patient: OfflineBotAPI) -> None:
     with ThreadPoolExecutor() as pool:
         poll = pool.submit(call, patient, "getUpdates", timeout=50)
-        patient.wait_call("getUpdates")
+        patient.call("getUpdates")
         patient.push(text_update("now"))
         assert ids(poll.result(timeout=SOON)) == [1]
 
@@ -293,7 +293,7 @@ def test_a_long_poll_without_updates_ends_empty(patient: OfflineBotAPI) -> None:
 def test_of_two_polls_the_older_one_ends_in_conflict(patient: OfflineBotAPI) -> None:
     with ThreadPoolExecutor() as pool:
         older = pool.submit(call, patient, "getUpdates", timeout=50)
-        patient.wait_call("getUpdates")
+        patient.call("getUpdates")
         newer = pool.submit(call, patient, "getUpdates", timeout=50)
         failed = older.result(timeout=SOON)
         assert failed["error_code"] == 409
@@ -311,7 +311,7 @@ def test_closing_ends_a_long_poll_at_once_and_leaves_no_thread() -> None:
     idle.connect()
     with ThreadPoolExecutor() as pool:
         poll = pool.submit(call, api, "getUpdates", timeout=50)
-        api.wait_call("getUpdates")
+        api.call("getUpdates")
         start = time.monotonic()
         api.close()
         assert time.monotonic() - start < SOON  # and not 50 s
@@ -468,7 +468,7 @@ def test_several_messages_are_passed_on_at_once(api: OfflineBotAPI) -> None:
     copied = call(api, "copyMessage", **source, message_id=2, caption="three")["result"]
     assert copied == {"message_id": 4}
     alex = api.user(1)
-    got = [alex.wait_reply().raw for _ in range(4)]
+    got = [alex.reply().raw for _ in range(4)]
     assert [one.get("caption", one.get("text")) for one in got] == ["one", "two", "two", "three"]
 
 
@@ -542,10 +542,10 @@ def test_each_reader_reads_each_reply_once(api: OfflineBotAPI) -> None:
         call(api, "sendMessage", chat_id=group.id, text=text, message_thread_id=thread)
     call(api, "sendMessage", chat_id=1, text="private")
     call(api, "sendMessage", chat_id=1, text="business", business_connection_id="b")
-    assert [alex.wait_reply(chat=group, thread=7).text for _ in range(2)] == ["a", "c"]
-    assert [kim.wait_reply(chat=group).text for _ in range(3)] == ["a", "b", "c"]
-    assert alex.wait_reply().text == "private"
-    assert alex.wait_reply(business="b").text == "business"
+    assert [alex.reply(chat=group, thread=7).text for _ in range(2)] == ["a", "c"]
+    assert [kim.reply(chat=group).text for _ in range(3)] == ["a", "b", "c"]
+    assert alex.reply().text == "private"
+    assert alex.reply(business="b").text == "business"
 
 
 def test_a_missing_reply_says_what_the_bot_did_instead(api: OfflineBotAPI) -> None:
@@ -553,7 +553,7 @@ def test_a_missing_reply_says_what_the_bot_did_instead(api: OfflineBotAPI) -> No
     call(api, "sendMessage", chat_id=1)
     api.push(text_update("hi"))
     with pytest.raises(TimeoutError) as caught:
-        api.user(1).wait_reply(timeout=0)
+        api.user(1).reply(timeout=0)
     assert str(caught.value) == (
         "no reply in chat 1, and 0 s have passed; the bot last called: "
         "sendMessage(chat_id=2, text='wrong chat'); "
@@ -564,7 +564,7 @@ def test_a_missing_reply_says_what_the_bot_did_instead(api: OfflineBotAPI) -> No
 
 def test_a_coroutine_waits_for_a_call(api: OfflineBotAPI) -> None:
     async def main() -> str:
-        waiting = asyncio.create_task(api.await_call("sendMessage", chat_id=1))
+        waiting = asyncio.create_task(api.acall("sendMessage", chat_id=1))
         for chat_id in (2, 1):
             await asyncio.to_thread(call, api, "sendMessage", chat_id=chat_id, text=str(chat_id))
         return str((await waiting).params["text"])
@@ -579,24 +579,24 @@ def test_a_user_writes_through_a_business_connection(api: OfflineBotAPI) -> None
     update = call(api, "getUpdates")["result"][0]
     assert update["business_message"]["business_connection_id"] == "b1"
     call(api, "sendMessage", chat_id=7, text="hello", business_connection_id="b1")
-    assert alex.wait_reply(business="b1").text == "hello"
+    assert alex.reply(business="b1").text == "hello"
 
 
 def test_a_wait_that_blocks_its_event_loop_says_so(api: OfflineBotAPI) -> None:
     async def main() -> None:
         with pytest.raises(TimeoutError, match="await the `await_"):
-            api.user(1).wait_reply(timeout=0)
+            api.user(1).reply(timeout=0)
 
     asyncio.run(main())
 
 
 def test_a_reply_waits_for_its_own_edits(api: OfflineBotAPI) -> None:
     call(api, "sendMessage", chat_id=1, text="0")
-    reply = api.user(1).wait_reply()
+    reply = api.user(1).reply()
     for text in ("1", "2"):
         call(api, "editMessageText", chat_id=1, message_id=reply.message_id, text=text)
-    assert reply.wait_edit().text == "1"
-    assert reply.wait_edit().wait_edit().text == "2"
+    assert reply.edit().text == "1"
+    assert reply.edit().edit().text == "2"
 
 
 def test_a_button_that_is_not_there_is_named(api: OfflineBotAPI) -> None:
@@ -604,7 +604,7 @@ def test_a_button_that_is_not_there_is_named(api: OfflineBotAPI) -> None:
     message = call(api, "sendMessage", chat_id=1, text="Sure?", reply_markup=keyboard)["result"]
     assert "reply_markup" not in message  # Telegram returns inline keyboards only
     alex = api.user(1)
-    reply = alex.wait_reply()
+    reply = alex.reply()
     assert [button.text for button in reply.buttons] == ["Yes", "No"]
     with pytest.raises(LookupError, match=r"no button 'Maybe'.*'Sure\?'.*text='Yes'"):
         alex.press(reply, "Maybe")
@@ -703,7 +703,7 @@ def test_a_webhook_gets_the_updates_in_order_with_its_secret(
     assert answer == {"ok": True, "result": True, "description": "Webhook was set"}
     for n in range(1, 20):
         hooked.push(text_update(str(n)))
-    hooked.wait_confirmed()
+    hooked.confirmed()
     assert hook.texts() == [str(n) for n in range(20)]
     assert {secret for _, secret in hook.got} == {"s3cret"}
     assert hook.got[4][0]["update_id"] == 5
@@ -716,7 +716,7 @@ def test_a_failing_webhook_is_tried_again_before_the_next_update(
     call(hooked, "setWebhook", url=hook.url)
     hooked.push(text_update("a"))
     hooked.push(text_update("b"))
-    hooked.wait_confirmed()
+    hooked.confirmed()
     assert hook.texts() == ["a", "a", "a", "b"]
     info = call(hooked, "getWebhookInfo")["result"]
     assert info["url"] == hook.url
@@ -732,7 +732,7 @@ def test_a_method_in_a_webhooks_answer_is_carried_out(hook: Hook, hooked: Offlin
     call(hooked, "setWebhook", url=hook.url)
     hooked.push(text_update("a"))
     hooked.push(text_update("b"))
-    assert hooked.user(1).wait_reply().text == "From the answer"
+    assert hooked.user(1).reply().text == "From the answer"
     assert hooked.calls_of("deleteWebhook") == []
 
 
@@ -747,7 +747,7 @@ def test_a_method_that_fails_in_a_webhooks_answer_disturbs_nobody(
     call(hooked, "setWebhook", url=hook.url, allowed_updates='["message"]')
     for text in "abcd":
         hooked.push(text_update(text))
-    hooked.wait_confirmed()
+    hooked.confirmed()
     assert hook.texts() == ["a", "b", "c", "d"]
     assert hooked.calls_of("sendMessage")[0].error == "Bad Request: message text is empty"
     assert "could not carry out sendInvoice" in caplog.text
@@ -757,7 +757,7 @@ def test_a_method_that_fails_in_a_webhooks_answer_disturbs_nobody(
 def test_polling_and_a_webhook_exclude_each_other(hook: Hook, hooked: OfflineBotAPI) -> None:
     with ThreadPoolExecutor() as pool:
         poll = pool.submit(call, hooked, "getUpdates", timeout=50)
-        hooked.wait_call("getUpdates")
+        hooked.call("getUpdates")
         call(hooked, "setWebhook", url=hook.url)
         assert poll.result(SOON)["description"] == "Conflict: terminated by setWebhook request"
     assert "webhook is active" in call(hooked, "getUpdates")["description"]
@@ -772,7 +772,7 @@ def test_a_bot_may_delete_its_webhook_from_inside_of_it(hook: Hook, hooked: Offl
     hook.on_update = lambda: call(hooked, "deleteWebhook")
     call(hooked, "setWebhook", url=hook.url)
     hooked.push(text_update("a"))
-    hooked.wait_confirmed()
+    hooked.confirmed()
     hooked.push(text_update("b"))
     assert ids(call(hooked, "getUpdates")) == [2]
 
@@ -835,7 +835,7 @@ def bot(api: OfflineBotAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         target=bot.infinity_polling, kwargs={"timeout": 5, "long_polling_timeout": 1}
     )
     thread.start()
-    api.wait_call("getUpdates")
+    api.call("getUpdates")
     yield bot
     stop_telebot(bot)
     thread.join()
@@ -845,22 +845,22 @@ def bot(api: OfflineBotAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_telebot_polls_and_answers(api: OfflineBotAPI, bot: Any) -> None:
     alex = api.user(1, first_name="Alex")
     asked = alex.send("/start")
-    reply = alex.wait_reply()
+    reply = alex.reply()
     assert reply.text == "Hello, Alex"
     assert reply.raw["reply_to_message"]["message_id"] == asked["message_id"]
     press = alex.press(reply, "Yes")
-    assert press.wait_answer()["text"] == "Thanks"
+    assert press.answer()["text"] == "Thanks"
     assert press.id
-    assert reply.wait_edit().text == "You said vote:yes"
-    assert reply.wait_edit().buttons == []
-    api.wait_confirmed()
+    assert reply.edit().text == "You said vote:yes"
+    assert reply.edit().buttons == []
+    api.confirmed()
 
 
 def test_telebot_answers_in_groups_and_topics(api: OfflineBotAPI, bot: Any) -> None:
     forum = api.group(-1001, title="Forum", is_forum=True)
     alex = api.user(1)
     alex.send("in topic 7", chat=forum, thread=7)
-    assert alex.wait_reply(chat=forum, thread=7).text == "in topic 7"
+    assert alex.reply(chat=forum, thread=7).text == "in topic 7"
 
 
 @pytest.fixture
@@ -937,16 +937,16 @@ def application(api: OfflineBotAPI) -> Any:
 async def converse(api: OfflineBotAPI) -> None:
     alex = api.user(1, first_name="Alex")
     alex.send("/start")
-    reply = await alex.await_reply()
+    reply = await alex.areply()
     assert reply.text == "Hello, Alex"
     press = alex.press(reply, "vote:yes")
-    assert await press.await_answer() == {
+    assert await press.aanswer() == {
         "callback_query_id": press.id,
         "text": "Thanks",
         "show_alert": True,
     }
-    assert (await reply.await_edit()).text == "You said vote:yes"
-    await api.await_confirmed()
+    assert (await reply.aedit()).text == "You said vote:yes"
+    await api.aconfirmed()
 
 
 def test_ptb_polls_and_answers(patient: OfflineBotAPI) -> None:
@@ -997,7 +997,7 @@ def test_ptb_processes_an_update_by_hand(api: OfflineBotAPI) -> None:
             alex = api.user(1, first_name="Alex")
             message = alex.send("/start")
             await app.process_update(Update.de_json({"update_id": 1, "message": message}, app.bot))
-            assert alex.wait_reply(timeout=0).text == "Hello, Alex"
+            assert alex.reply(timeout=0).text == "Hello, Alex"
 
     asyncio.run(main())
 

@@ -18,7 +18,7 @@ from session_sync import (
     Session,
     SessionDeadlockError,
     SessionDecodeError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     SessionMigrationError,
     SessionVersionError,
@@ -317,7 +317,7 @@ def test_what_cannot_be_deleted_is_named_and_the_others_go() -> None:
     with pytest.raises(ExceptionGroup, match="2 sessions were not deleted, 1 were") as caught:
         sessions.forget(user=1)
     kinds = {type(error) for error in caught.value.exceptions}
-    assert kinds == {SessionLockTimeout, SessionDecodeError}
+    assert kinds == {SessionLockTimeoutError, SessionDecodeError}
     handler.end()
     threads.join()
     assert found(sessions) == ["user:1:chat:1", "user:1:chat:3"]

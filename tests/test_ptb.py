@@ -798,7 +798,7 @@ def test_it_works_however_updates_come(
             await begin[way](app)
             sent = [alex.send(str(number)) for number in range(5)]
             await arrive(app, way, [{"update_id": n, "message": sent[n]} for n in range(5)])
-            replies = [(await alex.await_reply()).text for _ in sent]
+            replies = [(await alex.areply()).text for _ in sent]
             assert sorted(replies) == ["1", "2", "3", "4", "5"]
             if app.updater.running:
                 await app.updater.stop()

@@ -61,13 +61,13 @@ def test_handlers_of_ptb_13(api: OfflineBotAPI) -> None:
         alex = api.user(1)
         for _ in range(20):
             alex.send("hi")
-        replies = [alex.wait_reply() for _ in range(20)]
+        replies = [alex.reply() for _ in range(20)]
         assert sorted(int(reply.text) for reply in replies) == list(range(1, 21))
-        assert alex.press(replies[-1], "x").wait_answer()["text"] == "30"
+        assert alex.press(replies[-1], "x").answer()["text"] == "30"
         alex.send("fail")
         alex.send("stop")
         alex.send("hi")
-        assert alex.wait_reply().text == "131"
+        assert alex.reply().text == "131"
     finally:
         updater.stop()
     assert sessions.storage.get("user:1:chat:1") == {"counter": 131}

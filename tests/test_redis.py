@@ -33,7 +33,7 @@ from session_sync import (
     SessionDeadlockError,
     SessionDecodeError,
     SessionEncodeError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
 )
 from session_sync.storages.base import (
@@ -149,7 +149,7 @@ def helpers(client: Any) -> list[bytes]:
 PRELUDE = """
 import os, sys, threading, time
 from session_sync import (
-    SessionConflictError, SessionError, SessionLockTimeout, SessionManager, storage_from_url
+    SessionConflictError, SessionError, SessionLockTimeoutError, SessionManager, storage_from_url
 )
 
 def say(word):
@@ -208,7 +208,7 @@ say(number)
 WAIT = """
 try:
     sessions.storage.open_record("key", 0)
-except SessionLockTimeout:
+except SessionLockTimeoutError:
     say("waiting")
 sessions.storage.open_record("key", 60).close(None)
 say("done")
@@ -411,7 +411,7 @@ class TestRecords:
     ) -> None:
         storage = make(prefix="p:")
         opened = storage.open_record(key, 0)
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             make(prefix="p:").open_record(key, 0)
         opened.save(record_of({"a": 1}))
         names = list(client.scan_iter())
@@ -533,7 +533,8 @@ class TestRoundTrips:
 class TestLease:
     def test_is_renewed_while_a_record_is_open(self, make: Make) -> None:
         opened = make(lease=0.5).open_record("key", 0)
-        with pytest.raises(SessionLockTimeout, match=r"of this process has it, for [\d.]+ s now"):
+        held = r"of this process has it, for [\d.]+ s now"
+        with pytest.raises(SessionLockTimeoutError, match=held):
             make().open_record("key", 1.0)
         opened.close(record_of({"a": 1}))
         assert make().get("key") == {"a": 1}
@@ -570,7 +571,7 @@ class TestLease:
         his = other.open_record("key", 0)
         with pytest.raises(SessionConflictError):
             opened.close(record_of({"a": "mine"}))
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             storage.open_record("key", 0)
         his.close(record_of({"a": "his"}))
         assert storage.get("key") == {"a": "his"}
@@ -646,7 +647,7 @@ class TestNothingIsLeft:
 
     def test_of_those_who_gave_up(self, make: Make, client: Any) -> None:
         opened = make(lease=0.5).open_record("key", 0)
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             make(lease=0.5).open_record("key", 0.1)
         opened.close(None)
         until(lambda: not helpers(client))
@@ -657,7 +658,7 @@ class TestNothingIsLeft:
         storage, other = make(), make()
         opened = [storage.open_record(f"key:{n}", 0) for n in range(50)]
         for n in range(50):
-            with pytest.raises(SessionLockTimeout):
+            with pytest.raises(SessionLockTimeoutError):
                 other.open_record(f"key:{n}", 0)
         assert len(other._in_process().places._tokens) <= 11
         for one in opened:
@@ -854,7 +855,7 @@ class TestWaiting:
         took: list[float] = []
         for _ in range(20):
             opened = holder.open_record("key", SOON)
-            with pytest.raises(SessionLockTimeout):
+            with pytest.raises(SessionLockTimeoutError):
                 waiter.open_record("key", 0)
             released = []
 
@@ -873,10 +874,10 @@ class TestWaiting:
 
     def test_is_no_busy_poll(self, make: Make, server: Server) -> None:
         opened, waiter = make().open_record("key", 0), make()
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             waiter.open_record("key", 0)
         with monitored(server) as requests:
-            with pytest.raises(SessionLockTimeout):
+            with pytest.raises(SessionLockTimeoutError):
                 waiter.open_record("key", 1)
         assert sorted(requests) == ["BLPOP", "EVALSHA", "EVALSHA"]
         opened.close(None)
@@ -889,13 +890,13 @@ class TestWaiting:
         opened = holder.open_record("key", 0)
         for _ in range(2):
             for waiter in waiters:
-                with pytest.raises(SessionLockTimeout):
+                with pytest.raises(SessionLockTimeoutError):
                     waiter.open_record("key", 0.01)
         for waiter in waiters:
             opened.close(None)
             for other in storages:  # whoever had it is the last in the queue now
                 if other is not waiter:
-                    with pytest.raises(SessionLockTimeout):
+                    with pytest.raises(SessionLockTimeoutError):
                         other.open_record("key", 0)
             opened = waiter.open_record("key", 0)
         opened.close(None)
@@ -933,7 +934,7 @@ class TestWaiting:
 
     def test_is_not_cut_by_a_short_time_out(self, make: Make, server: Server) -> None:
         opened = make().open_record("key", 0)
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             make(server.client(socket_timeout=0.2)).open_record("key", 0.8)
         opened.close(None)
 
@@ -942,7 +943,7 @@ class TestWaiting:
     ) -> None:
         forbid(client, "blpop")
         waiter, opened = make(server.client(**LIMITED)), make().open_record("key", 0)
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             waiter.open_record("key", 0)
         threads.start(put, waiter, "key")
         opened.close(None)
@@ -1020,7 +1021,7 @@ if not child:
         for key in ("key", "third"):  # still the parent's
             try:
                 storage.open_record(key, 0.2)
-            except SessionLockTimeout as error:
+            except SessionLockTimeoutError as error:
                 assert str(os.getppid()) in str(error), error
             else:
                 raise AssertionError(key)
@@ -1112,7 +1113,8 @@ class TestSessions:
     ) -> None:
         holder = start(HOLD, server.url)
         assert holder.hear() == "holding"
-        with pytest.raises(SessionLockTimeout, match=rf"'key' .*0\.1 s: process {holder.pid} on"):
+        waited = rf"'key' .*0\.1 s: process {holder.pid} on"
+        with pytest.raises(SessionLockTimeoutError, match=waited):
             with apart(lock_timeout=0.1).session_scope("key"):
                 pass
         holder.tell()
@@ -1194,7 +1196,7 @@ def test_what_cannot_be_read_can_be_opened_to_be_removed(make: Make, client: Any
     with pytest.raises(SessionDecodeError):
         storage.open_record("user:1", SOON)
     opened = storage.open_unread("user:1", SOON)
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         other.open_unread("user:1", 0)
     opened.close(record_of({}))
     assert not storage.has("user:1")
@@ -1242,7 +1244,7 @@ class TestFullMemory:
 
     def test_hands_the_key_to_who_waits(self, make: Make, client: Any, threads: Threads) -> None:
         opened, waiter = make().open_record("key", 0), make()
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             waiter.open_record("key", 0)
         client.config_set("maxmemory", 1)
         with pytest.raises(OutOfMemoryError):
@@ -1362,7 +1364,7 @@ class TestSeveralAtOnce:
         sessions: SessionManager[Any] = SessionManager(storage=make(proxy.client()))
 
         def others() -> None:  # come between the two sendings, and find both open
-            with pytest.raises(SessionLockTimeout):
+            with pytest.raises(SessionLockTimeoutError):
                 make().open_record("a", 0)
 
         with sessions.session_scopes("a", "b") as (a, b):
@@ -1644,7 +1646,7 @@ class TestCluster:
     def test_renews_leases_on_all_nodes(self, clustered: Callable[..., RedisStorage]) -> None:
         storage = clustered(lease=0.5)
         opened = [storage.open_record(f"key:{n}", 0) for n in range(9)]
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             clustered().open_record("key:0", 1.0)
         for one in opened:
             one.close(record_of({"a": 1}))
@@ -1656,11 +1658,11 @@ class TestCluster:
         storage, other = clustered(lease=0.5), clustered()
         opened = storage.open_record("key", 0)
         opened.save(record_of({"a": 1}))
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             other.open_record("key", 0)
         move(cluster, key_slot(b"{key}"))
         threads.start(lambda: put(other, "key", a=3))
-        with pytest.raises(SessionLockTimeout):  # its lease is renewed at the new place
+        with pytest.raises(SessionLockTimeoutError):  # its lease is renewed at the new place
             clustered().open_record("key", 1.0)
         opened.close(record_of({"a": 2}))
         threads.join()

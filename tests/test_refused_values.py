@@ -173,12 +173,12 @@ def test_what_is_declared_goes_in(sessions: SessionManager[Any]) -> None:
 
 
 def test_what_a_codec_brings_in_goes_in(tmp_path: Path) -> None:
-    def enc_hook(value: object) -> Any:
+    def encode(value: object) -> Any:
         if isinstance(value, Fraction):
             return "fraction", value.as_integer_ratio()
         return NotImplemented
 
-    codec = Codec(enc_hook, lambda _name, pair: Fraction(*pair))
+    codec = Codec(encode, lambda _name, pair: Fraction(*pair))
     storage = SQLiteStorage(tmp_path / "s.db", codec=codec)
     storage.set(KEY, {"shares": []})
     with SessionManager(storage=storage) as sessions:

@@ -24,7 +24,7 @@ from session_sync import (
     SessionDecodeError,
     SessionEncodeError,
     SessionKeyError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     ttl,
 )
@@ -149,7 +149,7 @@ def test_a_lazy_session_that_nobody_touches_takes_no_lock(threads: Threads) -> N
     assert held.wait(20)
     with sessions.session_scope(KEY):
         pass
-    with pytest.raises(SessionLockTimeout), sessions.session_scope(KEY) as session:
+    with pytest.raises(SessionLockTimeoutError), sessions.session_scope(KEY) as session:
         _ = session.a
     let_go.set()
 
@@ -1114,7 +1114,7 @@ def test_whoever_waits_for_a_lazy_session_waits_for_all_who_are_in_it() -> None:
             assert [caller.task for caller in handle.callers] == [asyncio.current_task()]
             task = asyncio.create_task(child(inside, go_on), name="the child")
             await inside.wait()
-        with pytest.raises(SessionLockTimeout, match="task 'the child' has held it"):
+        with pytest.raises(SessionLockTimeoutError, match="task 'the child' has held it"):
             await contextvars.Context().run(locks.handle(KEY).acquire_async, 0)
         go_on.set()
         await task
@@ -1142,7 +1142,7 @@ def test_two_managers_on_one_store_exclude_each_other_and_two_stores_do_not() ->
     with one.session_scope(KEY):
 
         def other() -> None:
-            with pytest.raises(SessionLockTimeout):
+            with pytest.raises(SessionLockTimeoutError):
                 two.session_scope(KEY).__enter__()
             with three.session_scope(KEY) as session:
                 session.a = 1

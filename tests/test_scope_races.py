@@ -23,7 +23,7 @@ from session_sync import (
     MemoryStorage,
     Session,
     SessionClosedError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     SQLiteStorage,
     storage_from_url,
@@ -226,7 +226,7 @@ def test_whoever_waits_until_another_thread_has_loaded_the_session_waits_no_long
         loader = threads.start(lambda: session.update(a=1))
         assert storage.begun.wait(20)
         try:
-            with pytest.raises(SessionLockTimeout, match=KEY):
+            with pytest.raises(SessionLockTimeoutError, match=KEY):
                 _ = session["a"]
         finally:
             storage.go_on.set()
@@ -687,7 +687,7 @@ def test_a_joiner_waits_for_its_turn_no_longer_than_its_manager_says() -> None:
             joiners = Joiners(sessions)
             await joiners.start()
             joiners.two.cancel()
-            with pytest.raises(SessionLockTimeout, match=KEY):
+            with pytest.raises(SessionLockTimeoutError, match=KEY):
                 await hasty.session_scope(KEY).__aenter__()
             joiners.go_on.set()
             await joiners.one
@@ -748,7 +748,7 @@ def test_a_scope_outside_any_handler_queues_behind_tickets_that_have_not_begun(l
     sessions: SessionManager[Any] = SessionManager(lazy=lazy, lock_timeout=0)
     tickets = Tickets([sessions._options.backend.locks.ticket(KEY)])
     tickets.queue(lambda: None)
-    with pytest.raises(SessionLockTimeout, match="a task that waits for a worker"):
+    with pytest.raises(SessionLockTimeoutError, match="a task that waits for a worker"):
         update_it(sessions)
     tickets.withdraw()
     assert is_free(sessions)
@@ -833,7 +833,7 @@ def test_what_the_collector_has_freed_is_not_freed_again(kind: str, tmp_path: Pa
         assert not is_free(sessions)
         if kind in ("sqlite", "disk") and sys.platform.startswith("linux"):
             other: Any = storage_from_url(f"{kind}:///{tmp_path}/sessions")  # as another process
-            with pytest.raises(SessionLockTimeout):
+            with pytest.raises(SessionLockTimeoutError):
                 other.open_record(KEY, 0)
             other.close()
         session.n = 2

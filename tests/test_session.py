@@ -1040,10 +1040,10 @@ def orders(sessions: Sessions) -> list[Any]:
 
 
 def order_codec() -> Codec:
-    def enc_hook(value: Any) -> tuple[str, object]:
+    def encode(value: Any) -> tuple[str, object]:
         return ("order", value.items) if isinstance(value, Order) else NotImplemented
 
-    return Codec(enc_hook, lambda name, items: Order(*items))
+    return Codec(encode, lambda name, items: Order(*items))
 
 
 @pytest.fixture(params=["memory", "own", "pickling", "strict", "disk"])
@@ -1848,14 +1848,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The calls that thaw or freeze a field."""
     calls: list[str] = []
     with monkeypatch.context() as patch:
-        for name in ("thaw", "freeze"):
-            plain = getattr(session_sync.session.types.base.Free, name)
+        for name in ("load", "dump"):
+            plain = getattr(session_sync.session.types.base.AnyType, name)
 
             def counting(*args: Any, name: str = name, plain: Any = plain) -> Any:
                 calls.append(name)
                 return plain(*args)
 
-            patch.setattr(session_sync.session.types.base.Free, name, counting)
+            patch.setattr(session_sync.session.types.base.AnyType, name, counting)
         yield calls
 
 
@@ -1865,9 +1865,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         (lambda session: None, []),
         (lambda session: list(session), []),
         (lambda session: "f7" in session and "no" not in session, []),
-        (lambda session: session.f7["a"], ["thaw", "freeze"]),
-        (lambda session: session.f7["a"].append(1), ["thaw", "freeze"]),
-        (lambda session: setattr(session, "f7", {}), ["freeze", "freeze"]),  # the first to check it
+        (lambda session: session.f7["a"], ["load", "dump"]),
+        (lambda session: session.f7["a"].append(1), ["load", "dump"]),
+        (lambda session: setattr(session, "f7", {}), ["dump", "dump"]),  # the first to check it
         (lambda session: setattr(session, "f7", 1), []),
         (lambda session: session.__delitem__("f7"), []),
         (lambda session: setattr(session, "f7", ttl(1)), []),

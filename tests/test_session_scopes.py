@@ -25,7 +25,7 @@ from session_sync import (
     SessionDeadlockError,
     SessionEncodeError,
     SessionKeyError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     StorageKey,
     storage_from_url,
@@ -263,7 +263,7 @@ def test_one_that_is_not_free_in_time_leaves_the_others_free() -> None:
     with sessions.session_scope("user:2"):
         with pytest.raises(ExceptionGroup) as caught:
             _run_in_thread(lambda: sessions.session_scopes("user:1", "user:2").__enter__())
-    assert caught.group_contains(SessionLockTimeout, match="user:2")
+    assert caught.group_contains(SessionLockTimeoutError, match="user:2")
     with sessions.session_scopes("user:1", "user:2") as (one, _two):
         one.coins = 1
 

@@ -21,7 +21,7 @@ from conftest import Threads
 
 from session_sync import (
     SessionConflictError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     storage_from_url,
 )
@@ -281,7 +281,7 @@ def test_who_comes_later_does_not_pass_who_stands_before_the_key(tmp_path: Path)
     first, later = FileLocks(path), FileLocks(path)
     place, file = filelocks._range_of("key"), first.generation.file()
     file.wait_for(place.gate)
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         later.acquire("key", 0)
     file.set(place.open)
     later.acquire("key", 0).release()
@@ -296,7 +296,7 @@ def test_a_key_that_another_process_has_is_waited_for_and_others_are_not(
         session.a = 1
     with SessionManager(storage=storage_from_url(url), lock_timeout=0.2) as impatient:
         with pytest.raises(
-            SessionLockTimeout, match=r"'key:0' was not unlocked within 0\.2 s: another"
+            SessionLockTimeoutError, match=r"'key:0' was not unlocked within 0\.2 s: another"
         ):
             with impatient.session_scope("key:0"):
                 pass
@@ -487,7 +487,7 @@ def test_a_child_keeps_nothing_of_its_parents_locks(start: Start, url: str) -> N
     assert holder.hear() == "holding"
     parent = storage_from_url(url)
     parent.open_record("key:1", 0)  # type: ignore[attr-defined]
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         parent.open_record("key:0", 0.01)  # type: ignore[attr-defined] # a thread goes on waiting
     read, write = os.pipe()
     child = in_a_child(lambda: os.read(read, 1))

@@ -21,7 +21,7 @@ from session_sync import (
     Codec,
     SessionDecodeError,
     SessionEncodeError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     SQLiteStorage,
     StorageKey,
@@ -240,7 +240,7 @@ def test_what_cannot_be_read_can_be_opened_to_be_removed(
     with pytest.raises(SessionDecodeError):
         storage.open_record("user:1", 0)
     opened = storage.open_unread("user:1", 0)
-    with closing(SQLiteStorage(path)) as other, pytest.raises(SessionLockTimeout):
+    with closing(SQLiteStorage(path)) as other, pytest.raises(SessionLockTimeoutError):
         other.open_unread("user:1", 0)
     opened.close({})
     assert not storage.has("user:1")

@@ -272,7 +272,7 @@ def test_strict_memory_refuses_what_a_serialising_store_would_refuse() -> None:
     ):
         session.cart = {"items": [1, Own()]}
     assert not sessions.storage.has("k")
-    codec = Codec(enc_hook=lambda value: ("own", None), dec_hook=lambda name, value: Own())
+    codec = Codec(encode=lambda value: ("own", None), decode=lambda name, value: Own())
     sessions = SessionManager(storage=MemoryStorage(strict=True, codec=codec))
     with sessions.session_scope("k") as session:
         session.own = Own()

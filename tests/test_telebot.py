@@ -31,7 +31,7 @@ from session_sync import (  # noqa: E402
     MemoryStorage,
     SessionClosedError,
     SessionKeyError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     StorageKey,
     by_chat,
@@ -736,7 +736,7 @@ def test_an_update_waits_its_turn_for_longer_than_the_lock_timeout(
     threads.start(cron_job)
     assert holds.wait(20)
     threads.start(feed, bot, message(1))
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         sessions.session_scope(KEY).__enter__()
     let_go.set()
     threads.join()
@@ -873,7 +873,7 @@ def test_a_polling_bot_keeps_every_update(
         for user in users:
             user.send("/count")
     for user in users:
-        assert [user.wait_reply().text for _ in range(20)] == [str(n) for n in range(1, 21)]
+        assert [user.reply().text for _ in range(20)] == [str(n) for n in range(1, 21)]
     stop_telebot(bot)
     threads.join()
 

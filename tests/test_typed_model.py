@@ -232,8 +232,8 @@ def test_what_is_stored_comes_back_as_it_was(store: Any, data: Any) -> None:
             with sessions.session_scope(key) as session:
                 for name, value in values.items():
                     assert_alike(session[name], value)
-                scope = session._lifecycle()
-                assert scope.fields.take_changes() is scope.fields.kept  # a read writes nothing
+                tracker = session._lifecycle().tracker
+                assert tracker.take_changes() is tracker.committed  # a read writes nothing
         assert store.get(key) == written
 
 

@@ -20,8 +20,8 @@ from ..storages.base import (
     Check,
     CheckingStorage,
     KVStorage,
+    NonBlockingStorage,
     OpenRecord,
-    PromptStorage,
     Record,
     RecordStorage,
     SharedStorage,
@@ -52,9 +52,9 @@ class Backend:
         self.save: Final = way.save
         self.delete: Final = way.delete
         self._open: Final = storage.open_record if isinstance(storage, SharedStorage) else None
-        self.prompt: Final = isinstance(storage, PromptStorage)
+        self.prompt: Final = isinstance(storage, NonBlockingStorage)
         self._open_nowait: Final = (
-            storage.open_at_once if isinstance(storage, PromptStorage) else None
+            storage.open_nowait if isinstance(storage, NonBlockingStorage) else None
         )
         self.check: Final[Check | None] = (
             storage.check_value if isinstance(storage, CheckingStorage) else None
@@ -62,7 +62,8 @@ class Backend:
         self._save_all: Final = storage.save_all if isinstance(storage, AtomicStorage) else None
 
     def open(self, key: str, timeout: float) -> OpenRecord:
-        """Open what is stored under `key`; raises SessionLockTimeout after `timeout` seconds."""
+        """Open what is stored under `key`; raises SessionLockTimeoutError after `timeout`
+        seconds."""
         return _Alone(self, key) if self._open is None else self._open(key, timeout)
 
     def open_nowait(self, key: str) -> OpenRecord | None:
@@ -75,7 +76,7 @@ class Backend:
 
     def close_nowait(self, opened: OpenRecord, record: Record | None) -> bool:
         """Close a record, if that can be done without waiting."""
-        close: Callable[[Record | None], bool] | None = getattr(opened, "close_at_once", None)
+        close: Callable[[Record | None], bool] | None = getattr(opened, "close_nowait", None)
         return close is not None and close(record)
 
 

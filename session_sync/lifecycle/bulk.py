@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ..errors import SessionDeadlockError, SessionError, SessionMigrationError
-from ..session.containers import freeze
+from ..session.containers import dump
 from ..session.declarations import NO_SCHEMA, is_field
 from ..session.dedupe import UPDATES, updates_in
 from ..session.keys import StorageKey
-from ..session.session import Fields, Session
+from ..session.session import ChangeTracker, Session
 from ..session.ttl import TIMERS, Timers, Ttl
 from ..storages.base import KVStorage, ListableStorage, Record, record_of
 from .backend import backend_of
@@ -196,8 +196,8 @@ def _opened(
 
 def _record(scope: SessionScope[Session]) -> Record:
     """What is stored."""
-    assert scope.fields is not None
-    return scope.fields.record
+    assert scope.tracker is not None
+    return scope.tracker.flushed
 
 
 # -- whole records, through the scope that has them open: a lock that was lost is noticed then
@@ -205,7 +205,7 @@ def _record(scope: SessionScope[Session]) -> Record:
 
 def replace_record(scope: SessionScope[Any], record: Record) -> None:
     """Store `record` instead when the scope closes; an empty one deletes the session."""
-    fields = scope.fields = Fields(scope.key, record)
+    fields = scope.tracker = ChangeTracker(scope.key, record)
     fields.save_as_it_is()
 
 
@@ -289,10 +289,10 @@ def _beginning(options: Options[Any], key: str) -> Mapping[str, Any]:
     """What `initial` gives a session that begins, as it would be stored."""
     if options.initial is None:
         return {}
-    fields = Fields(key, record_of({}), options.schema)
+    fields = ChangeTracker(key, record_of({}), options.schema)
     try:
         for name, value in (options.initial(key) or {}).items():
-            fields.set(name, freeze(value.value if isinstance(value, Ttl) else value))
+            fields.set(name, dump(value.value if isinstance(value, Ttl) else value))
     except OSError:  # no word on the session: a signal handler's TimeoutError, say
         raise
     except Exception as error:

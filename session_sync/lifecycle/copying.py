@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..session.containers import freeze
+from ..session.containers import dump
 from ..storages.base import KVStorage, record_of
 from .bulk import for_each_key, options_for, refuse_open_around, replace_record
 from .entry import SessionScope
@@ -51,7 +51,7 @@ def copy_storage(
             if fields is not None:  # else it was deleted meanwhile
                 # With containers of its own, and not by target.set(): that would write also if the
                 # lock was lost meanwhile.
-                own = {name: freeze(value) for name, value in fields.items()}
+                own = {name: dump(value) for name, value in fields.items()}
                 replace_record(goal, record_of(own))
         return fields is not None
 

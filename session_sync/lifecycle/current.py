@@ -33,7 +33,7 @@ class Around(weakref.ref["SessionScope[Any]"]):
     def is_open(self) -> bool:
         """Whether the entry's session is open."""
         entry = self()
-        return entry is not None and not entry.scope.closed
+        return entry is not None and not entry.target.closed
 
 
 # The innermost entry of this thread or task, and of those started inside it.

@@ -13,7 +13,7 @@ from ..locks.callers import Caller, current_caller
 from ..locks.lock import LockHandle
 from ..session.session import BaseSession
 from .current import Around, current, entries, in_handler, open_around
-from .flow import Acquire, Flow, arun_flow, run_flow
+from .flow import AcquireLock, Flow, arun_flow, run_flow
 from .options import Options
 from .scope import FIRST, JOIN, OPEN, Scope
 
@@ -111,7 +111,7 @@ class SessionScope(Scope[S]):
             raise
 
     @property
-    def scope(self) -> Scope[S]:
+    def target(self) -> Scope[S]:
         """The one that was joined, or this one."""
         return self.joined or self
 
@@ -186,7 +186,7 @@ class SessionScope(Scope[S]):
         entry = self._same_around(around)
         if entry is None:
             return
-        scope: Scope[S] = entry.scope
+        scope: Scope[S] = entry.target
         self._check_version(scope.options)
         caller = current_caller()
         self._under, self._token, self._caller = entry, object(), caller.again()
@@ -199,7 +199,7 @@ class SessionScope(Scope[S]):
             return
         try:
             if not turn.try_acquire():
-                yield Acquire(turn, self.options.queue_timeout)
+                yield AcquireLock(turn, self.options.queue_timeout)
         except BaseException as error:
             self.joined = None
             if scope.leave(self._token):
@@ -224,7 +224,7 @@ class SessionScope(Scope[S]):
         each: Around | None = around
         while each is not None:
             entry = each()
-            if entry is not None and not entry.scope.closed and entry.is_same(self):
+            if entry is not None and not entry.target.closed and entry.is_same(self):
                 return entry
             each = each.outer
         return None
@@ -288,7 +288,7 @@ class SessionScope(Scope[S]):
 
     def is_inside(self) -> bool:
         """Whether this code runs inside a handler or another scope."""
-        others = (entry.scope for entry in entries() if entry.scope is not self)
+        others = (entry.target for entry in entries() if entry.target is not self)
         return any(not scope.closed for scope in others) or in_handler.get()
 
     def _check_version(self, around: Options[Any]) -> None:

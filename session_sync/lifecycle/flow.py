@@ -71,7 +71,7 @@ def _throw(flow: Flow, error: BaseException) -> Step | None:
         del error  # which knows this frame: no cycle stays, and no session with it
 
 
-class Acquire:
+class AcquireLock:
     """Wait for a lock; the arguments are those of LockHandle.acquire."""
 
     __slots__ = ("_handle", "_passes", "_patience", "_timeout")
@@ -95,7 +95,7 @@ class Acquire:
         await self._handle.acquire_async(self._timeout, self._passes, self._patience)
 
 
-class AcquireInsisting:
+class AcquireLockInsisting:
     """Wait for a lock for as long as it takes, also in a coroutine that is cancelled meanwhile;
     `cancelled` then has the cancellation, to be raised afterwards.
 

@@ -18,7 +18,7 @@ from ..locks.watch import WaitReport
 from ..session.session import BaseSession
 from ..storages.base import Record
 from .entry import SessionScope
-from .flow import Acquire, Flow
+from .flow import AcquireLock, Flow
 from .options import Options
 from .threads import errands
 
@@ -35,13 +35,13 @@ class SessionEvent:
         key: the session's key, without the manager's prefix.
         waited: how many seconds its update waited for it: for others of this process and of other
             ones, and under `install` in telebot's queue.
-        seconds: `on_open`: how long it took to load; `on_close`: how long it was open, with the
-            saving; `on_wait`: 0.
+        open_seconds: `on_open`: how long it took to load, in seconds; `on_close`: how long it was
+            open, with the saving; `on_wait`: 0.
         loaded: whether there was a stored session. False in `on_wait`.
         written: whether anything was written to the store, or deleted there, `flush()` included.
-        bytes: how large the session is as it is stored: `on_open`: as it was read, `on_close`: as
-            it was last written. None in memory, of an adapter, and where nothing was read or
-            written.
+        stored_bytes: how large the session is as it is stored: `on_open`: as it was read,
+            `on_close`: as it was last written. None in memory, of an adapter, and where nothing was
+            read or written.
         error: what the handler raised, or what failed when it was saved; `on_wait`: why it could
             not be had. Else None. Its message names no value of the session, unless it is the
             handler's own.
@@ -54,10 +54,10 @@ class SessionEvent:
 
     key: str
     waited: float
-    seconds: float = 0.0
+    open_seconds: float = 0.0
     loaded: bool = False
     written: bool = False
-    bytes: int | None = None
+    stored_bytes: int | None = None
     error: BaseException | None = None
     waiters: int = 0
     holder: str | None = None
@@ -132,7 +132,7 @@ class WaitReporter:
 
 
 def _figures(event: SessionEvent) -> tuple[str, float, float]:
-    return event.key, event.waited, event.seconds
+    return event.key, event.waited, event.open_seconds
 
 
 def _tell(observer: Observer | None, event: SessionEvent) -> None:
@@ -196,7 +196,7 @@ class ObservedScope(SessionScope[S]):
             if not (handle.is_held or handle.try_acquire()):
                 try:
                     options = self.options
-                    yield Acquire(handle, options.queue_timeout, passes, options.patience)
+                    yield AcquireLock(handle, options.queue_timeout, passes, options.patience)
                 except BaseException as error:
                     self._ours = time.perf_counter()
                     yield from self._giving_up(error)  # as in what this is instead of
@@ -317,9 +317,9 @@ class ObservedScope(SessionScope[S]):
         return SessionEvent(
             key=self.key,
             waited=self._ours - self._asked,
-            seconds=seconds,
+            open_seconds=seconds,
             loaded=self._found,
             written=self._has_put,
-            bytes=size,
+            stored_bytes=size,
             error=error,
         )

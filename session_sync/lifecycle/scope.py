@@ -18,20 +18,20 @@ from ..errors import (
     SessionAwaitError,
     SessionClosedError,
     SessionEncodeError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionTypeError,
     is_control_flow,
 )
 from ..locks.callers import Caller, Ender, current_caller
 from ..locks.lock import NO_QUEUES, LockHandle, wait_for_notes
 from ..locks.queue import KeyQueue
-from ..session.containers import freeze
+from ..session.containers import dump
 from ..session.dedupe import has_only_updates
-from ..session.session import BaseSession, Fields
+from ..session.session import BaseSession, ChangeTracker
 from ..session.ttl import Ttl
 from ..storages import forks
 from ..storages.base import HeldHereError, OpenRecord, Record, record_of
-from .flow import Acquire, AcquireInsisting, Flow, arun_flow, run_flow
+from .flow import AcquireLock, AcquireLockInsisting, Flow, arun_flow, run_flow
 from .options import Options
 from .threads import CallBlocking, call_store, closers, errands, openers, waiters
 
@@ -102,7 +102,6 @@ class Scope(Generic[S]):
         "call",
         "callers",
         "closed",
-        "fields",
         "full_key",
         "handle",
         "held",
@@ -115,6 +114,7 @@ class Scope(Generic[S]):
         "options",
         "queues",
         "reference",
+        "tracker",
         "update",
     )
 
@@ -128,7 +128,7 @@ class Scope(Generic[S]):
         self.full_key: Final = full_key
         self.update: Any = update  # until it closes
         self._session: S | None = None  # from the first one on that asks for it
-        self.fields: Fields | None = None  # from loading on
+        self.tracker: ChangeTracker | None = None  # from loading on
         self.is_loaded = not options.lazy  # whether the session may be touched once it is there
         self.closed = False
         self.members: dict[object, None] = {}  # before it begins, and after it has ended
@@ -203,7 +203,7 @@ class Scope(Generic[S]):
     def _open_store_now(self) -> bool:
         try:
             call_store(self._open_store, 0)
-        except SessionLockTimeout:
+        except SessionLockTimeoutError:
             if self.opened is not None:  # it was not the store that raised this
                 raise
             return False  # another process has it; what waits for that keeps the handle
@@ -218,7 +218,7 @@ class Scope(Generic[S]):
             handle = self.handle = self.handle or self.new_handle()
             handle.owner = self.reference
             if not (handle.try_acquire() or handle.is_held):
-                yield Acquire(handle, options.queue_timeout, passes, options.patience)
+                yield AcquireLock(handle, options.queue_timeout, passes, options.patience)
             if options.backend.blocking:
                 yield from self._opening_store()
             else:
@@ -235,7 +235,7 @@ class Scope(Generic[S]):
         )
         try:
             yield call
-        except SessionLockTimeout:
+        except SessionLockTimeoutError:
             if self.opened is not None:
                 raise
             yield from self._waiting_for_another_process()
@@ -256,9 +256,9 @@ class Scope(Generic[S]):
             call = self.call = CallBlocking(waiters, self._open_store, wait, deadline=limit)
             try:
                 yield call
-            except SessionLockTimeout as error:
+            except SessionLockTimeoutError as error:
                 if self.opened is not None or time.monotonic() >= deadline:
-                    raise SessionLockTimeout(
+                    raise SessionLockTimeoutError(
                         f"the session {self.full_key!r} was not unlocked within {timeout:g} s: "
                         f"{error}.{'' if isinstance(error, HeldHereError) else _WAY_OUT}"
                     ) from None
@@ -284,15 +284,15 @@ class Scope(Generic[S]):
         migrations = options.migrations
         self._stored = record is not None
         if record is None:
-            self.fields = self._missing(_NO_FIELDS)
+            self.tracker = self._missing(_NO_FIELDS)
         elif migrations is None or migrations.are_done(record):
-            self.fields = Fields(self.key, record, options.schema, options.backend.check)
+            self.tracker = ChangeTracker(self.key, record, options.schema, options.backend.check)
         else:
             newest = migrations.newest(self.key, record, options.schema)
-            self.fields = Fields(self.key, newest, options.schema, options.backend.check)
-            self.fields.save_as_it_is()
-        if options.initial is not None and has_only_updates(self.fields.record):
-            self.fields = self._missing(self.fields.record)
+            self.tracker = ChangeTracker(self.key, newest, options.schema, options.backend.check)
+            self.tracker.save_as_it_is()
+        if options.initial is not None and has_only_updates(self.tracker.flushed):
+            self.tracker = self._missing(self.tracker.flushed)
         handle = self.handle
         assert handle is not None
         handle.inside = self.reference
@@ -306,25 +306,25 @@ class Scope(Generic[S]):
         """The session: one object, which knows this scope weakly."""
         session = self._session
         if session is None:
-            fields = self.fields if self.is_loaded else None
-            session = self.options.session_type(self.reference, self.key, fields)
+            tracker = self.tracker if self.is_loaded else None
+            session = self.options.session_type(self.reference, self.key, tracker)
             self._session = session
         return session
 
-    def _missing(self, record: Record) -> Fields:
+    def _missing(self, record: Record) -> ChangeTracker:
         """The fields of a session that is not stored yet, and will not be until they change. All
         that `record` has is what the session remembers."""
         initial, schema = self.options.initial, self.options.schema
         check = self.options.backend.check
         given = initial(self.update) if initial is not None else None
-        fields = Fields(self.key, record, schema, check)
+        tracker = ChangeTracker(self.key, record, schema, check)
         if not given:
-            return fields
+            return tracker
         for name, value in given.items():
-            fields.set(name, _copy(value))
-        fields = Fields(self.key, fields.take_changes(), schema, check)
-        fields.begun = fields.record
-        return fields
+            tracker.set(name, _copy(value))
+        tracker = ChangeTracker(self.key, tracker.take_changes(), schema, check)
+        tracker.initial_record = tracker.flushed
+        return tracker
 
     # -- writing, always under the write lock
 
@@ -333,26 +333,26 @@ class Scope(Generic[S]):
 
         Raises SessionClosedError if the scope ended meanwhile, and what was changed is not stored.
         """
-        if self.fields is None:
+        if self.tracker is None:
             return
         write = self.write_guard()
         try:
-            yield from write.around(self._flushing(self.fields, write.handle))
+            yield from write.around(self._flushing(self.tracker, write.handle))
         finally:
             self.roll_back_failed()
 
-    def _flushing(self, fields: Fields, write: LockHandle) -> Flow:
+    def _flushing(self, tracker: ChangeTracker, write: LockHandle) -> Flow:
         if not write.try_acquire():
-            yield Acquire(write, None)
+            yield AcquireLock(write, None)
         self.roll_back_what_failed()
-        if fields.open:
+        if tracker.open:
             yield from self._writing(last=False)
             if not self._is_failed:
-                fields.lost = ""
+                tracker.lost = ""
         elif self.handle is not None:  # its end was interrupted
             yield from self._ending()
         else:
-            fields.check_not_lost()
+            tracker.check_not_lost()
 
     def close_now(self, may_block: bool) -> bool:
         """Write and unlock without a flow; False if that is not possible, and nothing was done.
@@ -413,12 +413,12 @@ class Scope(Generic[S]):
     def _closing_in_turn(self, is_last_try: bool = False) -> Flow:
         """The same, where another one may be closing it: the second one finds nothing to do."""
         write = self.write_guard()
-        acquire = AcquireInsisting(write.renew)
+        acquire = AcquireLockInsisting(write.renew)
         yield from write.around(self._closing(acquire, write.handle, is_last_try))
         if acquire.cancelled is not None:
             raise acquire.cancelled
 
-    def _closing(self, acquire: AcquireInsisting, write: LockHandle, is_last_try: bool) -> Flow:
+    def _closing(self, acquire: AcquireLockInsisting, write: LockHandle, is_last_try: bool) -> Flow:
         is_its_turn = False
         try:
             if not write.try_acquire():
@@ -445,7 +445,7 @@ class Scope(Generic[S]):
 
     def _ending_alone(self, lock: LockHandle) -> Flow:
         if not lock.try_acquire():
-            yield Acquire(lock, None)
+            yield AcquireLock(lock, None)
         handle = self.handle
         if handle is None:
             return
@@ -468,14 +468,14 @@ class Scope(Generic[S]):
 
     def _loses_changes(self, error: BaseException) -> None:
         """The last ones are not stored, because of `error`."""
-        if self.fields is not None:
-            self.fields.lost = f"{type(error).__name__} was raised"
+        if self.tracker is not None:
+            self.tracker.lost = f"{type(error).__name__} was raised"
 
     def _has_stored_all(self) -> bool:
         """At the end of the scope: whether what awaited the last write was cancelled, and that has
         reached the store all the same."""
-        fields, written = self.fields, self._written
-        return fields is not None and written is not None and written is fields.kept
+        tracker, written = self.tracker, self._written
+        return tracker is not None and written is not None and written is tracker.committed
 
     def write_guard(self) -> Guard:
         """The owner of a claim to the write lock, with which nothing was done yet."""
@@ -483,41 +483,41 @@ class Scope(Generic[S]):
 
     def _write_last(self) -> None:
         """Write to a store that blocks, and close the record there."""
-        fields, opened = self.fields, self.opened
-        assert fields is not None
+        tracker, opened = self.tracker, self.opened
+        assert tracker is not None
         assert opened is not None
         if self.call is not None:
             self.call.join()
             self.call = None
-        self._close(fields)
-        kept = record = fields.kept
+        self._close(tracker)
+        committed = record = tracker.committed
         self._written = None
         try:
-            record = fields.take_changes()
-            call_store(self.write, opened, None if record is kept else record, True)
+            record = tracker.take_changes()
+            call_store(self.write, opened, None if record is committed else record, True)
         except BaseException:
             if self._written is not record:
-                fields.not_saved(kept)
+                tracker.not_saved(committed)
             raise
 
-    def _close(self, fields: Fields) -> None:
+    def _close(self, tracker: ChangeTracker) -> None:
         """Before they are written for the last time: a change that came later would be lost."""
         if self._is_failed:
-            fields.roll_back()
-        fields.close()
+            tracker.roll_back()
+        tracker.close()
 
     def _write_in_memory(self, last: bool) -> None:
-        fields = self.fields
-        assert fields is not None
+        tracker = self.tracker
+        assert tracker is not None
         if last:
-            self._close(fields)
-        kept = fields.kept
+            self._close(tracker)
+        committed = tracker.committed
         try:
-            record = fields.take_changes()
-            if record is not kept:
+            record = tracker.take_changes()
+            if record is not committed:
                 self.put(record)
         except BaseException:
-            fields.not_saved(kept)
+            tracker.not_saved(committed)
             raise
 
     def put(self, record: Record) -> None:
@@ -530,26 +530,26 @@ class Scope(Generic[S]):
                 self.options.backend.delete(self.full_key)
                 self._stored = False
         except Exception:
-            assert self.fields is not None
-            self._refused = not self.fields.open
+            assert self.tracker is not None
+            self._refused = not self.tracker.open
             raise
 
     def _writing(self, last: bool) -> Flow:
         if not self.options.backend.blocking:
             self._write_in_memory(last)
             return
-        fields, opened = self.fields, self.opened
-        assert fields is not None
+        tracker, opened = self.tracker, self.opened
+        assert tracker is not None
         assert opened is not None
         if self.call is not None:
             yield from self.ending_the_call(self.call)
         if last:
-            self._close(fields)
-        kept = record = fields.kept
+            self._close(tracker)
+        committed = record = tracker.committed
         self._written = None
         try:
-            record = fields.take_changes()
-            changed = record is not kept
+            record = tracker.take_changes()
+            changed = record is not committed
             if not (changed or last):
                 return
             args = (opened, record if changed else None, last)
@@ -558,7 +558,7 @@ class Scope(Generic[S]):
             yield call
         except BaseException:
             if self._written is not record:  # else it was cancelled, and yet written
-                fields.not_saved(kept)
+                tracker.not_saved(committed)
             raise
         self.call = None
 
@@ -615,7 +615,7 @@ class Scope(Generic[S]):
 
     def discard(self, error: BaseException) -> None:
         """A handler failed: forget what changed since the last flush, if the options say so."""
-        if self.fields is None or self.closed or self.keeps(error):
+        if self.tracker is None or self.closed or self.keeps(error):
             return
         self._loses_changes(error)
         self._is_failed = True
@@ -643,11 +643,11 @@ class Scope(Generic[S]):
 
     def roll_back_what_failed(self) -> None:
         """The same under the write lock. What has ended meanwhile stays closed."""
-        fields = self.fields
-        if self._is_failed and not self.closed and fields is not None:
+        tracker = self.tracker
+        if self._is_failed and not self.closed and tracker is not None:
             self._is_failed = False  # first: another handler may fail meanwhile
             try:
-                fields.roll_back()
+                tracker.roll_back()
             except BaseException:
                 self._is_failed = True
                 raise
@@ -656,9 +656,9 @@ class Scope(Generic[S]):
 
     def unlock(self) -> None:
         """Give the key to the next one."""
-        handle, fields = self.handle, self.fields
-        if fields is not None and fields.open:
-            fields.close()
+        handle, tracker = self.handle, self.tracker
+        if tracker is not None and tracker.open:
+            tracker.close()
         if handle is None:
             return
         backend = self.options.backend
@@ -668,7 +668,7 @@ class Scope(Generic[S]):
                 backend.unload(self.full_key)
         finally:
             if not self.is_loaded:  # a lazy one that failed to load, so it can be loaded again
-                self.fields = None
+                self.tracker = None
             # It may be known for longer, and what it keeps has a lock of its own.
             handle.keeps = None
             handle.release()
@@ -679,8 +679,8 @@ class Scope(Generic[S]):
         try:
             if self.end(current_caller().ending()):
                 self._loses_changes(error)
-                if self.fields is not None:
-                    self.fields.close()
+                if self.tracker is not None:
+                    self.tracker.close()
                 yield from self._giving_up(error)
         except BaseException:
             self.abandon()
@@ -752,8 +752,8 @@ class Scope(Generic[S]):
 
     def _is_left_too_late(self) -> None:
         """Or never: the last changes are not stored."""
-        if self.fields is not None:
-            self.fields.lost = self.fields.lost or _NOT_LEFT
+        if self.tracker is not None:
+            self.tracker.lost = self.tracker.lost or _NOT_LEFT
 
     def _is_alone(self) -> bool:
         """Whether nothing waits for it, and no store has to be asked."""
@@ -785,7 +785,7 @@ class Scope(Generic[S]):
         handle = self.handle
         if handle is None or self._ends_soon or not self.is_loaded:
             return
-        if self.fields is None:  # nobody can have changed anything
+        if self.tracker is None:  # nobody can have changed anything
             self.abandon()
             return
         self._end_soon(handle, self._close_for_others)
@@ -813,8 +813,8 @@ class Scope(Generic[S]):
 
     def _giving_up_in_turn(self, write: LockHandle) -> Flow:
         if not write.try_acquire():  # another thread's flush is on its way
-            yield Acquire(write, None)
-        if self.fields is not None and self.fields.open:
+            yield AcquireLock(write, None)
+        if self.tracker is not None and self.tracker.open:
             self._is_left_too_late()
         self._close_unsaved()
 
@@ -839,7 +839,7 @@ class Scope(Generic[S]):
             if not self.leave(FIRST, caller) and self.is_loaded:
                 return
         handle.by_note = True
-        is_open = self.fields is not None and self.fields.open
+        is_open = self.tracker is not None and self.tracker.open
         if (self._is_owed and is_open) or (was_left and not self.closed):
             self.close_soon()  # whoever opened it has left it to one that was lost, or owes it
         else:
@@ -963,7 +963,7 @@ class Scope(Generic[S]):
 
     def _loading(self, may_block: bool, load: LockHandle) -> Flow:
         if not load.try_acquire():
-            yield Acquire(load, self.options.queue_timeout)
+            yield AcquireLock(load, self.options.queue_timeout)
         if self.is_loaded:
             if self.closed and self._takes(_TO_CLOSE):
                 yield from self.closing(may_block)
@@ -1094,4 +1094,4 @@ class Guard:
 
 def _copy(value: Any) -> Any:
     """A value that shares no container with what `initial` returned."""
-    return Ttl(freeze(value.value), value.seconds) if isinstance(value, Ttl) else freeze(value)
+    return Ttl(dump(value.value), value.seconds) if isinstance(value, Ttl) else dump(value)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol, TypeVar
 
-from ..errors import SessionLockTimeout
+from ..errors import SessionLockTimeoutError
 from .flow import insist
 
 logger: Final = logging.getLogger("session_sync")
@@ -53,7 +53,7 @@ class CallBlocking:
     whether it did. For a second after it has taken long all the same, it is not called.
 
     `deadline` is for a call that may stand in the pool's queue for long: if it has not begun when
-    so many seconds are over, it is withdrawn, and SessionLockTimeout is raised.
+    so many seconds are over, it is withdrawn, and SessionLockTimeoutError is raised.
 
     A coroutine that is cancelled waits for the call to end all the same: the lock must not be
     passed on while a thread still writes, nor a result that has to be cleaned up come when nothing
@@ -229,7 +229,7 @@ class _ThreadedCall:
 
     def _give_up(self) -> None:
         if self._fate.setdefault(None, "withdrawn") == "withdrawn":
-            self._error = SessionLockTimeout(
+            self._error = SessionLockTimeoutError(
                 "another process has it, and other sessions that wait for other processes were "
                 "ahead of this one"
             )

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from ..locks.lock import LockHandle
-from ..session.session import BaseSession, Fields
+from ..session.session import BaseSession, ChangeTracker
 from ..storages.base import Record
 from .backend import Backend
 from .entry import SessionScope
-from .flow import Acquire, Flow, arun_flow, run_flow
+from .flow import AcquireLock, Flow, arun_flow, run_flow
 from .scope import Scope
 from .threads import CallBlocking, closers
 
@@ -150,35 +150,35 @@ class AtomicFlush:
     """
 
     def __init__(self, scopes: Iterable[SessionScope[Any]]) -> None:
-        self._fields: Final[dict[Scope[Any], Fields]] = {}
+        self._trackers: Final[dict[Scope[Any], ChangeTracker]] = {}
         for scope in scopes:
-            if scope.joined is None and not scope.closed and scope.fields is not None:
-                self._fields[scope] = scope.fields
-        self._kept: Final[dict[Scope[Any], Record]] = {}
+            if scope.joined is None and not scope.closed and scope.tracker is not None:
+                self._trackers[scope] = scope.tracker
+        self._committed: Final[dict[Scope[Any], Record]] = {}
         self._records: Final[dict[Scope[Any], Record]] = {}
         self._in_doubt: Iterable[Scope[Any]] = ()
         self._written: Final[set[Scope[Any]]] = set()
 
     def flow(self) -> Flow:
         """Write."""
-        if len(self._fields) < 2:
+        if len(self._trackers) < 2:
             return  # to close one is to write it
-        guards = [scope.write_guard() for scope in self._fields]
+        guards = [scope.write_guard() for scope in self._trackers]
         flow = self._writing_under([guard.handle for guard in guards])
         for guard in guards:
             flow = guard.around(flow)
         try:
             yield from flow
         finally:
-            for scope in self._fields:
+            for scope in self._trackers:
                 scope.roll_back_failed()
 
     def _writing_under(self, locks: Sequence[LockHandle]) -> Flow:
         for lock in locks:
             if not lock.try_acquire():
-                yield Acquire(lock, None)
+                yield AcquireLock(lock, None)
         try:
-            for scope in self._fields:
+            for scope in self._trackers:
                 scope.roll_back_what_failed()
             yield from self._writing()
         except BaseException as error:
@@ -189,13 +189,15 @@ class AtomicFlush:
             raise
 
     def _writing(self) -> Flow:
-        self._kept.update((s, fields.kept) for s, fields in self._fields.items() if fields.open)
-        for scope in self._kept:
+        self._committed.update(
+            (s, tracker.committed) for s, tracker in self._trackers.items() if tracker.open
+        )
+        for scope in self._committed:
             if scope.call is not None:
                 yield from scope.ending_the_call(scope.call)
-        for scope, kept in self._kept.items():
-            record = self._fields[scope].take_changes()
-            if record is not kept and scope.to_write(record) is not None:
+        for scope, committed in self._committed.items():
+            record = self._trackers[scope].take_changes()
+            if record is not committed and scope.to_write(record) is not None:
                 self._records[scope] = record
         if not self._records:
             return
@@ -247,12 +249,12 @@ class AtomicFlush:
             raise
 
     def _take_back(self) -> None:
-        for scope, kept in self._kept.items():
+        for scope, committed in self._committed.items():
             if scope not in self._written:  # else it was cancelled, and yet written
-                self._fields[scope].not_saved(kept)
-        for scope, fields in self._fields.items():
+                self._trackers[scope].not_saved(committed)
+        for scope, tracker in self._trackers.items():
             if not scope.closed:
-                fields.roll_back()
+                tracker.roll_back()
 
 
 class SessionScopes(Generic[S]):

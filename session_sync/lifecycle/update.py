@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..locks.tickets import Tickets
-from ..session.session import BaseSession, Fields
+from ..session.session import BaseSession, ChangeTracker
 from ..storages import forks
 from .entry import SessionScope
 from .observers import logger
@@ -128,18 +128,18 @@ class UpdateScope(ScopeStack):
 
     def _hand_out(self) -> Sequence[BaseSession | None]:
         self.is_new = self._delivery is None or self._delivery.lets_in(self.in_order)
-        self.sessions = [None if scope is None else scope.scope.session() for scope in self.scopes]
+        self.sessions = [None if scope is None else scope.target.session() for scope in self.scopes]
         return self.sessions
 
     def opened(self) -> Sequence[Scope[Any] | None]:
         """The scopes that were joined or opened; unlike `scopes`, they forget the update when they
         close."""
-        return [None if scope is None else scope.scope for scope in self.scopes]
+        return [None if scope is None else scope.target for scope in self.scopes]
 
     def discard(self, error: BaseException) -> None:
         """A handler failed with `error`."""
         for scope in self.in_order:
-            scope.scope.discard(error)
+            scope.target.discard(error)
 
 
 class Delivery:
@@ -163,19 +163,19 @@ class Delivery:
         remembering = [scope for scope in scopes if scope.options.dedupe]
         if not self._is_new:
             for scope in remembering:
-                if _fields_of(scope).has_had(self._number):
+                if _tracker_of(scope).has_had(self._number):
                     logger.info("update %d has come again: %r has had it", self._number, scope.key)
                     return False
         self._is_new = True
         for scope in remembering:
-            _fields_of(scope).remember(self._number, scope.options.dedupe)
+            _tracker_of(scope).remember(self._number, scope.options.dedupe)
         return True
 
 
-def _fields_of(scope: SessionScope[Any]) -> Fields:
-    fields = scope.scope.fields
-    assert fields is not None  # it is not lazy
-    return fields
+def _tracker_of(scope: SessionScope[Any]) -> ChangeTracker:
+    tracker = scope.target.tracker
+    assert tracker is not None  # it is not lazy
+    return tracker
 
 
 def dedupes(managers: Managers) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
-from ..errors import SessionDeadlockError, SessionLockTimeout
+from ..errors import SessionDeadlockError, SessionLockTimeoutError
 from .callers import Caller, Ender, current_caller, names_of
 from .deadlock import waits
 from .queue import KeyQueue
@@ -137,7 +137,7 @@ class LockHandle:
         `passes`: the caller runs inside a handler, and passes tasks that have not begun.
         `patience`: after what time somebody is told that it still waits.
 
-        Raises SessionLockTimeout, and SessionDeadlockError where the wait could never end.
+        Raises SessionLockTimeoutError, and SessionDeadlockError where the wait could never end.
         """
         if self.try_acquire():
             return
@@ -220,9 +220,9 @@ class LockHandle:
         return False
 
     def _check(self, timeout: float | None) -> None:
-        """Raise SessionLockTimeout unless the lock was given to this handle."""
+        """Raise SessionLockTimeoutError unless the lock was given to this handle."""
         if not self.is_held:
-            raise SessionLockTimeout(
+            raise SessionLockTimeoutError(
                 f"the session {self.name!r} was not unlocked within {timeout:g} s: "
                 f"{describe_holder(self.table, self.key)}. Let that handler call "
                 f"session.release() before it goes on for long, or give the manager a longer "

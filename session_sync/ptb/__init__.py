@@ -211,7 +211,7 @@ class _Unit:
             scope = update_scope.scopes[place]
             if scope is None:
                 raise SessionKeyError(no_key(self.update))
-            if scope.scope.has_members:
+            if scope.target.has_members:
                 session = update_scope.sessions[place]
         if session is None:
             raise SessionKeyError(
@@ -757,7 +757,7 @@ class _Member:
         token = object()
         scopes: list[Scope[Any]] = []
         for entry in update_scope.in_order:
-            scope = entry.scope
+            scope = entry.target
             if scope.join(token, entry.token):
                 scopes.append(scope)
             elif scope.leave(token):  # a thread that has left just now has left it to this one

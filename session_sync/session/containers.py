@@ -1,12 +1,12 @@
 """The dicts, lists and sets that a session hands out, and how they go into a store and come back.
 
-Two words: *thawed* values are what a handler sees and changes, *frozen* ones are what a store
+Two words: *loaded* values are what a handler sees and changes, *dumped* ones are what a store
 keeps: plain containers that nobody changes any more, so that several records may share them.
 
 How changes are found. Not by listening: `heapq`, `random.shuffle` and C code in general write past
 a subclass's methods, and an object that a handler put into its session stays an ordinary object.
-Instead `freeze` compares what a handler had in its hands with what was stored, by identity of the
-leaves and keys, and gives back the very same frozen object where nothing differs. That costs a walk
+Instead `dump` compares what a handler had in its hands with what was stored, by identity of the
+leaves and keys, and gives back the very same dumped object where nothing differs. That costs a walk
 over the fields that were touched, and only over those.
 
 The methods that change a container are overridden all the same, for two reasons: a change after the
@@ -38,7 +38,7 @@ ATOMS: Final = frozenset(
 #: Those of them that have a time zone, which a store may refuse; of the others it keeps all values.
 ZONED: Final = frozenset((datetime, time))
 _KEPT: Final = ATOMS - ZONED
-#: What `freeze` is given where nothing is stored yet.
+#: What `dump` is given where nothing is stored yet.
 MISSING: Final = object()
 _NO_HASH: Final = (None, object.__hash__)
 
@@ -47,8 +47,8 @@ class Owner:
     """What the containers of one session have in common: the session's key, and whether it is open.
 
     A roll-back closes the owner and the session goes on with a new one. `met_object` is set when a
-    thawed or frozen value has an object in it whose changes nobody would notice, `met_old_form`
-    when a thawed value would be frozen as something else than it was. These two are of the last
+    loaded or dumped value has an object in it whose changes nobody would notice, `met_old_form`
+    when a loaded value would be dumped as something else than it was. These two are of the last
     value that was begun, by whichever thread.
     """
 
@@ -68,7 +68,7 @@ class Owner:
         self.met_object = self.met_old_form = False
 
     def begin(self) -> object:
-        """A value is going to be thawed or frozen: nothing has been met yet."""
+        """A value is going to be loaded or dumped: nothing has been met yet."""
         begun = self._begun = object()  # first: a thread that is at another value has to see it
         self.met_object = self.met_old_form = False
         return begun
@@ -102,8 +102,8 @@ NOBODY: Final = Owner("")
 
 
 class SessionDict(dict[Any, Any]):
-    """A dict inside a session. Of one whose content is declared, the shape knows what may be in it;
-    the same goes for lists and sets."""
+    """A dict inside a session. Of one whose content is declared, the field type knows what may be
+    in it; the same goes for lists and sets."""
 
     _owner = NOBODY
     _is_declared = False
@@ -123,8 +123,8 @@ class SessionList(list[Any]):
         owner = self._owner
         if not owner.open:
             raise owner.refuse()
-        admit_value = _admit_each if at.__class__ is slice else _admit_inside
-        super().__setitem__(at, admit_value(value, self))
+        validate_value = _validate_each if at.__class__ is slice else _validate_inside
+        super().__setitem__(at, validate_value(value, self))
         if not owner.open:
             raise owner.refuse()
 
@@ -156,29 +156,29 @@ class SessionSet(set[Any]):
         return repr(set(self))
 
 
-_Admit: TypeAlias = Callable[[Any, Any], Any]  # a value, and the container that it goes into
+_Validate: TypeAlias = Callable[[Any, Any], Any]  # a value, and the container that it goes into
 
 
 def _guarded(
-    method: Callable[..., Any], admit_last: _Admit | None, has_key: bool
+    method: Callable[..., Any], validate_last: _Validate | None, has_key: bool
 ) -> Callable[..., Any]:
     """`method`, which changes its container: refused when closed, also when another thread has
     closed the session meanwhile, which may have been too soon for the change to be saved.
-    `admit_last` is for a method whose last argument goes in, `has_key` for one whose first argument
-    is a dict's key."""
+    `validate_last` is for a method whose last argument goes in, `has_key` for one whose first
+    argument is a dict's key."""
 
     @functools.wraps(method)
     def guarded(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner = self._owner
         if not owner.open:
             raise owner.refuse()
-        if admit_last is not None:
+        if validate_last is not None:
             if has_key and args and args[0].__class__ not in _KEPT:
                 _check(args[0], self)
             if args:
-                args = (*args[:-1], admit_last(args[-1], self))
+                args = (*args[:-1], validate_last(args[-1], self))
             if kwargs:
-                kwargs = {name: _admit_inside(arg, self) for name, arg in kwargs.items()}
+                kwargs = {name: _validate_inside(arg, self) for name, arg in kwargs.items()}
         result = method(self, *args, **kwargs)
         if not owner.open:
             raise owner.refuse()
@@ -188,10 +188,10 @@ def _guarded(
 
 
 def _guard(
-    cls: type, names: str, admit_last: _Admit | None = None, *, has_key: bool = False
+    cls: type, names: str, validate_last: _Validate | None = None, *, has_key: bool = False
 ) -> None:
     for name in names.split():
-        setattr(cls, name, _guarded(getattr(cls, name), admit_last, has_key))
+        setattr(cls, name, _guarded(getattr(cls, name), validate_last, has_key))
 
 
 _OWNED: Final = frozenset((SessionDict, SessionList, SessionSet))
@@ -201,26 +201,26 @@ _WITH_PLACES: Final = frozenset((dict, list, SessionDict, SessionList))
 # -- out of the store
 
 
-def thaw(value: Any, owner: Owner) -> Any:
-    """What a handler of `owner` may have of a frozen `value`: containers of its own."""
+def load(value: Any, owner: Owner) -> Any:
+    """What a handler of `owner` may have of a dumped `value`: containers of its own."""
     cls = value.__class__
     if cls in ATOMS:
         return value
     if cls is dict:
         return owned(
             SessionDict(
-                {k: v if v.__class__ in ATOMS else thaw(v, owner) for k, v in value.items()}
+                {k: v if v.__class__ in ATOMS else load(v, owner) for k, v in value.items()}
             ),
             owner,
         )
     if cls is list:
         return owned(
-            SessionList([v if v.__class__ in ATOMS else thaw(v, owner) for v in value]), owner
+            SessionList([v if v.__class__ in ATOMS else load(v, owner) for v in value]), owner
         )
     if cls is set:
         return owned(SessionSet(value), owner)
     if cls is tuple:
-        items = [thaw(item, owner) for item in value]
+        items = [load(item, owner) for item in value]
         return value if same(items, value) else tuple(items)
     _note(value, owner)
     return value
@@ -248,33 +248,33 @@ def is_foreign(value: Any, owner: Owner) -> bool:
 # -- into a session
 
 
-def admit(value: Any, owner: Owner) -> Any:
+def validate(value: Any, owner: Owner) -> Any:
     """`value`, on its way into something of `owner`: the same object, unless it comes out of
     another session or a closed one; that goes in as a fresh copy, wherever in `value` it lies.
 
     Raises RecursionError if it is nested too deeply.
     """
-    return value if value.__class__ in ATOMS else _admit(value, owner, set())
+    return value if value.__class__ in ATOMS else _validate(value, owner, set())
 
 
-def _admit_inside(value: Any, into: Any) -> Any:
+def _validate_inside(value: Any, into: Any) -> Any:
     """The same for what a handler puts into a container, if the store keeps it."""
     if value.__class__ in _KEPT:
         return value
     owner = into._owner
     try:
-        admitted = _admit(value, owner, set())
-        _check(admitted, into)
+        validated = _validate(value, owner, set())
+        _check(validated, into)
     except RecursionError:
         raise owner.too_deep("what was put into one of its containers") from None
-    return admitted
+    return validated
 
 
 def _check(value: Any, into: Any) -> None:
     """Raise SessionEncodeError if the store would refuse `value`, which goes into a container."""
     owner = into._owner
     if owner.check is not None and not into._is_declared:
-        owner.check(freeze(value), owner.key, _Inside(into))
+        owner.check(dump(value), owner.key, _Inside(into))
 
 
 class _Inside:
@@ -290,55 +290,59 @@ class _Inside:
         return f"{'' if place_of is None else place_of(self._container)}[...]"
 
 
-def _admit(value: Any, owner: Owner, seen: set[int]) -> Any:
+def _validate(value: Any, owner: Owner, seen: set[int]) -> Any:
     cls = value.__class__
     if cls in ATOMS:
         return value
     if cls in _OWNED and value._owner is owner:
         return value
     if is_foreign(value, owner):
-        return thaw(freeze(value, MISSING, owner), owner)
+        return load(dump(value, MISSING, owner), owner)
     if cls is Ttl:
         raise owner.stray_ttl()
     if cls in _WITH_PLACES:
         if id(value) not in seen:
             seen.add(id(value))
-            _admit_items(value, owner, seen)
+            _validate_items(value, owner, seen)
         return value
     if cls is tuple:
-        items = [_admit(item, owner, seen) for item in value]
+        items = [_validate(item, owner, seen) for item in value]
         return value if same(items, value) else tuple(items)
     return value
 
 
-def _admit_items(plain: Any, owner: Owner, seen: set[int]) -> None:
+def _validate_items(plain: Any, owner: Owner, seen: set[int]) -> None:
     """Replace what is foreign inside a handler's own list or dict."""
     for at, item in list(plain.items() if isinstance(plain, dict) else enumerate(plain)):
         if item.__class__ not in ATOMS:
-            admitted = _admit(item, owner, seen)
-            if admitted is not item:
-                plain[at] = admitted
+            validated = _validate(item, owner, seen)
+            if validated is not item:
+                plain[at] = validated
 
 
-def _admit_each(items: Any, into: Any) -> Any:
+def _validate_each(items: Any, into: Any) -> Any:
     """The items of an iterable, which may be the very container that they go into."""
-    admitted = (item if item.__class__ in _KEPT else _admit_inside(item, into) for item in items)
-    return list(admitted) if isinstance(items, list | tuple) else admitted
+    validated = (
+        item if item.__class__ in _KEPT else _validate_inside(item, into) for item in items
+    )
+    return list(validated) if isinstance(items, list | tuple) else validated
 
 
-def _admit_pairs(items: Any, into: Any) -> Any:
+def _validate_pairs(items: Any, into: Any) -> Any:
     """The same for whatever `dict.update` takes."""
     if isinstance(items, dict):
         for key in items:
             if key.__class__ not in _KEPT:
                 _check(key, into)
-        return {k: v if v.__class__ in _KEPT else _admit_inside(v, into) for k, v in items.items()}
+        return {
+            k: v if v.__class__ in _KEPT else _validate_inside(v, into) for k, v in items.items()
+        }
     if hasattr(items, "keys"):
-        return {k: _admit_inside(items[k], into) for k in items.keys()}  # noqa: SIM118 (as dict.update does)
-    return ([_admit_inside(part, into) for part in pair] for pair in items)
+        return {k: _validate_inside(items[k], into) for k in items.keys()}  # noqa: SIM118 (as dict.update does)
+    return ([_validate_inside(part, into) for part in pair] for pair in items)
 
 
-def _admit_elements(elements: Any, into: Any) -> Any:
+def _validate_elements(elements: Any, into: Any) -> Any:
     """The same for another set, or whatever `set.update` takes: they are hashable, so no container
     of a session is among them."""
     if not isinstance(elements, Collection):
@@ -349,34 +353,34 @@ def _admit_elements(elements: Any, into: Any) -> Any:
     return elements
 
 
-def _admit_element(element: Any, into: Any) -> Any:
+def _validate_element(element: Any, into: Any) -> Any:
     if element.__class__ not in _KEPT:
         _check(element, into)
     return element
 
 
 _guard(SessionDict, "__delitem__ clear pop popitem")
-_guard(SessionDict, "__setitem__ setdefault", _admit_inside, has_key=True)
-_guard(SessionDict, "__ior__ update", _admit_pairs)
+_guard(SessionDict, "__setitem__ setdefault", _validate_inside, has_key=True)
+_guard(SessionDict, "__ior__ update", _validate_pairs)
 _guard(SessionList, "__delitem__ __imul__ pop remove clear reverse")
-_guard(SessionList, "append insert", _admit_inside)
-_guard(SessionList, "__iadd__ extend", _admit_each)
+_guard(SessionList, "append insert", _validate_inside)
+_guard(SessionList, "__iadd__ extend", _validate_each)
 _guard(
     SessionSet,
     "__iand__ __isub__ discard remove pop clear intersection_update difference_update",
 )
-_guard(SessionSet, "add", _admit_element)
-_guard(SessionSet, "__ior__ __ixor__ update symmetric_difference_update", _admit_elements)
+_guard(SessionSet, "add", _validate_element)
+_guard(SessionSet, "__ior__ __ixor__ update symmetric_difference_update", _validate_elements)
 
 
 # -- into the store
 
 
-def freeze(value: Any, stored: Any = MISSING, owner: Owner = NOBODY) -> Any:
+def dump(value: Any, stored: Any = MISSING, owner: Owner = NOBODY) -> Any:
     """What a store may keep of `value`: plain containers that nobody else has.
 
     `stored` is what the store has now; where `value` says the same, the very same object is given
-    back, so that `freeze(value, stored) is stored` means: nothing changed.
+    back, so that `dump(value, stored) is stored` means: nothing changed.
 
     Raises RecursionError if `value` contains itself or is nested too deeply.
     """
@@ -384,45 +388,43 @@ def freeze(value: Any, stored: Any = MISSING, owner: Owner = NOBODY) -> Any:
     if cls in ATOMS:
         return value
     if cls is dict or cls is SessionDict:
-        return _freeze_dict(value, stored if stored.__class__ is dict else {}, owner)
+        return _dump_dict(value, stored if stored.__class__ is dict else {}, owner)
     if cls is list or cls is SessionList:
-        return _freeze_list(value, stored if stored.__class__ is list else [], owner)
+        return _dump_list(value, stored if stored.__class__ is list else [], owner)
     if cls is set or cls is SessionSet:
         items = set(value)
         same = stored.__class__ is set and set(map(id, items)) == set(map(id, stored))
         return stored if same else items
     if cls is tuple:
-        return _freeze_tuple(value, stored if stored.__class__ is tuple else (), owner)
+        return _dump_tuple(value, stored if stored.__class__ is tuple else (), owner)
     if cls is Ttl:
         raise owner.stray_ttl()
     _note(value, owner)
     return value
 
 
-def _freeze_dict(value: dict[Any, Any], stored: dict[Any, Any], owner: Owner) -> dict[Any, Any]:
+def _dump_dict(value: dict[Any, Any], stored: dict[Any, Any], owner: Owner) -> dict[Any, Any]:
     value = value.copy()
     same_keys = same(value, stored)
     if same_keys and same(value.values(), stored.values()):
         return stored
     items = {
-        k: v if v.__class__ in ATOMS else freeze(v, stored.get(k, MISSING), owner)
+        k: v if v.__class__ in ATOMS else dump(v, stored.get(k, MISSING), owner)
         for k, v in value.items()
     }
     return stored if same_keys and same(items.values(), stored.values()) else items
 
 
-def _freeze_list(value: list[Any], stored: list[Any], owner: Owner) -> list[Any]:
+def _dump_list(value: list[Any], stored: list[Any], owner: Owner) -> list[Any]:
     value = value.copy()
     if same(value, stored):
         return stored
-    items = [
-        v if v.__class__ in ATOMS else freeze(v, was, owner) for v, was in beside(value, stored)
-    ]
+    items = [v if v.__class__ in ATOMS else dump(v, was, owner) for v, was in beside(value, stored)]
     return stored if same(items, stored) else items
 
 
-def _freeze_tuple(value: tuple[Any, ...], stored: tuple[Any, ...], owner: Owner) -> tuple[Any, ...]:
-    items = [freeze(v, was, owner) for v, was in beside(value, stored)]
+def _dump_tuple(value: tuple[Any, ...], stored: tuple[Any, ...], owner: Owner) -> tuple[Any, ...]:
+    items = [dump(v, was, owner) for v, was in beside(value, stored)]
     for whole in (stored, value):
         if same(items, whole):
             return whole

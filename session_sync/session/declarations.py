@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from .containers import MISSING, Owner
 from .types.annotations import Reader, filled, type_arguments
-from .types.base import FREE, MismatchError, Shape
+from .types.base import ANY, FieldType, MismatchError
 
 
 def is_field(name: object) -> bool:
@@ -45,33 +45,32 @@ def checked_name(key: str, name: object) -> str:
 
 
 class Default(NamedTuple):
-    """What a field is while it is not stored: a frozen value, or what a factory makes."""
+    """What a field is while it is not stored: a dumped value, or what a factory makes."""
 
-    frozen: Any
+    dumped: Any
     factory: Callable[[], Any] | None
 
 
 class Schema:
     """The fields of one class of sessions.
 
-    `shapes` has a shape for each declared field, and `other` is the one of all other names; None:
-    there are no others. `defaults` are of the fields that every session has, and `version` is that
-    of the program. `in_hand` is for the sessions: what all of them may have of a default that
-    cannot change.
-    """
+    `field types` has a field type for each declared field, and `other` is the one of all other
+    names; None: there are no others. `defaults` are of the fields that every session has, and
+    `version` is that of the program. `in_hand` is for the sessions: what all of them may have of a
+    default that cannot change."""
 
-    __slots__ = ("defaults", "in_hand", "name", "other", "shapes", "version")
+    __slots__ = ("defaults", "field_types", "in_hand", "name", "other", "version")
 
     def __init__(
         self,
         name: str,
-        shapes: Mapping[str, Shape],
+        field_types: Mapping[str, FieldType],
         defaults: Mapping[str, Default],
-        other: Shape | None,
+        other: FieldType | None,
         version: int = 1,
     ) -> None:
         self.name: Final = name
-        self.shapes: Final = shapes
+        self.field_types: Final = field_types
         self.defaults: Final = defaults
         self.in_hand: Final[dict[str, Any]] = {}
         self.other: Final = other
@@ -79,13 +78,13 @@ class Schema:
 
     def of_version(self, version: int) -> Schema:
         """The same fields in a program of another version."""
-        return Schema(self.name, self.shapes, self.defaults, self.other, version)
+        return Schema(self.name, self.field_types, self.defaults, self.other, version)
 
 
 _PACKAGE: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 #: Of a class that declares nothing.
-NO_SCHEMA: Final = Schema("Session", {}, {}, FREE)
+NO_SCHEMA: Final = Schema("Session", {}, {}, ANY)
 
 
 class Declared(NamedTuple):
@@ -142,21 +141,21 @@ def _is_constant(note: Any, default: Any) -> bool:
 _HEAD: Final = re.compile(r"(?:\w+\.)*(\w+)")
 
 
-def read(cls: type[Any], declared: Mapping[str, Declared], other: Shape | None) -> Schema:
+def read(cls: type[Any], declared: Mapping[str, Declared], other: FieldType | None) -> Schema:
     """The schema of what a class and its bases have declared.
 
     Raises TypeError for a type that says of no value whether it is one, and for a default of
     another type; NameError or AttributeError while a name in an annotation is not defined.
     """
     reader, arguments = Reader(), type_arguments(cls)
-    shapes, defaults = {}, {}
+    field_types, defaults = {}, {}
     for field, (note, default, owner, names) in declared.items():
         try:
             note = filled(_evaluated(note, names, {}), arguments.get(owner, {}))
-            shapes[field] = reader.read(note)
+            field_types[field] = reader.read(note)
             made = _default(default)
             if made is not None and made.factory is None:
-                made = _frozen(made.frozen, shapes[field])
+                made = _dumped(made.dumped, field_types[field])
             if made is not None:
                 defaults[field] = made
         except TypeError as error:
@@ -166,7 +165,7 @@ def read(cls: type[Any], declared: Mapping[str, Declared], other: Shape | None) 
                 f"{cls.__name__}.{field}: its default does not have the declared type: "
                 f"{wrong.place(field)} has to be {wrong.expected}, not {wrong.found}"
             ) from None
-    return Schema(cls.__name__, shapes, defaults, other)
+    return Schema(cls.__name__, field_types, defaults, other)
 
 
 def _default(value: Any) -> Default | None:
@@ -189,13 +188,13 @@ def _default(value: Any) -> Default | None:
     return None if value.default is dataclasses.MISSING else Default(value.default, None)
 
 
-def _frozen(value: Any, shape: Shape) -> Default:
+def _dumped(value: Any, field_type: FieldType) -> Default:
     """A default of which nobody can change anything; raises MismatchError."""
     owner = Owner("")
-    frozen = shape.freeze(value, owner)
+    dumped = field_type.dump(value, owner)
     if owner.met_object:  # which is kept by reference: one for each session
         return Default(MISSING, functools.partial(copy.deepcopy, value))
-    return Default(frozen, None)
+    return Default(dumped, None)
 
 
 # -- annotations, which may be strings, and name what is defined only later

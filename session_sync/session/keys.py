@@ -107,8 +107,8 @@ class StorageKey:
         return text[1:]
 
     def __repr__(self) -> str:
-        parts = ((name, getattr(self, name)) for name in self.__slots__)
-        return f"StorageKey({', '.join(f'{n}={v!r}' for n, v in parts if v is not None)})"
+        attributes = ((name, getattr(self, name)) for name in self.__slots__)
+        return f"StorageKey({', '.join(f'{n}={v!r}' for n, v in attributes if v is not None)})"
 
     @classmethod
     def parse(cls, text: str) -> StorageKey:
@@ -433,12 +433,12 @@ def _thread(at: _Reader, message: object) -> int | None:
     return cast("int | None", at(message, _DIRECT_TOPIC))
 
 
-def _key(update: object, shape: _Shape) -> StorageKey | None:
+def _key(update: object, field_type: _Shape) -> StorageKey | None:
     # What is no id is refused by StorageKey, and an object may raise at any attribute (a half-made
     # one, a subclass with properties). Here it would cost telebot its whole batch of updates.
     try:
         found = _found_in_json(update) if isinstance(update, dict) else _found_in_object(update)
-        return None if found is None else _read(*found, shape)
+        return None if found is None else _read(*found, field_type)
     except OSError:  # of a signal handler whose time is up: without a key, the update is lost
         raise
     except Exception:
@@ -480,7 +480,7 @@ def _inside(update: object) -> tuple[_Kind, object] | None:
     return _found_in_json({"update_id": None, **newer})
 
 
-def _read(kind: _Kind, payload: object, shape: _Shape) -> StorageKey | None:
+def _read(kind: _Kind, payload: object, field_type: _Shape) -> StorageKey | None:
     at = _in_json if isinstance(payload, dict) else _in_object
     user = at(payload, kind.user)
     chat = at(payload, kind.chat)
@@ -490,7 +490,7 @@ def _read(kind: _Kind, payload: object, shape: _Shape) -> StorageKey | None:
         chat = user
     elif user is None and chat > 0:
         user = chat
-    return None if chat is None else shape(user, chat, at, at(payload, kind.message))
+    return None if chat is None else field_type(user, chat, at, at(payload, kind.message))
 
 
 def _in_json(thing: Any, path: tuple[str, ...]) -> Any:

@@ -17,7 +17,7 @@ from ..errors import (
     SessionVersionError,
 )
 from ..storages.base import Record, record_of
-from .containers import Owner, freeze
+from .containers import Owner, dump
 from .declarations import Schema, checked_name, is_field
 from .dedupe import without_fields
 from .ttl import TIMERS, Timers
@@ -83,7 +83,7 @@ class Migrations:
         for name in expired:  # a step may set a field of the same name
             timers.drop(name)
         fields: Mapping[str, Any] = {
-            name: freeze(value)
+            name: dump(value)
             for name, value in record.items()
             if is_field(name) and name not in expired
         }
@@ -129,7 +129,7 @@ def _migrated(
         result = fields if given is None else given
         if not isinstance(result, Mapping):
             raise TypeError(f"it returned {type(given).__name__}, not a mapping of fields or None")
-        return {checked_name(key, name): freeze(value) for name, value in result.items()}
+        return {checked_name(key, name): dump(value) for name, value in result.items()}
     except OSError as error:  # no word on the session: a signal handler's TimeoutError, say
         error.add_note(f"{subject} was interrupted. The stored session is left as it was.")
         raise
@@ -141,9 +141,9 @@ def _migrated(
 
 def _check_types(key: str, fields: Mapping[str, Any], schema: Schema, version: int) -> None:
     for name, value in fields.items():
-        if name in schema.shapes:
+        if name in schema.field_types:
             try:
-                schema.shapes[name].thaw(value, Owner(key))
+                schema.field_types[name].load(value, Owner(key))
             except MismatchError as wrong:
                 raise SessionTypeError(
                     f"session {key!r}: after the migration to version {version}, "

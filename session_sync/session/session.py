@@ -28,7 +28,7 @@ from .declarations import NO_SCHEMA, Declared, Schema, checked_name, declared_by
 from .dedupe import UPDATES, updates_in, without_fields
 from .migrations import VERSION, Migration, Migrations
 from .ttl import TIMERS, Deadline, Timers, Ttl, deadline_in, is_over
-from .types.base import FREE, MismatchError, Shape
+from .types.base import ANY, FieldType, MismatchError
 
 _NO_NAMES: Final[frozenset[str]] = frozenset()
 _NOTHING: Final[dict[str, Any]] = {}  # nobody changes it
@@ -40,7 +40,7 @@ class Lifecycle(Protocol):
     @property
     def is_loaded(self) -> bool: ...
     @property
-    def fields(self) -> Fields | None: ...  # from loading on
+    def tracker(self) -> ChangeTracker | None: ...  # from loading on
     def load(self) -> None: ...
     async def aload(self) -> None: ...
     def flush(self) -> None: ...
@@ -49,31 +49,31 @@ class Lifecycle(Protocol):
     async def arelease(self) -> None: ...
 
 
-class Held:
-    """What stands in `Fields.live` for a field of which more is to be known than its value.
+class FieldState:
+    """What stands in `ChangeTracker.loaded` for a field of which more is to be known than its
+    value.
 
-    `value` is what the handler has of it, and `frozen` what that would be stored as if it had not
+    `value` is what the handler has of it, and `dumped` what that would be stored as if it had not
     been touched, where the record has something else: a field of an old form, or a default, which
-    is not stored at all until it is changed (`is_made`: or anything else is, since a factory made
-    it). `deadline` is when the field disappears. `is_gone`: it was deleted, or its time is up; a
-    default that was read since then is in `defaults`, of which the first one counts, whichever
-    thread has brought it. `ready` is what a handler gets without a further look, if it is known.
-    `is_loose`: there is an object in it whose changes nobody would notice, so that it is always
-    saved, or (False) never for that reason; None: if one is found in it later.
+    is not stored at all until it is changed (`is_generated`: or anything else is, since a factory
+    made it). `deadline` is when the field disappears. `is_deleted`: it was deleted, or its time is
+    up; a default that was read since then is in `defaults`, of which the first one counts,
+    whichever thread has brought it. `ready` is what a handler gets without a further look, if it is
+    known. `is_opaque`: there is an object in it whose changes nobody would notice, so that it is
+    always saved, or (False) never for that reason; None: if one is found in it later.
 
     What changes of this changes once and for good, so that no thread can undo what another one has
-    done: `is_gone` becomes true, `ready` the default, and `frozen` MISSING when the record has got
-    the value.
-    """
+    done: `is_deleted` becomes true, `ready` the default, and `dumped` MISSING when the record has
+    got the value."""
 
     __slots__ = (
         "deadline",
         "defaults",
-        "frozen",
+        "dumped",
         "is_default",
-        "is_gone",
-        "is_loose",
-        "is_made",
+        "is_deleted",
+        "is_generated",
+        "is_opaque",
         "ready",
         "value",
     )
@@ -81,64 +81,65 @@ class Held:
     def __init__(
         self,
         value: Any = MISSING,
-        frozen: Any = MISSING,
+        dumped: Any = MISSING,
         deadline: Deadline | None = None,
-        is_loose: bool | None = None,
+        is_opaque: bool | None = None,
     ) -> None:
         self.value: Final = value
         self.ready = value if deadline is None else MISSING
-        self.frozen = frozen
+        self.dumped = dumped
         self.deadline: Final = deadline
-        self.is_gone = value is MISSING
-        self.is_loose: Final = is_loose
-        self.is_default = self.is_made = False
-        self.defaults: list[Held] = []
+        self.is_deleted = value is MISSING
+        self.is_opaque: Final = is_opaque
+        self.is_default = self.is_generated = False
+        self.defaults: list[FieldState] = []
 
-    def give_default(self, default: Held) -> Any:
+    def give_default(self, default: FieldState) -> Any:
         """What a handler gets of a field that is gone: `default`, if it is the first one."""
         self.defaults.append(default)
         self.ready = self.defaults[0].value
         return self.ready
 
-    def current(self) -> Held | None:
+    def current(self) -> FieldState | None:
         """What the handler has of the field: this, or a default, or nothing."""
-        if not self.is_gone:
+        if not self.is_deleted:
             return self
         return self.defaults[0] if self.defaults else None
 
 
-def _is_absent(current: Held | None) -> bool:
+def _is_absent(current: FieldState | None) -> bool:
     """Whether a field of which the handler has this is not stored, nor will be as it is."""
-    return current is None or (current.is_default and current.frozen is not MISSING)
+    return current is None or (current.is_default and current.dumped is not MISSING)
 
 
-class Fields:
+class ChangeTracker:
     """The fields of one open session: what was stored, and over it what the handler has in hand.
 
-    `kept` is what the store has, and `record` what it should have had since the last flush: the
-    same one, unless that flush failed or the session was just migrated. Of its fields only those
-    that a handler asked for are thawed, into `live`; there is also what it has assigned, and for
-    what it has deleted a Held that says so. So a session of a thousand fields costs what its
-    handler touches, not a thousand.
+    `committed` is what the store has, and `record` what it should have had since the last flush:
+    the same one, unless that flush failed or the session was just migrated. Of its fields only
+    those that a handler asked for are loaded, into `loaded`; there is also what it has assigned,
+    and for what it has deleted a Held that says so. So a session of a thousand fields costs what
+    its handler touches, not a thousand.
 
     Why nothing is lost when one thread flushes what another one is just changing, without a lock.
-    Each change of a field is one store into `live`, from which no name is ever removed: a deletion
-    is stored there too, and a timer together with its value. What is to be written is not noted but
-    found, by comparing a copy of `live` with `record`; for values that cannot change, that means:
-    is it the very same object? So a change is in the copy, and then in the record that is made of
-    it, or it is not, and then it differs from that record, and the next flush finds it. No flush
-    clears anything in which a change could be that came meanwhile. The marks in `written` decide
-    only two things that a comparison cannot find: that the very value which is stored was assigned
-    once more, and where the name is in the order (a mark has what stood for the deletion before, if
-    there was one: the name is at the end now). A mark is made after its value is there, and a flush
-    moves the marks to `marks`, where they stay until it has succeeded, before it copies the values.
-    So a mark that it has moved has its value in the copy, and one that comes later costs a second
-    write of the same value at worst. Where a read brings something in (a thawed field, a default,
-    or that the time of a field is up), it does so by a step that leaves alone what another thread
-    has brought in meanwhile: `setdefault`, `append`, or a flag that is never taken back.
+    Each change of a field is one store into `loaded`, from which no name is ever removed: a
+    deletion is stored there too, and a timer together with its value. What is to be written is not
+    noted but found, by comparing a copy of `loaded` with `record`; for values that cannot change,
+    that means: is it the very same object? So a change is in the copy, and then in the record that
+    is made of it, or it is not, and then it differs from that record, and the next flush finds it.
+    No flush clears anything in which a change could be that came meanwhile. The marks in `assigned`
+    decide only two things that a comparison cannot find: that the very value which is stored was
+    assigned once more, and where the name is in the order (a mark has what stood for the deletion
+    before, if there was one: the name is at the end now). A mark is made after its value is there,
+    and a flush moves the marks to `marks`, where they stay until it has succeeded, before it copies
+    the values. So a mark that it has moved has its value in the copy, and one that comes later
+    costs a second write of the same value at worst. Where a read brings something in (a loaded
+    field, a default, or that the time of a field is up), it does so by a step that leaves alone
+    what another thread has brought in meanwhile: `setdefault`, `append`, or a flag that is never
+    taken back.
 
-    `loose` are the values with an object in them whose changes nobody would notice, as far as that
-    was found at a flush, so that they are always saved; `spoilt` the names of fields with objects
+    `opaque` are the values with an object in them whose changes nobody would notice, as far as that
+    was found at a flush, so that they are always saved; `tainted` the names of fields with objects
     that a failed handler may have changed, which are saved only if they are assigned. `timers` are
     the deadlines that `record` has; None, as long as there was none.
 
@@ -147,30 +148,30 @@ class Fields:
     `lost` says what kept the last changes from being stored, if anything did.
 
     `updates` are the numbers of updates that are to be stored at the end, if any, with whatever the
-    handler has changed. `begun` is the record of a session that has only what `initial` gave it: as
-    long as the fields are still those, nothing of it is stored. What the class declares stands in
-    `schema`; a default that a factory has made is stored together with whatever changes first.
-    """
+    handler has changed. `initial_record` is the record of a session that has only what `initial`
+    gave it: as long as the fields are still those, nothing of it is stored. What the class declares
+    stands in `schema`; a default that a factory has made is stored together with whatever changes
+    first."""
 
     __slots__ = (
         "__weakref__",
         "_owners",
-        "begun",
+        "assigned",
         "check",
-        "kept",
+        "committed",
+        "flushed",
+        "initial_record",
         "key",
-        "live",
-        "loose",
+        "loaded",
         "lost",
         "marks",
         "moved",
+        "opaque",
         "open",
-        "record",
         "schema",
-        "spoilt",
+        "tainted",
         "timers",
         "updates",
-        "written",
     )
 
     def __init__(
@@ -186,14 +187,14 @@ class Fields:
         self.open = True
         self.lost = ""
         self._owners: list[Owner] = []  # from the first container on; the first one counts
-        self.spoilt = _NO_NAMES
-        self.loose: Mapping[str, Any] = _NOTHING
-        self.record = self.kept = record
-        self.live: dict[str, Any] = {}
+        self.tainted = _NO_NAMES
+        self.opaque: Mapping[str, Any] = _NOTHING
+        self.flushed = self.committed = record
+        self.loaded: dict[str, Any] = {}
         self.updates: list[int] | None = None
-        self.begun: Record | None = None
-        self.written: dict[str, Held | None] = {}
-        self.marks: dict[str, Held | None] = _NOTHING
+        self.initial_record: Record | None = None
+        self.assigned: dict[str, FieldState | None] = {}
+        self.marks: dict[str, FieldState | None] = _NOTHING
         self.moved = False  # whether any mark has ever had something
         self.timers: Mapping[str, Deadline] | None = (
             Timers(record[TIMERS], key).to_store() if TIMERS in record else None
@@ -220,10 +221,10 @@ class Fields:
     def get(self, name: str) -> Any:
         """The value of a field; raises KeyError, and SessionTypeError if it is stored as something
         else than was declared."""
-        live = self.live
-        if name in live:
-            value = live[name]
-            if value.__class__ is not Held:
+        loaded = self.loaded
+        if name in loaded:
+            value = loaded[name]
+            if value.__class__ is not FieldState:
                 return value
             ready = value.ready
             return ready if ready is not MISSING else self._value_of(name, value)
@@ -231,65 +232,70 @@ class Fields:
         if timers and is_over(timers.get(name)):
             return self._value_of(name, self._expired(name))
         try:
-            value = self.record[name]
+            value = self.flushed[name]
         except KeyError:
             return self._default(name, None)
         schema = self.schema
-        shape = schema.shapes.get(name, schema.other)
-        if shape is None or ("$" in name and name.startswith("$")):  # the first is a fifth of both
+        field_type = schema.field_types.get(name, schema.other)
+        if field_type is None or (
+            "$" in name and name.startswith("$")
+        ):  # the first is a fifth of both
             raise KeyError(name)
-        if value.__class__ in shape.atoms:
+        if value.__class__ in field_type.atoms:
             return value
-        return self._thaw(name, value, shape)
+        return self._load(name, value, field_type)
 
     def _value_of(self, name: str, value: Any) -> Any:
-        """What a handler gets of what is in `live`."""
-        if value.__class__ is not Held:
+        """What a handler gets of what is in `loaded`."""
+        if value.__class__ is not FieldState:
             return value
-        if not self._is_gone(name, value):
+        if not self._is_deleted(name, value):
             return value.value
         return self._default(name, value) if value.ready is MISSING else value.ready
 
-    def _is_gone(self, name: str, held: Held) -> bool:
+    def _is_deleted(self, name: str, held: FieldState) -> bool:
         """Whether a field was deleted, or its time is up, which is noted: then it stays so."""
-        if not held.is_gone and is_over(held.deadline):
-            self.written.pop(name, None)
-            held.is_gone = True
-        return held.is_gone
+        if not held.is_deleted and is_over(held.deadline):
+            self.assigned.pop(name, None)
+            held.is_deleted = True
+        return held.is_deleted
 
     def _expired(self, name: str) -> Any:
-        """Note that the time of a stored field is up, unless it is in `live`; what is there now."""
-        return self.live.setdefault(name, Held())
+        """Note that the time of a stored field is up, unless it is in `loaded`; what is there
+        now."""
+        return self.loaded.setdefault(name, FieldState())
 
-    def _default(self, name: str, gone: Held | None) -> Any:
-        """The default of a field that is not there (`gone`, if that stands in `live`)."""
+    def _default(self, name: str, gone: FieldState | None) -> Any:
+        """The default of a field that is not there (`gone`, if that stands in `loaded`)."""
         default = self.schema.defaults.get(name)
         if default is None:
             raise KeyError(name)
-        shape, frozen = self.schema.shapes[name], default.frozen
+        field_type, dumped = self.schema.field_types[name], default.dumped
         if default.factory is not None:
-            frozen = self._freeze(name, self._made(name, default.factory), MISSING, shape)[0]
-        elif frozen.__class__ in shape.atoms:
-            return self._atom(name, frozen, gone)
-        value, untouched, is_loose = self._thawed(name, frozen, shape)
-        held = Held(value, frozen if untouched is MISSING else untouched, is_loose=is_loose)
-        held.is_default, held.is_made = True, default.factory is not None
+            dumped = self._dump(name, self._generated(name, default.factory), MISSING, field_type)[
+                0
+            ]
+        elif dumped.__class__ in field_type.atoms:
+            return self._atom(name, dumped, gone)
+        value, untouched, is_opaque = self._loaded(name, dumped, field_type)
+        held = FieldState(value, dumped if untouched is MISSING else untouched, is_opaque=is_opaque)
+        held.is_default, held.is_generated = True, default.factory is not None
         if gone is not None:
             return gone.give_default(held)
-        return self._value_of(name, self.live.setdefault(name, held))
+        return self._value_of(name, self.loaded.setdefault(name, held))
 
-    def _atom(self, name: str, default: Any, gone: Held | None) -> Any:
+    def _atom(self, name: str, default: Any, gone: FieldState | None) -> Any:
         """A default that cannot change, so that all sessions may have the same Held for it."""
         if gone is None:
             held = self.schema.in_hand.get(name)
             if held is None:
-                held = Held(default, default)
+                held = FieldState(default, default)
                 held.is_default = True
                 self.schema.in_hand[name] = held
-            self.live.setdefault(name, held)
+            self.loaded.setdefault(name, held)
         return default
 
-    def _made(self, name: str, factory: Callable[[], Any]) -> Any:
+    def _generated(self, name: str, factory: Callable[[], Any]) -> Any:
         try:
             return factory()
         except (LookupError, AttributeError) as error:  # which would say that there is no field
@@ -298,25 +304,27 @@ class Fields:
                 f"{type(error).__name__}"
             ) from error
 
-    def _thaw(self, name: str, frozen: Any, shape: Shape) -> Any:
+    def _load(self, name: str, dumped: Any, field_type: FieldType) -> Any:
         """A stored field, in hand from now on."""
-        value, untouched, is_loose = self._thawed(name, frozen, shape)
+        value, untouched, is_opaque = self._loaded(name, dumped, field_type)
         deadline = self.timers.get(name) if self.timers else None
-        if untouched is not MISSING or deadline is not None or is_loose is not None:
-            value = Held(value, untouched, deadline, is_loose)
-        return self._value_of(name, self.live.setdefault(name, value))
+        if untouched is not MISSING or deadline is not None or is_opaque is not None:
+            value = FieldState(value, untouched, deadline, is_opaque)
+        return self._value_of(name, self.loaded.setdefault(name, value))
 
-    def _thawed(self, name: str, frozen: Any, shape: Shape) -> tuple[Any, Any, bool | None]:
-        """A live value, and `frozen` and `is_loose` of a Held with it."""
+    def _loaded(
+        self, name: str, dumped: Any, field_type: FieldType
+    ) -> tuple[Any, Any, bool | None]:
+        """A live value, and `dumped` and `is_opaque` of a Held with it."""
         owner, untouched = self.owner, MISSING
         begun = owner.begin()
         try:
-            value = shape.thaw(frozen, owner)
+            value = field_type.load(dumped, owner)
             if owner.met_old_form or not owner.is_still_at(begun):
-                untouched = shape.freeze(value, owner, frozen)
+                untouched = field_type.dump(value, owner, dumped)
             met_object = owner.met_object
             if not owner.is_still_at(begun):
-                met_object = self._freeze(name, value, MISSING, shape)[1]
+                met_object = self._dump(name, value, MISSING, field_type)[1]
         except RecursionError:
             raise owner.too_deep(f"the value of {name!r}") from None
         except MismatchError as wrong:
@@ -325,11 +333,11 @@ class Fields:
                 f"{self.schema.name} declares {wrong.expected}. It is left as it is; a migration "
                 f"({self.schema.name}.migrations) brings stored sessions into the new form."
             ) from wrong.__cause__
-        if value.__class__ in shape.atoms:  # only what is stored otherwise comes here
+        if value.__class__ in field_type.atoms:  # only what is stored otherwise comes here
             untouched = value
-        elif untouched is frozen:
+        elif untouched is dumped:
             untouched = MISSING
-        return value, untouched, name not in self.spoilt if met_object else None
+        return value, untouched, name not in self.tainted if met_object else None
 
     def set(self, name: str, value: Any) -> None:
         """Assign a field; raises SessionTypeError, SessionEncodeError for what the store would
@@ -337,23 +345,23 @@ class Fields:
         if name.__class__ is not str or "$" in name:
             name = checked_name(self.key, name)
         schema, seconds = self.schema, None
-        shape = schema.shapes.get(name, schema.other)
+        field_type = schema.field_types.get(name, schema.other)
         cls = value.__class__
-        if shape is None or cls not in shape.atoms or cls in ZONED or not self.open:
-            value, seconds = self._admitted(name, value)
+        if field_type is None or cls not in field_type.atoms or cls in ZONED or not self.open:
+            value, seconds = self._validated(name, value)
         if self.timers is not None or seconds is not None:
             value = self._timed(name, value, seconds)
-        live, written = self.live, self.written
-        if name in written:
-            live[name] = value
+        loaded, assigned = self.loaded, self.assigned
+        if name in assigned:
+            loaded[name] = value
         else:
-            old: Any = live.get(name)
-            live[name] = value
-            if old.__class__ is Held and old.is_gone:
+            old: Any = loaded.get(name)
+            loaded[name] = value
+            if old.__class__ is FieldState and old.is_deleted:
                 self.moved = True
-                written[name] = old
+                assigned[name] = old
             else:
-                written[name] = None
+                assigned[name] = None
         if not self.open:  # closed meanwhile, perhaps too soon for this to be saved
             raise self.owner.refuse()
 
@@ -365,45 +373,45 @@ class Fields:
         before = self._deadline(name)
         if seconds is None and before is not None:
             seconds = before[1]
-        return Held(value, deadline=deadline_in(seconds)) if seconds else value
+        return FieldState(value, deadline=deadline_in(seconds)) if seconds else value
 
     def _deadline(self, name: str) -> Deadline | None:
         """When a field disappears, if it is there and has a timer."""
-        held = self.live.get(name, MISSING)
+        held = self.loaded.get(name, MISSING)
         if held is MISSING:
             deadline = self.timers.get(name) if self.timers else None
             if not is_over(deadline):
                 return deadline
             held = self._expired(name)
-        if held.__class__ is not Held or self._is_gone(name, held):
+        if held.__class__ is not FieldState or self._is_deleted(name, held):
             return None
         return held.deadline
 
-    def check_all(self, fields: Mapping[str, Any]) -> None:
+    def check_all(self, tracker: Mapping[str, Any]) -> None:
         """Raise what assigning one of them would raise."""
-        for name, value in fields.items():
-            self._admitted(checked_name(self.key, name), value)
+        for name, value in tracker.items():
+            self._validated(checked_name(self.key, name), value)
 
-    def _admitted(self, name: str, value: Any) -> tuple[Any, float | None]:
+    def _validated(self, name: str, value: Any) -> tuple[Any, float | None]:
         """A value that is to be assigned, and its life time, once it has been looked at."""
         if not self.open:
             raise self.owner.refuse()
-        shape = self.schema.shapes.get(name, self.schema.other)
-        if shape is None:
+        field_type = self.schema.field_types.get(name, self.schema.other)
+        if field_type is None:
             raise KeyError(
                 f"session {self.key!r} has no field {name!r}: {self.schema.name} declares "
-                f"{', '.join(self.schema.shapes) or 'none'}"
+                f"{', '.join(self.schema.field_types) or 'none'}"
             )
         seconds = None
         if value.__class__ is Ttl:
             seconds, value = value.seconds, value.value
         try:
-            admitted = shape.admit(value, self.owner)
+            validated = field_type.validate(value, self.owner)
             if self.check is not None and (
                 value.__class__ in ZONED or value.__class__ not in ATOMS
             ):
-                self.check(shape.freeze(admitted, NOBODY), self.key, path([step(name)]))
-            return admitted, seconds
+                self.check(field_type.dump(validated, NOBODY), self.key, path([step(name)]))
+            return validated, seconds
         except RecursionError:
             raise self.owner.too_deep(f"the value of {name!r}") from None
         except MismatchError as wrong:
@@ -424,8 +432,8 @@ class Fields:
         """Remove all fields."""
         in_hand = [
             name
-            for name, value in self.live.copy().items()
-            if value.__class__ is not Held or value.current() is not None
+            for name, value in self.loaded.copy().items()
+            if value.__class__ is not FieldState or value.current() is not None
         ]
         names = {*self._stored_names(), *in_hand}
         if names and not self.open:
@@ -434,8 +442,8 @@ class Fields:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        self.written.pop(name, None)
-        self.live[name] = Held()
+        self.assigned.pop(name, None)
+        self.loaded[name] = FieldState()
         if not self.open:
             raise self.owner.refuse()
 
@@ -443,121 +451,127 @@ class Fields:
         """The names of all fields: the declared ones, and then in the order that a dict has."""
         self._note_expired()
         stored, schema = self._stored_names(), self.schema
-        if not schema.shapes and schema.other is not None:
+        if not schema.field_types and schema.other is not None:
             return stored
         present = schema.defaults.keys() | stored
-        declared = [name for name in schema.shapes if name in present]
-        others = [name for name in stored if name not in schema.shapes]
+        declared = [name for name in schema.field_types if name in present]
+        others = [name for name in stored if name not in schema.field_types]
         return declared if schema.other is None else declared + others
 
     def _stored_names(self) -> list[str]:
         """The names of what is stored, or will be."""
-        marks = {**self.marks, **self.written}
-        live = self.live.copy()
+        marks = {**self.marks, **self.assigned}
+        loaded = self.loaded.copy()
         absent = {
             name
-            for name, value in live.items()
-            if value.__class__ is Held and _is_absent(value.current())
+            for name, value in loaded.items()
+            if value.__class__ is FieldState and _is_absent(value.current())
         }
-        at_end = [name for name, gone in marks.items() if gone is not None and name in live]
-        kept = self._kept_names({*absent, *at_end}) if absent or at_end else self._kept_names(())
-        new = (name for name in (*marks, *live) if name in live and name not in absent)
-        return list(dict.fromkeys((*kept, *new)))
+        at_end = [name for name, gone in marks.items() if gone is not None and name in loaded]
+        committed = (
+            self._remaining_names({*absent, *at_end})
+            if absent or at_end
+            else self._remaining_names(())
+        )
+        new = (name for name in (*marks, *loaded) if name in loaded and name not in absent)
+        return list(dict.fromkeys((*committed, *new)))
 
-    def _kept_names(self, without: Container[str]) -> list[str]:
-        return [name for name in self.record if name not in without and is_field(name)]
+    def _remaining_names(self, without: Container[str]) -> list[str]:
+        return [name for name in self.flushed if name not in without and is_field(name)]
 
     def _note_expired(self) -> None:
         if self.timers is not None:
-            for name, value in self.live.copy().items():
-                if value.__class__ is Held:
-                    self._is_gone(name, value)
+            for name, value in self.loaded.copy().items():
+                if value.__class__ is FieldState:
+                    self._is_deleted(name, value)
             for name, deadline in self.timers.items():
                 if is_over(deadline):
                     self._expired(name)
 
     def __contains__(self, name: Any) -> bool:
-        value = self.live.get(name, MISSING)
+        value = self.loaded.get(name, MISSING)
         if value is MISSING and self.timers and is_over(self.timers.get(name)):
             value = self._expired(name)
-        is_gone = value.__class__ is Held and self._is_gone(name, value)
+        is_deleted = value.__class__ is FieldState and self._is_deleted(name, value)
         if name in self.schema.defaults:
             return True
         if value is not MISSING:
-            return not is_gone
-        if self.schema.other is None and name not in self.schema.shapes:
+            return not is_deleted
+        if self.schema.other is None and name not in self.schema.field_types:
             return False
-        return is_field(name) and name in self.record
+        return is_field(name) and name in self.flushed
 
     def is_default(self, name: str) -> bool:
         """Whether a field is there only because its class declares it."""
-        held = self.live.get(name, MISSING)
+        held = self.loaded.get(name, MISSING)
         if held is MISSING:
-            return name not in self.record
-        if held.__class__ is not Held:
+            return name not in self.flushed
+        if held.__class__ is not FieldState:
             return False
         default = held.current()
         if default is None:
             return True
         if not _is_absent(default):
             return False
-        shape, unchanged = self.schema.shapes[name], default.frozen
-        return self._freeze(name, default.value, unchanged, shape)[0] is unchanged
+        field_type, unchanged = self.schema.field_types[name], default.dumped
+        return self._dump(name, default.value, unchanged, field_type)[0] is unchanged
 
     # -- the scope's side
 
     def has_had(self, number: int) -> bool:
         """Whether the update of this number was handled before."""
-        return number in updates_in(self.record, self.key)
+        return number in updates_in(self.flushed, self.key)
 
     def remember(self, number: int, limit: int) -> None:
         """Store the number of an update at the end, unless its handler fails, and with it those
         that came before, at most `limit` in all."""
-        had = updates_in(self.record, self.key) if self.updates is None else self.updates
+        had = updates_in(self.flushed, self.key) if self.updates is None else self.updates
         self.updates = [*(each for each in had if each != number), number][-limit:]
 
     def take_changes(self) -> Record:
         """The record that is to go into the store, which is taken to succeed: changes count from
-        here. It is `kept` if there is nothing to store. One thread at a time may call it, and the
-        next one not before what was taken is written.
+        here. It is `committed` if there is nothing to store. One thread at a time may call it, and
+        the next one not before what was taken is written.
 
         Raises SessionEncodeError if a value contains itself, and SessionTypeError if something
         inside one is not of its declared type any more.
         """
         is_last = not self.open  # no mark comes any more that is of use
         # The marks before the values.
-        marks = self.written if is_last and not self.marks else self._take_marks()
-        live, record = self.live.copy(), self.record
-        changes, held = self._changes(live, marks) if live else ({}, {})
+        marks = self.assigned if is_last and not self.marks else self._take_marks()
+        loaded, record = self.loaded.copy(), self.flushed
+        changes, held = self._changes(loaded, marks) if loaded else ({}, {})
         if held or self.timers is not None or self.schema.version > 1 or self.moved:
-            record = self._completed(_Found(live, marks.copy(), changes, held))
+            record = self._completed(_Found(loaded, marks.copy(), changes, held))
         elif changes:
             record = patched(record, changes)  # the way that copies least
-        if record is not self.record:
-            self.record = record
+        if record is not self.flushed:
+            self.flushed = record
             if self.timers is not None:
                 self.timers = record.get(TIMERS, _NOTHING)
             for name in held.keys() & changes.keys() if held else ():
                 if (current := held[name]) is not None:
-                    current.frozen = MISSING
+                    current.dumped = MISSING
         self.marks = _NOTHING
         if is_last:
-            self.written = {}
+            self.assigned = {}
         if self.updates is not None and is_last:  # not by a flush: the handler may yet fail
             record = self._with_updates(record, self.updates)
-        self.kept = record
+        self.committed = record
         return record
 
-    def _take_marks(self) -> dict[str, Held | None]:
+    def _take_marks(self) -> dict[str, FieldState | None]:
         """The marks of what was assigned since the last flush that succeeded."""
-        written = self.written
-        newest = written.copy()
+        assigned = self.assigned
+        newest = assigned.copy()
         marks = self.marks = _marks_after(self.marks, newest) if self.marks else newest
         for name, mark in newest.items():
-            if written.get(name, MISSING) is mark:  # else it has got another one: for the next time
-                popped = written.pop(name, mark)
+            if (
+                assigned.get(name, MISSING) is mark
+            ):  # else it has got another one: for the next time
+                popped = assigned.pop(name, mark)
                 if popped is not mark:
-                    written.setdefault(name, popped)
+                    assigned.setdefault(name, popped)
         return marks
 
     def _with_updates(self, record: Record, updates: list[int]) -> Record:
@@ -565,67 +579,67 @@ class Fields:
         hidden: dict[str, Any] = {UPDATES: updates}
         if self.schema.version > 1:
             hidden[VERSION] = self.schema.version
-        return patched(record_of({}) if record is self.begun else record, hidden)
+        return patched(record_of({}) if record is self.initial_record else record, hidden)
 
     def _changes(
-        self, live: Mapping[str, Any], marks: Container[str]
-    ) -> tuple[dict[str, Any], dict[str, Held | None]]:
+        self, loaded: Mapping[str, Any], marks: Container[str]
+    ) -> tuple[dict[str, Any], dict[str, FieldState | None]]:
         """What fields would be stored as, of which the record has something else; and what the
-        handler has of those for which a Held stands in `live`."""
+        handler has of those for which a Held stands in `loaded`."""
         changes: dict[str, Any] = {}
-        held: dict[str, Held | None] = {}
-        record, timers, schema = self.record, self.timers, self.schema
-        shapes, other = schema.shapes, schema.other
-        for name, value in live.items():
-            if value.__class__ is Held:
+        held: dict[str, FieldState | None] = {}
+        record, timers, schema = self.flushed, self.timers, self.schema
+        field_types, other = schema.field_types, schema.other
+        for name, value in loaded.items():
+            if value.__class__ is FieldState:
                 held[name] = value.current()
-                frozen = self._change_of_held(name, held[name], name in marks)
+                dumped = self._change_of_state(name, held[name], name in marks)
             else:
                 is_sure = name in marks or (timers is not None and name in timers)
-                shape: Any = shapes.get(name, other)
-                if value.__class__ in shape.atoms:
+                field_type: Any = field_types.get(name, other)
+                if value.__class__ in field_type.atoms:
                     if is_sure or record.get(name, MISSING) is not value:
                         changes[name] = value
                     continue
-                frozen = self._change(name, value, record.get(name, MISSING), is_sure, None)
-            if frozen is not MISSING:
-                changes[name] = frozen
+                dumped = self._change(name, value, record.get(name, MISSING), is_sure, None)
+            if dumped is not MISSING:
+                changes[name] = dumped
         return changes, held
 
-    def _change_of_held(self, name: str, current: Held | None, is_marked: bool) -> Any:
+    def _change_of_state(self, name: str, current: FieldState | None, is_marked: bool) -> Any:
         if current is None:
             return MISSING
         timers = self.timers or _NOTHING
         is_sure = not current.is_default and (is_marked or timers.get(name) is not current.deadline)
-        stored = current.frozen
+        stored = current.dumped
         if stored is MISSING:
-            stored = self.record.get(name, MISSING)
-        return self._change(name, current.value, stored, is_sure, current.is_loose)
+            stored = self.flushed.get(name, MISSING)
+        return self._change(name, current.value, stored, is_sure, current.is_opaque)
 
     def _change(
-        self, name: str, value: Any, stored: Any, is_sure: bool, is_loose: bool | None
+        self, name: str, value: Any, stored: Any, is_sure: bool, is_opaque: bool | None
     ) -> Any:
         """What a value would be stored as; MISSING, if it need not be."""
-        shape: Any = self.schema.shapes.get(name, self.schema.other)
-        frozen = value
-        if value.__class__ not in shape.atoms:
-            frozen, met_object = self._freeze(name, value, stored, shape)
-            if is_loose is None:
-                is_loose = self.loose.get(name, MISSING) is value
-                if met_object and not is_loose:
-                    is_loose = True
-                    self.loose = {**self.loose, name: value}
-        return frozen if is_sure or is_loose or frozen is not stored else MISSING
+        field_type: Any = self.schema.field_types.get(name, self.schema.other)
+        dumped = value
+        if value.__class__ not in field_type.atoms:
+            dumped, met_object = self._dump(name, value, stored, field_type)
+            if is_opaque is None:
+                is_opaque = self.opaque.get(name, MISSING) is value
+                if met_object and not is_opaque:
+                    is_opaque = True
+                    self.opaque = {**self.opaque, name: value}
+        return dumped if is_sure or is_opaque or dumped is not stored else MISSING
 
     def _completed(self, found: _Found) -> Record:
         """The record with the changes, without what has gone, and with what goes with them:
         defaults that a factory has made, the version and the timers."""
-        record, changes = self.record, found.changes
+        record, changes = self.flushed, found.changes
         absent = {name for name, current in found.held.items() if _is_absent(current)}
         has_gone = any(map(record.__contains__, absent))
-        if changes or ((has_gone or self.is_unsaved) and self._kept_names(absent)):
-            found.add_made(absent)
-        if not changes and not has_gone and record is self.kept:
+        if changes or ((has_gone or self.is_unsaved) and self._remaining_names(absent)):
+            found.add_generated(absent)
+        if not changes and not has_gone and record is self.committed:
             return record
         if self.timers is not None:
             absent.update(self._take_timers(found, self.timers))
@@ -641,16 +655,16 @@ class Fields:
     def _take_timers(self, found: _Found, timers: Mapping[str, Deadline]) -> Iterable[str]:
         """Add the timers to the changes; returns the names of the fields whose time is up, and
         takes them out of the changes."""
-        live, held = found.live, found.held
-        gone = {name for name, at in timers.items() if name not in live and is_over(at)}
+        loaded, held = found.loaded, found.held
+        gone = {name for name, at in timers.items() if name not in loaded and is_over(at)}
         for name in gone:
             self._expired(name)
-        deadlines = {n: at for n, at in timers.items() if n not in live or n in held}
+        deadlines = {n: at for n, at in timers.items() if n not in loaded or n in held}
         for name, current in held.items():
             deadline = None
             if current is not None and not current.is_default:
                 deadline = current.deadline
-                if self._is_gone(name, current):
+                if self._is_deleted(name, current):
                     gone.add(name)
             if deadline is None:
                 deadlines.pop(name, None)
@@ -665,26 +679,26 @@ class Fields:
 
     def _rearranged(self, changes: Mapping[str, Any], leaving: Container[str]) -> Record:
         """The record without the fields that are `leaving` their places, and with `changes`."""
-        record = self.record
-        fields = dict.fromkeys((*self._kept_names(leaving), *filter(is_field, changes)))
-        if not fields:  # then it is not stored at all, whatever else it has
+        record = self.flushed
+        tracker = dict.fromkeys((*self._remaining_names(leaving), *filter(is_field, changes)))
+        if not tracker:  # then it is not stored at all, whatever else it has
             return without_fields(record)
         hidden = [name for name in (*record, *changes) if not is_field(name)]
         if TIMERS not in changes:
             hidden = [name for name in hidden if name != TIMERS]
-        return only(record, dict.fromkeys((*fields, *hidden)), changes)
+        return only(record, dict.fromkeys((*tracker, *hidden)), changes)
 
-    def _freeze(self, name: str, value: Any, stored: Any, shape: Shape) -> tuple[Any, bool]:
+    def _dump(self, name: str, value: Any, stored: Any, field_type: FieldType) -> tuple[Any, bool]:
         """What a value would be stored as, and whether an object was met in it whose changes nobody
         would notice."""
         owner = self.owner
         begun = owner.begin()
         try:
-            frozen = shape.freeze(value, owner, stored)
+            dumped = field_type.dump(value, owner, stored)
             met_object = owner.met_object
             if not owner.is_still_at(begun):  # another thread's value may have been noted, too
                 owner = Owner(self.key)
-                frozen = shape.freeze(value, owner, stored)
+                dumped = field_type.dump(value, owner, stored)
                 met_object = owner.met_object
         except RecursionError:
             raise owner.too_deep(f"the value of {name!r}") from None
@@ -693,12 +707,12 @@ class Fields:
                 f"session {self.key!r}: {wrong.place(name)} has become {wrong.found}, where "
                 f"{self.schema.name} declares {wrong.expected}; nothing was written"
             ) from wrong.__cause__
-        return frozen, met_object
+        return dumped, met_object
 
-    def not_saved(self, kept: Record) -> None:
-        """The store did not take it after all, and still has what was `kept`. What was taken stays
-        in `record`, so the next flush writes it, with what has changed since."""
-        self.kept = kept
+    def not_saved(self, committed: Record) -> None:
+        """The store did not take it after all, and still has what was `committed`. What was taken
+        stays in `record`, so the next flush writes it, with what has changed since."""
+        self.committed = committed
 
     def check_not_lost(self) -> None:
         """Raises SessionClosedError if the scope has ended without storing the last changes."""
@@ -712,54 +726,56 @@ class Fields:
     @property
     def is_unsaved(self) -> bool:
         """Whether the store has something older, whatever the handler does."""
-        return self.record is not self.kept
+        return self.flushed is not self.committed
 
     def save_as_it_is(self) -> None:
         """The store has something older, which is to be replaced by the next flush; but not if the
         handler fails."""
-        self.record = patched(self.record, {})
+        self.flushed = patched(self.flushed, {})
 
     def roll_back(self) -> None:
         """Back to what the store has; containers handed out so far cannot be changed any more."""
         self.close()
-        loose = {name for name, value in self.live.copy().items() if self._is_loose(name, value)}
-        spoilt = self.spoilt | loose  # objects that the failed handler may have changed
-        begun, lost = self.begun is self.kept, self.lost
-        Fields.__init__(self, self.key, reread(self.kept), self.schema)
-        self.spoilt, self.lost = spoilt, lost
-        self.begun = self.kept if begun else None
+        opaque = {
+            name for name, value in self.loaded.copy().items() if self._is_opaque(name, value)
+        }
+        tainted = self.tainted | opaque  # objects that the failed handler may have changed
+        initial_record, lost = self.initial_record is self.committed, self.lost
+        ChangeTracker.__init__(self, self.key, reread(self.committed), self.schema)
+        self.tainted, self.lost = tainted, lost
+        self.initial_record = self.committed if initial_record else None
 
-    def _is_loose(self, name: str, value: Any) -> bool:
+    def _is_opaque(self, name: str, value: Any) -> bool:
         """Whether there is an object in a field, as far as that was found."""
-        current = value.current() if value.__class__ is Held else Held(value)
+        current = value.current() if value.__class__ is FieldState else FieldState(value)
         if current is None:
             return False
-        return current.is_loose or self.loose.get(name, MISSING) is current.value
+        return current.is_opaque or self.opaque.get(name, MISSING) is current.value
 
 
 def _marks_after(
-    before: Mapping[str, Held | None], marks: Mapping[str, Held | None]
-) -> dict[str, Held | None]:
+    before: Mapping[str, FieldState | None], marks: Mapping[str, FieldState | None]
+) -> dict[str, FieldState | None]:
     """The marks of a flush that failed, and those that came later."""
     first = {name: mark for name, mark in before.items() if marks.get(name) is None}
     return first | {name: mark or first.get(name) for name, mark in marks.items()}
 
 
 class _Found(NamedTuple):
-    """What a flush has found: copies of `live` and of the marks, the changes, and what the handler
-    has of the fields for which a Held stands in `live`."""
+    """What a flush has found: copies of `loaded` and of the marks, the changes, and what the
+    handler has of the fields for which a Held stands in `loaded`."""
 
-    live: Mapping[str, Any]
-    marks: Mapping[str, Held | None]
+    loaded: Mapping[str, Any]
+    marks: Mapping[str, FieldState | None]
     changes: dict[str, Any]
-    held: Mapping[str, Held | None]
+    held: Mapping[str, FieldState | None]
 
-    def add_made(self, absent: Iterable[str]) -> None:
+    def add_generated(self, absent: Iterable[str]) -> None:
         """Add those defaults that a factory has made."""
         for name in absent:
             current = self.held[name]
-            if current is not None and current.is_made:
-                self.changes.setdefault(name, current.frozen)
+            if current is not None and current.is_generated:
+                self.changes.setdefault(name, current.dumped)
 
     def in_order(self) -> dict[str, Any]:
         """The changes in the order in which the fields were assigned."""
@@ -770,16 +786,17 @@ class _Found(NamedTuple):
 class _PlaceOf:
     """Where a container lies that these fields have handed out: it knows them, and not they it."""
 
-    __slots__ = ("_fields",)
+    __slots__ = ("_tracker",)
 
-    def __init__(self, fields: Fields) -> None:
-        self._fields: Final = ref(fields)
+    def __init__(self, tracker: ChangeTracker) -> None:
+        self._tracker: Final = ref(tracker)
 
     def __call__(self, container: object) -> str:
-        fields = self._fields()
-        live = {} if fields is None else fields.live.copy()
+        tracker = self._tracker()
+        loaded = {} if tracker is None else tracker.loaded.copy()
         values = {
-            name: value.value if value.__class__ is Held else value for name, value in live.items()
+            name: value.value if value.__class__ is FieldState else value
+            for name, value in loaded.items()
         }
         return place_of(container, values)
 
@@ -787,7 +804,7 @@ class _PlaceOf:
 class BaseSession(MutableMapping[str, Any]):
     """What `Session` and `StrictSession` have in common: see there."""
 
-    __slots__ = ("__weakref__", "_fields", "_key", "_lifecycle")
+    __slots__ = ("__weakref__", "_key", "_lifecycle", "_tracker")
 
     #: How stored sessions of an older version become those of this class: see `SessionManager`.
     migrations: ClassVar[Mapping[int, Migration]] = {}
@@ -798,12 +815,14 @@ class BaseSession(MutableMapping[str, Any]):
     # interrupt comes just before the block is left, its scope has to be collected all the same.
     _lifecycle: Callable[[], Lifecycle | None]
     _key: str
-    _fields: Fields | None  # from loading on
+    _tracker: ChangeTracker | None  # from loading on
     _reserved: ClassVar[frozenset[str]]  # what the class itself has: no field by attribute
     _declares: ClassVar[Mapping[str, Declared]] = {}  # the class itself ...
     _declared: ClassVar[Mapping[str, Declared]] = {}  # ... and with its bases
     _schema: ClassVar[Schema | None] = None  # None: not all of its types are defined yet
-    _other: ClassVar[Shape | None] = None  # the shape of names that are not declared, if any
+    _other: ClassVar[FieldType | None] = (
+        None  # the field type of names that are not declared, if any
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -827,21 +846,21 @@ class BaseSession(MutableMapping[str, Any]):
         Migrations(cls.migrations, f"{cls.__name__}.migrations")  # a look at them
 
     def __init__(
-        self, lifecycle: Callable[[], Lifecycle | None], key: str, fields: Fields | None
+        self, lifecycle: Callable[[], Lifecycle | None], key: str, tracker: ChangeTracker | None
     ) -> None:
         _set_lifecycle(self, lifecycle)
         _set_key(self, key)
-        _set_fields(self, fields)
+        _set_fields(self, tracker)
 
-    def _opened(self) -> Fields:
+    def _opened(self) -> ChangeTracker:
         """The fields, loaded first if this is a lazy session."""
-        fields = self._fields
-        if fields is None:
+        tracker = self._tracker
+        if tracker is None:
             lifecycle = self._to_load()
             if not lifecycle.is_loaded:
                 lifecycle.load()
-            fields = self._loaded(lifecycle)
-        return fields
+            tracker = self._loaded(lifecycle)
+        return tracker
 
     def _to_load(self) -> Lifecycle:
         lifecycle = self._lifecycle()
@@ -851,25 +870,25 @@ class BaseSession(MutableMapping[str, Any]):
             )
         return lifecycle
 
-    def _loaded(self, lifecycle: Lifecycle) -> Fields:
-        fields = lifecycle.fields
-        assert fields is not None
-        _set_fields(self, fields)
-        return fields
+    def _loaded(self, lifecycle: Lifecycle) -> ChangeTracker:
+        tracker = lifecycle.tracker
+        assert tracker is not None
+        _set_fields(self, tracker)
+        return tracker
 
     # -- as a mapping
 
     def __getitem__(self, name: str) -> Any:
-        fields = self._fields
-        if fields is None:
-            fields = self._opened()
-        return fields.get(name)
+        tracker = self._tracker
+        if tracker is None:
+            tracker = self._opened()
+        return tracker.get(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        fields = self._fields
-        if fields is None:
-            fields = self._opened()
-        fields.set(name, value)
+        tracker = self._tracker
+        if tracker is None:
+            tracker = self._opened()
+        tracker.set(name, value)
 
     def __delitem__(self, name: str) -> None:
         self._opened().delete(name)
@@ -878,8 +897,8 @@ class BaseSession(MutableMapping[str, Any]):
         return name in self._opened()
 
     def __iter__(self) -> Iterator[str]:
-        fields = self._opened()
-        return (name for name in fields.names() if name in fields)  # the time of one may run out
+        tracker = self._opened()
+        return (name for name in tracker.names() if name in tracker)  # the time of one may run out
 
     def __reversed__(self) -> Iterator[str]:
         return reversed(self._opened().names())
@@ -908,9 +927,9 @@ class BaseSession(MutableMapping[str, Any]):
 
     def popitem(self) -> tuple[str, Any]:
         """Remove and return the field that came last; raises KeyError if there is none."""
-        fields = self._opened()
+        tracker = self._opened()
         for name in reversed(self):
-            if not fields.is_default(name):
+            if not tracker.is_default(name):
                 value = self.pop(name, MISSING)
                 if value is not MISSING:
                     return name, value
@@ -921,9 +940,9 @@ class BaseSession(MutableMapping[str, Any]):
         self, other: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any
     ) -> None:
         """Assign several fields, or none if one of them is refused."""
-        fields = dict(other, **more)
-        self._opened().check_all(fields)
-        for name, value in fields.items():
+        tracker = dict(other, **more)
+        self._opened().check_all(tracker)
+        for name, value in tracker.items():
             self[name] = value
 
     def clear(self) -> None:
@@ -948,8 +967,8 @@ class BaseSession(MutableMapping[str, Any]):
     def __repr__(self) -> str:
         """The key and the names of the fields; never a value, since a repr ends in logs."""
         lifecycle = self._lifecycle()
-        fields = self._fields if lifecycle is None else lifecycle.fields
-        inside = "not loaded" if fields is None else ", ".join(fields.names())
+        tracker = self._tracker if lifecycle is None else lifecycle.tracker
+        inside = "not loaded" if tracker is None else ", ".join(tracker.names())
         return f"<{type(self).__name__} {self.key!r}: {inside}>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # copies and pickles are plain dicts
@@ -972,16 +991,16 @@ class BaseSession(MutableMapping[str, Any]):
         lifecycle = self._lifecycle()
         if lifecycle is not None:
             lifecycle.flush()
-        elif self._fields is not None:
-            self._fields.check_not_lost()
+        elif self._tracker is not None:
+            self._tracker.check_not_lost()
 
     async def aflush(self) -> None:
         """As `flush`, for async code: the event loop goes on meanwhile."""
         lifecycle = self._lifecycle()
         if lifecycle is not None:
             await lifecycle.aflush()
-        elif self._fields is not None:
-            self._fields.check_not_lost()
+        elif self._tracker is not None:
+            self._tracker.check_not_lost()
 
     def release(self) -> None:
         """Write what has changed and end the scope now, so that this user's next update may come
@@ -1000,7 +1019,7 @@ class BaseSession(MutableMapping[str, Any]):
 
     def __await__(self) -> Generator[Any, None, Self]:
         """Lock and load a lazy session in async code: `session = await session`."""
-        if self._fields is None:
+        if self._tracker is None:
             lifecycle = self._to_load()
             if not lifecycle.is_loaded:
                 yield from lifecycle.aload().__await__()
@@ -1044,11 +1063,11 @@ class _Attribute(property):
 
     def __init__(self, name: str) -> None:
         def get(session: BaseSession) -> Any:
-            fields = session._fields
-            if fields is None:
-                fields = session._opened()
+            tracker = session._tracker
+            if tracker is None:
+                tracker = session._opened()
             try:
-                return fields.get(name)
+                return tracker.get(name)
             except KeyError:
                 raise _no_attribute(session, name) from None
 
@@ -1126,7 +1145,7 @@ class Session(BaseSession):
 
     __slots__ = ()
 
-    _other = FREE
+    _other = ANY
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -1165,25 +1184,25 @@ def schema_of(session_type: type[BaseSession]) -> Schema:
     return session_type._schema
 
 
-def replace_fields(session: BaseSession, fields: Mapping[str, Any] | None) -> None:
+def replace_fields(session: BaseSession, tracker: Mapping[str, Any] | None) -> None:
     """What `message.session = ...` and `context.session = ...` mean: other fields, or none.
 
-    Raises TypeError if `fields` is neither a mapping nor None.
+    Raises TypeError if `tracker` is neither a mapping nor None.
     """
-    if fields is session:  # context.session |= {...}
+    if tracker is session:  # context.session |= {...}
         return
-    if fields is not None and not isinstance(fields, Mapping):
+    if tracker is not None and not isinstance(tracker, Mapping):
         raise TypeError(
             f"session {session.key!r} can be replaced by a mapping of fields or emptied by None, "
-            f"not set to {type(fields).__name__}"
+            f"not set to {type(tracker).__name__}"
         )
-    fields = dict(fields or {})
-    session._opened().check_all(fields)
+    tracker = dict(tracker or {})
+    session._opened().check_all(tracker)
     session.clear()
-    session.update(fields)
+    session.update(tracker)
 
 
 # Past __setattr__.
 _set_lifecycle: Final = BaseSession.__dict__["_lifecycle"].__set__
 _set_key: Final = BaseSession.__dict__["_key"].__set__
-_set_fields: Final = BaseSession.__dict__["_fields"].__set__
+_set_fields: Final = BaseSession.__dict__["_tracker"].__set__

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isqrt
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from ..errors import SessionLockTimeout
+from ..errors import SessionLockTimeoutError
 
 V = TypeVar("V")
 
@@ -136,7 +136,7 @@ class OpenRecord(Protocol):
         then, nobody else may open it."""
 
 
-class HeldHereError(SessionLockTimeout):
+class HeldHereError(SessionLockTimeoutError):
     """Another storage object of this very process has the key open. The message has the way out,
     which is not to wait for longer."""
 
@@ -153,23 +153,22 @@ class SharedStorage(Protocol):
     def open_record(self, key: str, timeout: float, /) -> OpenRecord:
         """Wait until no other process has `key` open, and open it.
 
-        Raises SessionLockTimeout, saying who has it, after `timeout` seconds (0: at once). It is
-        then called again, for as long as the scope may wait: if it can, it keeps its place.
-        """
+        Raises SessionLockTimeoutError, saying who has it, after `timeout` seconds (0: at once). It
+        is then called again, for as long as the scope may wait: if it can, it keeps its place."""
         ...
 
 
-class PromptRecord(OpenRecord, Protocol):
+class NonBlockingRecord(OpenRecord, Protocol):
     """An OpenRecord that can often be closed without waiting for anything."""
 
-    def close_at_once(self, record: Record | None, /) -> bool:
+    def close_nowait(self, record: Record | None, /) -> bool:
         """As `close`, if nothing in that has to wait; else False: it is then closed the other way,
         with the same record, which goes on with what was begun here."""
         ...
 
 
 @runtime_checkable
-class PromptStorage(SharedStorage, Protocol):
+class NonBlockingStorage(SharedStorage, Protocol):
     """A shared storage that often need not wait: a coroutine then asks it in place, on the event
     loop's thread, since to go to another thread and back takes longer than all the rest.
 
@@ -178,7 +177,7 @@ class PromptStorage(SharedStorage, Protocol):
     near; once it was slow, it is not asked for a second.
     """
 
-    def open_at_once(self, key: str, /) -> PromptRecord | None:
+    def open_nowait(self, key: str, /) -> NonBlockingRecord | None:
         """As `open_record`, if nothing in that has to wait; else None: it is then opened the other
         way, which goes on with what was begun here."""
         ...

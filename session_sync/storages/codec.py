@@ -28,8 +28,8 @@ from session_sync.storages.places import path, short, step
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Collection[Any])
-EncHook: TypeAlias = Callable[[Any], tuple[str, object]]
-DecHook: TypeAlias = Callable[[str, Any], object]
+EncodeHook: TypeAlias = Callable[[Any], tuple[str, object]]
+DecodeHook: TypeAlias = Callable[[str, Any], object]
 
 # What is written can be read again from any place in a program: some four frames to a level stay
 # far below Python's limit of 1,000.
@@ -80,30 +80,30 @@ class Codec:
     other value is refused: a namedtuple or a bytearray would come back as something else. The same
     fields give the same bytes.
 
-    `enc_hook(value)` brings in other types: it returns a name and a value that can be kept, or
+    `encode(value)` brings in other types: it returns a name and a value that can be kept, or
     `NotImplemented` (or raises `NotImplementedError`) for a value that is not its own.
-    `dec_hook(name, value)` makes the object again. What a hook raises is wrapped in the errors of
+    `decode(name, value)` makes the object again. What these raise is wrapped in the errors of
     this class, except an OSError, which goes through as it is: a file or a server was not reached,
     or a time-out was set by a signal handler (TimeoutError is one).
 
     >>> from fractions import Fraction
-    >>> def enc_hook(value):
+    >>> def encode(value):
     ...     if isinstance(value, Fraction):
     ...         return "fraction", value.as_integer_ratio()
     ...     return NotImplemented
-    >>> def dec_hook(name, value):
+    >>> def decode(name, value):
     ...     return {"fraction": Fraction}[name](*value)
-    >>> codec = Codec(enc_hook, dec_hook)
+    >>> codec = Codec(encode, decode)
     >>> codec.encode({"tags": {"a"}, "share": Fraction(1, 3)})
     b'{"tags":{"$set":["a"]},"share":{"$type":["fraction",{"$tuple":[1,3]}]}}'
     >>> codec.decode(_)
     {'tags': {'a'}, 'share': Fraction(1, 3)}
     """
 
-    def __init__(self, enc_hook: EncHook | None = None, dec_hook: DecHook | None = None) -> None:
-        self._packer = _Packer(enc_hook)
-        self._careful_packer = _Packer(enc_hook, careful=True)
-        self._unpacker = _Unpacker(dec_hook)
+    def __init__(self, encode: EncodeHook | None = None, decode: DecodeHook | None = None) -> None:
+        self._packer = _Packer(encode)
+        self._careful_packer = _Packer(encode, careful=True)
+        self._unpacker = _Unpacker(decode)
 
     def encode(self, fields: Mapping[str, Any], key: str | None = None) -> bytes:
         """`fields` as bytes; `key` is the session's key, for the message of an error.
@@ -118,7 +118,7 @@ class Codec:
         Traceback (most recent call last):
         session_sync.errors.SessionEncodeError: session 'user:1' cannot be stored: cart.items[2] is
         of type object. Kept are None, bool, ... and UUID: declare the type of the field in a
-        subclass of Session, convert the value, or give the storage a Codec with an enc_hook.
+        subclass of Session, convert the value, or pass codec=Codec(encode, decode) to the storage.
         """
         try:
             try:
@@ -311,7 +311,7 @@ class _MalformedError(Exception):
 class _Packer:
     """Makes values of what JSON has. Containers that it has all of are used as they are."""
 
-    def __init__(self, hook: EncHook | None, *, careful: bool = False) -> None:
+    def __init__(self, hook: EncodeHook | None, *, careful: bool = False) -> None:
         self._hook = hook
         self._careful = careful
         self._plain = _ALWAYS_PLAIN - {str} if careful else _ALWAYS_PLAIN
@@ -501,14 +501,14 @@ class _Packer:
             raise
         except Exception as error:
             raise _RefusedError(
-                f"is of type {type(value).__name__}, for which enc_hook raised "
+                f"is of type {type(value).__name__}, for which `encode` raised "
                 f"{type(error).__name__}"
             ) from error
         if hooked is NotImplemented:
             return hooked
         if type(hooked) is not tuple or len(hooked) != 2 or not isinstance(hooked[0], str):
             raise _RefusedError(
-                f"is of type {type(value).__name__}, for which enc_hook has to return a tuple of "
+                f"is of type {type(value).__name__}, for which `encode` has to return a tuple of "
                 f"a name and a value, not {type(hooked).__name__}"
             )
         return hooked
@@ -541,7 +541,7 @@ class _Unpacker:
     Whatever a constructor raises about a malformed value goes up to `Codec`, which words it.
     """
 
-    def __init__(self, hook: DecHook | None) -> None:
+    def __init__(self, hook: DecodeHook | None) -> None:
         self._hook = hook
 
     def unpack(self, value: Any) -> Any:
@@ -644,13 +644,13 @@ class _Unpacker:
         name, value = _expect(list, body)
         name, value = _expect(str, self.unpack(name)), self.unpack(value)
         if self._hook is None:
-            raise _MalformedError("needs a Codec with a dec_hook")
+            raise _MalformedError("needs a Codec with a `decode` function")
         try:
             return self._hook(name, value)
         except OSError:
             raise
         except Exception as error:
-            raise _MalformedError(f"made dec_hook raise {type(error).__name__}") from error
+            raise _MalformedError(f"made `decode` raise {type(error).__name__}") from error
 
 
 _UNPACK: Final[dict[str, Callable[[_Unpacker, Any], Any]]] = {
@@ -687,8 +687,8 @@ def _session(key: str | None) -> str:
 def _refusal(value: object, what: str = "") -> str:
     return (
         f"is of type {what or type(value).__name__}. Kept are {_KEPT}: "
-        "declare the type of the field in a subclass of Session, convert the value, or give the "
-        "storage a Codec with an enc_hook."
+        "declare the type of the field in a subclass of Session, convert the value, or pass "
+        "codec=Codec(encode, decode) to the storage."
     )
 
 

@@ -223,7 +223,7 @@ class DiskStorage:
         return len(data)
 
     def open_record(self, key: str, timeout: float, /) -> LockedRecord[DiskStorage]:
-        """Open `key` when no other process has it open; raises SessionLockTimeout."""
+        """Open `key` when no other process has it open; raises SessionLockTimeoutError."""
         return LockedRecord(self, key, self._locks.acquire(key, timeout))
 
     def open_unread(self, key: str, timeout: float, /) -> OpenRecord:

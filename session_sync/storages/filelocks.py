@@ -21,7 +21,7 @@ from io import FileIO
 from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
-from ..errors import SessionConflictError, SessionLockTimeout
+from ..errors import SessionConflictError, SessionLockTimeoutError
 from . import forks
 from .background import Slot, Slots, for_each, start_thread, threads_may_block
 from .base import Record
@@ -117,7 +117,7 @@ class FileLocks:
         """Take `key`, waiting at most `timeout` seconds (0: not at all).
 
         Within one object the same key must not be asked for twice at the same time. Raises
-        SessionLockTimeout.
+        SessionLockTimeoutError.
         """
         deadline = time.monotonic() + timeout
         for _ in range(_REPLACEMENTS):
@@ -129,7 +129,7 @@ class FileLocks:
             try:
                 is_taken = handle.take_at_once()
                 if not is_taken and not timeout:
-                    raise SessionLockTimeout(_BUSY)
+                    raise SessionLockTimeoutError(_BUSY)
             except BaseException:
                 handle.release()
                 raise
@@ -187,7 +187,7 @@ class FileLocks:
                     return handle
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            raise SessionLockTimeout(_BUSY)
+            raise SessionLockTimeoutError(_BUSY)
         except BaseException:
             handle.release()
             raise

@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Literal
 
-from ..errors import SessionDecodeError, SessionLockTimeout
+from ..errors import SessionDecodeError, SessionLockTimeoutError
 from . import files
 from .base import OpenRecord, Record, StoredEntry
 from .codec import Codec
@@ -255,7 +255,7 @@ class SQLiteStorage:
         return len(data)
 
     def open_record(self, key: str, timeout: float, /) -> _OpenRecord:
-        """Open `key` when no other process has it open; raises SessionLockTimeout."""
+        """Open `key` when no other process has it open; raises SessionLockTimeoutError."""
         return _OpenRecord(self, key, self._locks.acquire(key, timeout))
 
     def open_unread(self, key: str, timeout: float, /) -> OpenRecord:
@@ -285,11 +285,11 @@ class SQLiteStorage:
 
     # -- without waiting
 
-    def open_at_once(self, key: str, /) -> _OpenRecord | None:
+    def open_nowait(self, key: str, /) -> _OpenRecord | None:
         """As `open_record`, if nothing in that has to wait; else None."""
         try:
             return _OpenRecord(self, key, self._locks.acquire(key, 0), self._load_at_once)
-        except (SessionLockTimeout, _WouldWaitError):
+        except (SessionLockTimeoutError, _WouldWaitError):
             return None
 
     def _load_at_once(self, key: str) -> Record | None:
@@ -373,7 +373,7 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
 
     __slots__ = ()
 
-    def close_at_once(self, record: Record | None, /) -> bool:
+    def close_nowait(self, record: Record | None, /) -> bool:
         """As `close`, if nothing in that has to wait; else False."""
         try:
             if record is not None:

@@ -472,7 +472,7 @@ class _Job:
                 self._task(*self._args, **self._kwargs)
                 return
             with scope as session:
-                _bind(self._args[0], (scope.scope,), (session,))
+                _bind(self._args[0], (scope.target,), (session,))
                 self._task(*self._args, **self._kwargs)
         finally:
             in_handler.reset(token)
@@ -670,14 +670,14 @@ def _roll_back(update: Any, error: Exception) -> None:
     """Roll the session of `update` back before anybody sees what its handler raised."""
     for entry in entries():
         if entry.update is update:
-            entry.scope.discard(error)
+            entry.target.discard(error)
 
 
 def _flush(update: Any) -> None:
     """Save what one of several tasks has changed, before the next one begins."""
     for entry in entries():
         if entry.update is update:
-            entry.scope.flush()
+            entry.target.flush()
 
 
 def _is_released(update: Any) -> bool:
@@ -790,8 +790,8 @@ def _session_of(update: Any, place: int) -> BaseSession:
     scope = its.scope()
     if scope is None or scope.closed:
         for entry in entries():
-            if entry.update is update and its.is_of(entry) and not entry.scope.closed:
-                session = entry.scope.session()
+            if entry.update is update and its.is_of(entry) and not entry.target.closed:
+                session = entry.target.session()
                 break
     return session
 

@@ -101,14 +101,14 @@ class _Chat:
         alex = self._api.user(1, first_name="Alex")
         with suppress(TimeoutError):  # the server was closed
             while True:
-                reply = alex.wait_reply(threading.TIMEOUT_MAX)
+                reply = alex.reply(threading.TIMEOUT_MAX)
                 print(" bot:", reply.text, flush=True)
                 self._answered.set()
 
     def _write(self) -> None:
         alex = self._api.user(1, first_name="Alex")
         try:
-            self._api.wait_call("getUpdates", threading.TIMEOUT_MAX)
+            self._api.call("getUpdates", threading.TIMEOUT_MAX)
         except TimeoutError:  # the server was closed: this was no bot that polls
             return
         # Not sys.stdin: Python locks it when it ends, and this thread may be reading then.

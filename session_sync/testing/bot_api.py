@@ -69,8 +69,8 @@ class OfflineBotAPI:
     ...     sent = urlopen(f"{bot}/sendMessage?chat_id={update['message']['chat']['id']}&text=Hi")
     ...     edit = urlopen(f"{bot}/editMessageText?chat_id=1&message_id=2&text=Bye")
     ...     sent.close(), edit.close()
-    ...     reply = alex.wait_reply()
-    ...     reply.text, reply.wait_edit().text
+    ...     reply = alex.reply()
+    ...     reply.text, reply.edit().text
     (None, None)
     ('Hi', 'Bye')
 
@@ -232,22 +232,22 @@ class OfflineBotAPI:
 
     @property
     def pending(self) -> int:
-        """How many updates the bot has not confirmed yet (see `wait_confirmed`)."""
+        """How many updates the bot has not confirmed yet (see `confirmed`)."""
         with self._changed:
             return len(self._updates)
 
-    def wait_confirmed(self, timeout: float = 5.0) -> None:
+    def confirmed(self, timeout: float = 5.0) -> None:
         """Wait until the bot has confirmed every update: asked for the next one, or answered its
         webhook. A handler may still be at work on it then; TimeoutError after `timeout` seconds.
 
         >>> with OfflineBotAPI() as api:
-        ...     api.wait_confirmed()  # there are none
+        ...     api.confirmed()  # there are none
         """
         self._wait(lambda: True if not self._updates else None, timeout, "not all confirmed")
 
-    async def await_confirmed(self, timeout: float = 5.0) -> None:
-        """`wait_confirmed` for coroutines."""
-        await asyncio.to_thread(self.wait_confirmed, timeout)
+    async def aconfirmed(self, timeout: float = 5.0) -> None:
+        """`confirmed` for coroutines."""
+        await asyncio.to_thread(self.confirmed, timeout)
 
     # --- what the bot did ---
 
@@ -274,14 +274,14 @@ class OfflineBotAPI:
         lowered = method.lower()
         return [call for call in self.calls if call.method.lower() == lowered]
 
-    def wait_call(self, method: str, timeout: float = 5.0, **params: Any) -> Call:
-        """The first call of a method with these parameters (among others) that no `wait_call`
+    def call(self, method: str, timeout: float = 5.0, **params: Any) -> Call:
+        """The first call of a method with these parameters (among others) that no `call`
         has returned yet. Waits up to `timeout` seconds for it, then TimeoutError.
 
         >>> from urllib.request import urlopen
         >>> with OfflineBotAPI() as api:
         ...     urlopen(f"{api.base_url}{api.token}/sendMessage?chat_id=1&text=Hi").close()
-        ...     api.wait_call("sendMessage", chat_id=1).params["text"]
+        ...     api.call("sendMessage", chat_id=1).params["text"]
         'Hi'
         """
         lowered = method.lower()
@@ -302,14 +302,14 @@ class OfflineBotAPI:
         wanted = ", ".join(f"{name}={value!r}" for name, value in params.items())
         return self._wait(find, timeout, f"no call of {method}({wanted})")
 
-    async def await_call(self, method: str, timeout: float = 5.0, **params: Any) -> Call:
-        """`wait_call` for coroutines."""
-        return await asyncio.to_thread(self.wait_call, method, timeout, **params)
+    async def acall(self, method: str, timeout: float = 5.0, **params: Any) -> Call:
+        """`call` for coroutines."""
+        return await asyncio.to_thread(self.call, method, timeout, **params)
 
     def _wait_sent(
         self, place: tuple[int, int | None, str | None], start: int, timeout: float
     ) -> tuple[int, JSON]:
-        """The bot's next message from `start` on in a chat; `OfflineUser.wait_reply` is the door
+        """The bot's next message from `start` on in a chat; `OfflineUser.reply` is the door
         to it."""
         chat_id, thread, business = place
         following = start
@@ -327,7 +327,7 @@ class OfflineBotAPI:
         return self._wait(find, timeout, f"no reply in chat {chat_id}{where}")
 
     def _wait_version(self, chat_id: int, message_id: int, version: int, timeout: float) -> JSON:
-        """A message after so many edits; `Reply.wait_edit` is the door to it."""
+        """A message after so many edits; `Reply.edit` is the door to it."""
         versions = self._chats.versions
 
         def find() -> JSON | None:

@@ -77,7 +77,7 @@ class Reply:
         """The buttons of its keyboard, row after row.
 
         >>> markup = {"inline_keyboard": [[{"text": "Yes", "callback_data": "y"}]]}
-        >>> Reply(None, {"reply_markup": markup}).buttons  # api.user(1).wait_reply() makes it
+        >>> Reply(None, {"reply_markup": markup}).buttons  # api.user(1).reply() makes it
         [Button(text='Yes', data='y')]
         """
         return list(_buttons(self.raw.get("reply_markup", {})))
@@ -93,7 +93,7 @@ class Reply:
                 return button
         raise LookupError(f"no button {name!r}; the message {self.text!r} has {buttons}")
 
-    def wait_edit(self, timeout: float = 5.0) -> Reply:
+    def edit(self, timeout: float = 5.0) -> Reply:
         """The message after the next edit that this `Reply` does not show yet.
 
         Waits up to `timeout` seconds, then TimeoutError. See `OfflineBotAPI` for an example.
@@ -102,9 +102,9 @@ class Reply:
         raw = self.api._wait_version(self.chat_id, self.message_id, following, timeout)
         return Reply(self.api, raw, following)
 
-    async def await_edit(self, timeout: float = 5.0) -> Reply:
-        """`wait_edit` for coroutines."""
-        return await asyncio.to_thread(self.wait_edit, timeout)
+    async def aedit(self, timeout: float = 5.0) -> Reply:
+        """`edit` for coroutines."""
+        return await asyncio.to_thread(self.edit, timeout)
 
 
 def _buttons(markup: JSON) -> Iterator[Button]:
@@ -121,17 +121,17 @@ class Press:
     api: OfflineBotAPI = field(repr=False)
     id: str
 
-    def wait_answer(self, timeout: float = 5.0) -> JSON:
+    def answer(self, timeout: float = 5.0) -> JSON:
         """The parameters of the bot's answerCallbackQuery (`text`, `show_alert`, ...).
 
         Waits up to `timeout` seconds for it, then TimeoutError.
         """
-        call = self.api.wait_call("answerCallbackQuery", timeout, callback_query_id=self.id)
+        call = self.api.call("answerCallbackQuery", timeout, callback_query_id=self.id)
         return call.params
 
-    async def await_answer(self, timeout: float = 5.0) -> JSON:
-        """`wait_answer` for coroutines."""
-        return await asyncio.to_thread(self.wait_answer, timeout)
+    async def aanswer(self, timeout: float = 5.0) -> JSON:
+        """`answer` for coroutines."""
+        return await asyncio.to_thread(self.answer, timeout)
 
 
 class OfflineUser:
@@ -237,7 +237,7 @@ class OfflineUser:
         self.send(chat=chat, migrate_from_chat_id=group.id)
         return chat
 
-    def wait_reply(
+    def reply(
         self,
         timeout: float = 5.0,
         *,
@@ -256,7 +256,7 @@ class OfflineUser:
         self._seen[place] = index + 1
         return Reply(self.api, raw)
 
-    async def await_reply(
+    async def areply(
         self,
         timeout: float = 5.0,
         *,
@@ -264,9 +264,9 @@ class OfflineUser:
         thread: int | None = None,
         business: str | None = None,
     ) -> Reply:
-        """`wait_reply` for coroutines."""
+        """`reply` for coroutines."""
         return await asyncio.to_thread(
-            self.wait_reply, timeout, chat=chat, thread=thread, business=business
+            self.reply, timeout, chat=chat, thread=thread, business=business
         )
 
     def _chat_id(self, chat: OfflineChat | int | None) -> int:

@@ -21,7 +21,7 @@ import inside
 from engine import Actor, Run, describe, stacks
 from traps import AtSuspension, Trap
 
-from session_sync import SessionDeadlockError, SessionLockTimeout, SessionManager
+from session_sync import SessionDeadlockError, SessionLockTimeoutError, SessionManager
 
 SOON = 5.0  # seconds in which a key must be free, once everything has ended
 LOCK_TIMEOUT = 20.0  # seconds: longer than the engine's patience, so that a wait for it is a hang
@@ -401,7 +401,7 @@ class _Attempt:
                 world.failed.add(key)
             # A signal handler may have flushed what a handler had done before it failed.
             is_nothing = not (self.has_begun and world.trap.warm)
-            refused = (SessionDeadlockError, SessionLockTimeout)
+            refused = (SessionDeadlockError, SessionLockTimeoutError)
             if kind is None or (issubclass(kind, refused) and is_nothing):
                 world.perhaps[key] -= 1
 

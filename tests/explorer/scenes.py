@@ -26,7 +26,7 @@ from session_sync import (
     MemoryStorage,
     SessionClosedError,
     SessionDeadlockError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SQLiteStorage,
 )
 from session_sync.storages.base import AtomicStorage
@@ -114,7 +114,7 @@ def three_in_order(w: World) -> None:
     "waiter",
     others="holder next",
     stores=EVERY,
-    allowed=(SessionLockTimeout,),
+    allowed=(SessionLockTimeoutError,),
     options={"lock_timeout": 0.02},
 )
 def time_out(w: World) -> None:
@@ -132,7 +132,7 @@ def time_out(w: World) -> None:
     "waiter",
     stores=("memory", "dict"),
     modes=("stop", "raise"),
-    allowed=(SessionLockTimeout,),
+    allowed=(SessionLockTimeoutError,),
     options={"lock_timeout": 0.02},
 )
 def time_out_of_a_task(w: World) -> None:

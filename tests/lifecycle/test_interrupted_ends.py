@@ -27,7 +27,7 @@ from session_sync import (
     MemoryStorage,
     SessionClosedError,
     SessionDeadlockError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     storage_from_url,
 )
@@ -36,7 +36,7 @@ from session_sync.lifecycle import threads as pools
 from session_sync.lifecycle.scope import Guard
 from session_sync.lifecycle.update import UpdateScope
 from session_sync.locks import lock
-from session_sync.session.session import Fields
+from session_sync.session.session import ChangeTracker
 from session_sync.storages.filelocks import LockedRecord
 
 KEY = "user:1"
@@ -614,7 +614,7 @@ def test_what_can_never_be_saved_is_not_tried_for_ever(
         raise ZeroDivisionError
 
     sessions: SessionManager[Any] = SessionManager(storage=storage_type())
-    monkeypatch.setattr(Fields, "take_changes", fail)
+    monkeypatch.setattr(ChangeTracker, "take_changes", fail)
     with pytest.raises(ZeroDivisionError), sessions.session_scope(KEY) as session:
         session.a = 1
     until(lambda: is_free(sessions))
@@ -715,7 +715,7 @@ def test_a_key_that_a_finaliser_gives_up_belongs_to_nobody_until_the_store_has_c
             pools.errands.run_soon(lambda: gate.wait(SOON) and None)
         contextvars.Context().run(enter)
         gc.collect()
-        with pytest.raises(SessionLockTimeout), sessions.session_scope(KEY):
+        with pytest.raises(SessionLockTimeoutError), sessions.session_scope(KEY):
             pass
     finally:
         gate.set()
@@ -810,8 +810,8 @@ def test_a_scope_that_is_closed_a_second_time_writes_nothing(
         session.a = 1
     with sessions.session_scope(KEY) as later:
         later.b = 2
-    assert some.fields is not None
-    some.fields.live["late"] = 3  # a thread was just about to change it
+    assert some.tracker is not None
+    some.tracker.loaded["late"] = 3  # a thread was just about to change it
     flow.run_flow(some.closing(may_block=True))
     assert sessions.storage.get(KEY) == {"a": 1, "b": 2}
 
@@ -825,7 +825,7 @@ def test_a_wait_that_fails_leaves_nothing_to_the_collector(threads: Threads) -> 
 
     def handle() -> None:
         kept = Kept()
-        with contextlib.suppress(SessionLockTimeout), sessions.session_scope(KEY):
+        with contextlib.suppress(SessionLockTimeoutError), sessions.session_scope(KEY):
             pass
         seen.append(weakref.ref(kept))
 

@@ -330,7 +330,7 @@ def test_a_session_whose_key_is_given_on_is_not_written_again(
             pools.errands.run_soon(lambda gate=gate: gate.wait(SOON) and None)
         left = sessions.session_scope(KEY)
         left.__enter__().a = 1
-        left.fields.remember(7, 3)  # as for an update
+        left.tracker.remember(7, 3)  # as for an update
         threads.start(handle)
         until(lambda sessions=sessions: sessions.locks.waiters(KEY) == 1)
         with contextlib.suppress(OutsideError), interruption:
@@ -733,7 +733,7 @@ def test_a_lazy_session_is_not_changed_before_it_is_loaded(threads: Threads) -> 
     with sessions.session_scope(KEY) as session:
         threads.start(load)
         threads.start(change)
-        until(lambda: session._lifecycle().queues or session._lifecycle().fields.live)
+        until(lambda: session._lifecycle().queues or session._lifecycle().tracker.loaded)
         storage.go_on.set()
         threads.join()
     assert storage.values[KEY]["b"] == 2

@@ -25,7 +25,7 @@ from lock_tools import (
 )
 from waiting import SOON, until, until_async
 
-from session_sync import SessionDeadlockError, SessionLockTimeout, SessionManager
+from session_sync import SessionDeadlockError, SessionLockTimeoutError, SessionManager
 from session_sync.locks.deadlock import Waits, waits
 from session_sync.locks.lock import LockHandle, ThreadWaiter
 from session_sync.locks.table import LockTable
@@ -179,7 +179,7 @@ def test_those_ahead_are_looked_at_once_each_however_many_wait(
         until(lambda: queued(table) == number)
 
         def wait() -> None:
-            with pytest.raises(SessionLockTimeout):
+            with pytest.raises(SessionLockTimeoutError):
                 take(table, "k", timeout=0)
 
         return lines_run(wait)
@@ -569,7 +569,7 @@ def test_a_new_thread_is_not_taken_for_one_that_has_ended(table: LockTable) -> N
 
     def wait() -> None:
         idents.append(threading.get_ident())
-        with pytest.raises(SessionLockTimeout, match="thread 'the first'"):
+        with pytest.raises(SessionLockTimeoutError, match="thread 'the first'"):
             take(table, timeout=0)
         done.append(True)
 
@@ -595,7 +595,7 @@ def test_a_wait_that_has_ended_closes_no_circle(table: LockTable, threads: Threa
     but it waits no more."""
     a = take(table, "a")
     release = take_elsewhere(table, threads, "b")
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         take(table, "b", timeout=0)
     other = threads.start(lambda: take(table, "a").release())
     until(lambda: queued(table, "a") == 1)

@@ -14,7 +14,7 @@ from conftest import Threads
 from lock_tools import is_unlocked, queued, table_of, take, take_async, take_unowned
 from waiting import SOON, until, until_async
 
-from session_sync import SessionLockTimeout, SessionManager
+from session_sync import SessionLockTimeoutError, SessionManager
 from session_sync.locks.lock import ThreadWaiter
 from session_sync.locks.table import LockTable
 
@@ -126,7 +126,7 @@ def test_a_time_out_around_the_wait_is_not_taken_for_the_locks_own(table: LockTa
 
         with pytest.raises(TimeoutError) as caught:
             await asyncio.create_task(wait())
-        assert not isinstance(caught.value, SessionLockTimeout)
+        assert not isinstance(caught.value, SessionLockTimeoutError)
         handle.release()
 
     asyncio.run(main())
@@ -155,7 +155,7 @@ def test_a_timed_out_waiter_disturbs_nobody(table: LockTable, threads: Threads) 
         handle.release()
 
     async def hurried() -> None:
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             await take_async(table, timeout=0.001)
 
     handle = take(table)
@@ -205,7 +205,7 @@ class Crowd:
             handle = self._table.handle("k")
             try:
                 handle.acquire(chance.choice((0, 0.0005, 0.002, SOON)))
-            except SessionLockTimeout:
+            except SessionLockTimeoutError:
                 continue
             self.enter()
             time.sleep(0)
@@ -218,7 +218,7 @@ class Crowd:
         handle = self._table.handle("k")
         try:
             await handle.acquire_async(chance.choice((None, 0, 0.0005, 0.002, SOON)))
-        except SessionLockTimeout:
+        except SessionLockTimeoutError:
             return
         try:
             self.enter()

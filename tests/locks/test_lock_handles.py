@@ -17,7 +17,7 @@ from counting import lines_run
 from lock_tools import Loop, is_unlocked, queued, table_of, take, take_async, take_elsewhere
 from waiting import SOON, until, until_async
 
-from session_sync import MemoryStorage, SessionLockTimeout, SessionManager
+from session_sync import MemoryStorage, SessionLockTimeoutError, SessionManager
 from session_sync.locks.lock import LockHandle
 from session_sync.locks.table import LockTable
 
@@ -124,7 +124,7 @@ def test_two_managers_on_one_store_exclude_each_other_and_two_stores_do_not(
     other = SessionManager(storage=MemoryStorage(), lock_timeout=0.001)
 
     def outside() -> None:
-        with pytest.raises(SessionLockTimeout), two.session_scope("k"):
+        with pytest.raises(SessionLockTimeoutError), two.session_scope("k"):
             pass
         with other.session_scope("k"):
             pass
@@ -324,7 +324,7 @@ def test_a_newcomer_does_not_overtake_a_waiter(table: LockTable, threads: Thread
     until(lambda: queued(table))
     handle.release()
     assert not table.handle("k").try_acquire()
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         take(table, timeout=0)
     assert entered.wait(SOON)
     go_on.set()
@@ -442,7 +442,7 @@ def test_a_time_out_names_key_duration_and_the_thread_that_holds(
     begin = time.monotonic()
     with (
         pytest.raises(
-            SessionLockTimeout,
+            SessionLockTimeoutError,
             match=r"'user:7' was not unlocked within 0\.25 s: "
             r"thread 'the slow one' has held it for \d+\.\d s\. .*session\.release\(\)",
         ) as caught,
@@ -467,7 +467,7 @@ def test_a_time_out_names_the_task_that_holds(sessions: SessionManager[Any]) -> 
         inside, go_on = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(holder(inside, go_on), name="the slow one")
         await inside.wait()
-        with pytest.raises(SessionLockTimeout, match="task 'the slow one' has held it for"):
+        with pytest.raises(SessionLockTimeoutError, match="task 'the slow one' has held it for"):
             async with hurried.session_scope("k"):
                 pass
         go_on.set()
@@ -478,7 +478,7 @@ def test_a_time_out_names_the_task_that_holds(sessions: SessionManager[Any]) -> 
 
 def test_a_time_out_says_that_the_holder_has_ended(table: LockTable, threads: Threads) -> None:
     handle = lock_tools.take_unowned(table)
-    with pytest.raises(SessionLockTimeout, match="a task that has ended has held it for"):
+    with pytest.raises(SessionLockTimeoutError, match="a task that has ended has held it for"):
         take(table, timeout=0)
     handle.release()
 
@@ -486,7 +486,7 @@ def test_a_time_out_says_that_the_holder_has_ended(table: LockTable, threads: Th
 def test_a_time_out_names_the_key_as_the_table_does(threads: Threads) -> None:
     table = LockTable("user:9")
     release = take_elsewhere(table, threads, "write")
-    with pytest.raises(SessionLockTimeout, match="the session 'user:9' was not unlocked"):
+    with pytest.raises(SessionLockTimeoutError, match="the session 'user:9' was not unlocked"):
         take(table, "write", timeout=0)
     release()
 
@@ -497,9 +497,9 @@ def test_a_time_out_of_nothing_does_not_wait(table: LockTable, threads: Threads)
     async def main() -> None:
         (await take_async(table, timeout=0)).release()
         release = take_elsewhere(table, threads)
-        with pytest.raises(SessionLockTimeout, match="not unlocked within 0 s"):
+        with pytest.raises(SessionLockTimeoutError, match="not unlocked within 0 s"):
             await take_async(table, timeout=0)
-        with pytest.raises(SessionLockTimeout, match="not unlocked within 0 s"):
+        with pytest.raises(SessionLockTimeoutError, match="not unlocked within 0 s"):
             take(table, timeout=0)
         release()
 

@@ -31,7 +31,7 @@ from lock_tools import (
 )
 from waiting import SOON, until
 
-from session_sync import SessionDeadlockError, SessionLockTimeout
+from session_sync import SessionDeadlockError, SessionLockTimeoutError
 from session_sync.locks import lock
 from session_sync.locks.lock import LockHandle, ThreadWaiter
 from session_sync.locks.table import LockTable
@@ -500,7 +500,7 @@ def test_a_guest_that_wants_the_same_key_is_refused_or_has_it_and_disturbs_nothi
             try:
                 take(table, timeout=0).release()
                 outcomes.add("has it")
-            except (SessionDeadlockError, SessionLockTimeout) as error:
+            except (SessionDeadlockError, SessionLockTimeoutError) as error:
                 outcomes.add(type(error).__name__)
 
         with Guest(after, visit) as guest:
@@ -510,7 +510,7 @@ def test_a_guest_that_wants_the_same_key_is_refused_or_has_it_and_disturbs_nothi
         return guest
 
     assert everywhere(work) > 20
-    assert {"SessionDeadlockError", "SessionLockTimeout"} <= outcomes
+    assert {"SessionDeadlockError", "SessionLockTimeoutError"} <= outcomes
 
 
 def test_a_guest_is_told_at_once_that_it_cannot_wait(table: LockTable) -> None:

@@ -25,7 +25,7 @@ from lock_tools import (
 from stops import Stop, stopping
 from waiting import SOON, until, until_async
 
-from session_sync import SessionLockTimeout, SessionManager
+from session_sync import SessionLockTimeoutError, SessionManager
 from session_sync.locks import lock
 from session_sync.locks.deadlock import waits
 from session_sync.locks.lock import LockHandle, TaskWaiter
@@ -113,7 +113,7 @@ def test_a_stopped_waiter_whose_time_is_up_leaves(
 ) -> None:
     release = take_elsewhere(table, threads)
     task = standing.wait_for(table, timeout=0.001)
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         standing.go_on(task)
     release()
 
@@ -129,7 +129,7 @@ def test_a_time_out_says_that_only_stopped_loops_wait(
     (look,) = ready
     ready.clear()  # its time is up before it looks
     monkeypatch.setattr(standing.loop, "time", lambda: time() + SOON)
-    with pytest.raises(SessionLockTimeout, match="belong to event loops that stopped"):
+    with pytest.raises(SessionLockTimeoutError, match="belong to event loops that stopped"):
         standing.go_on(task)
     look._run()
 

@@ -163,7 +163,7 @@ def run_script(script: str) -> None:
 def test_a_forked_child_keeps_what_its_own_thread_holds_and_nothing_else() -> None:
     run_script("""
         import os, sys, threading, warnings
-        from session_sync import SessionLockTimeout
+        from session_sync import SessionLockTimeoutError
         from session_sync.locks import lock
         from session_sync.locks.table import StoreLocks
         from session_sync.locks.tickets import Tickets
@@ -226,7 +226,7 @@ def test_a_forked_child_keeps_what_its_own_thread_holds_and_nothing_else() -> No
             def wait():
                 try:
                     take("ours", 0)
-                except SessionLockTimeout:
+                except SessionLockTimeoutError:
                     answer.append("held")
                 take("ours", 20).release()
                 answer.append("unlocked")

@@ -13,7 +13,7 @@ from conftest import Threads
 from lock_tools import Loop, is_unlocked, queued, take, take_async
 from waiting import SOON, until
 
-from session_sync import SessionLockTimeout
+from session_sync import SessionLockTimeoutError
 from session_sync.locks import lock
 from session_sync.locks import tickets as tickets_module
 from session_sync.locks.lock import LockHandle, Ticket
@@ -290,7 +290,9 @@ def test_a_time_out_behind_a_ticket_says_that_no_caller_holds(
     table: LockTable, called: Called
 ) -> None:
     tickets = called.queue(table, "k")
-    with pytest.raises(SessionLockTimeout, match="kept for a task that waits for a worker thread"):
+    with pytest.raises(
+        SessionLockTimeoutError, match="kept for a task that waits for a worker thread"
+    ):
         take(table, timeout=0)
     tickets.withdraw()
 

@@ -19,7 +19,7 @@ from conftest import Threads
 from lock_tools import queued, take
 from waiting import SOON, until
 
-from session_sync import SessionLockTimeout
+from session_sync import SessionLockTimeoutError
 from session_sync.locks import lock as lock_module
 from session_sync.locks import queue as queue_module
 from session_sync.locks import watch as watch_module
@@ -519,7 +519,7 @@ def test_a_watch_keeps_no_table_and_no_waiting_alive(
 def test_a_time_out_ends_the_reports(table: LockTable, watch: Watch, threads: Threads) -> None:
     release = lock_tools.take_elsewhere(table, threads)
     handle = table.handle("k")
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         handle.acquire(0, patience=Patience(0.001))
     assert not table.queues
     release()

@@ -24,7 +24,7 @@ from conftest import Threads
 from interruptions import OutsideError, everywhere, raise_outside
 from waiting import until
 
-from session_sync import SessionConflictError, SessionLockTimeout, SQLiteStorage
+from session_sync import SessionConflictError, SessionLockTimeoutError, SQLiteStorage
 from session_sync.storages import background, filelocks
 from session_sync.storages.base import record_of
 from session_sync.storages.filelocks import FileLockHandle, FileLocks
@@ -52,7 +52,7 @@ def other(tmp_path: Path) -> FileLocks:
 def is_free(locks: FileLocks, key: str = "key") -> bool:
     try:
         locks.acquire(key, 0).release()
-    except SessionLockTimeout:
+    except SessionLockTimeoutError:
         return False
     return True
 
@@ -128,7 +128,7 @@ def test_an_exception_while_it_looks_again_and_again_leaves_no_key_locked(
 ) -> None:
     for interruption in everywhere(raise_outside, *HERE):
         held = other.acquire("key", 0)
-        with contextlib.suppress(OutsideError, SessionLockTimeout), interruption:
+        with contextlib.suppress(OutsideError, SessionLockTimeoutError), interruption:
             locks.acquire("key", 0.004)
         held.release()
         assert is_free(other)
@@ -141,7 +141,7 @@ def test_what_an_exception_cut_loose_lets_go_when_it_is_forgotten(
 ) -> None:
     """And never lets go what somebody else of this process has by now."""
     loose = locks.acquire("key", 0)
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         locks.acquire("key", 0.05)
     del loose
     handle = locks.acquire("key", 0)
@@ -215,7 +215,7 @@ def test_a_nested_call_for_the_same_key_never_makes_two_owners(
     def nested() -> None:
         try:
             handle = locks.acquire("key", 0.003)
-        except SessionLockTimeout:
+        except SessionLockTimeoutError:
             outcomes.append(False)
             return
         outcomes.append(True)
@@ -223,7 +223,7 @@ def test_a_nested_call_for_the_same_key_never_makes_two_owners(
         handle.release()
 
     for interruption in everywhere(nested, *HERE):
-        with interruption, contextlib.suppress(SessionLockTimeout):
+        with interruption, contextlib.suppress(SessionLockTimeoutError):
             handle = locks.acquire("key", 0)
             owned = not is_free(other)
             handle.release()
@@ -240,11 +240,11 @@ def test_whoever_comes_in_between_keeps_the_key_that_he_took(
     taken: list[FileLockHandle] = []
 
     def nested() -> None:
-        with contextlib.suppress(SessionLockTimeout):
+        with contextlib.suppress(SessionLockTimeoutError):
             taken.append(locks.acquire("key", 0))
 
     for interruption in everywhere(nested, *HERE):
-        with interruption, contextlib.suppress(SessionLockTimeout):
+        with interruption, contextlib.suppress(SessionLockTimeoutError):
             handle = locks.acquire("key", 0)
             handle.release()
         for one in taken:
@@ -266,7 +266,7 @@ def test_a_nested_release_takes_nothing_from_who_comes_after_it(
 
         def nested(handle: FileLockHandle = handle) -> None:
             handle.release()
-            with contextlib.suppress(SessionLockTimeout):
+            with contextlib.suppress(SessionLockTimeoutError):
                 taken.append(locks.acquire("key", 0))
 
         with interruption:
@@ -280,7 +280,7 @@ def test_a_nested_release_takes_nothing_from_who_comes_after_it(
 
 def test_a_nested_close_is_noticed_by_who_is_beneath(locks: FileLocks, other: FileLocks) -> None:
     for interruption in everywhere(lambda: locks.close(), *HERE):
-        with interruption, contextlib.suppress(SessionLockTimeout):
+        with interruption, contextlib.suppress(SessionLockTimeoutError):
             handle = locks.acquire("key", 0)
             if is_free(other):
                 with pytest.raises(SessionConflictError):
@@ -320,7 +320,7 @@ def test_where_no_thread_can_be_started_time_outs_are_kept_and_nothing_is_left(
     before = descriptors(tmp_path / "locks")
     for _ in range(3):
         begin = time.monotonic()
-        with pytest.raises(SessionLockTimeout, match="another process has it"):
+        with pytest.raises(SessionLockTimeoutError, match="another process has it"):
             locks.acquire("key", 0.1)
         assert 0.1 <= time.monotonic() - begin < SOON
     assert locks.waiting() == set()
@@ -355,7 +355,7 @@ def test_a_thousand_waits_leave_64_threads_and_keep_their_time_outs(
     held = [other.acquire(f"key:{number}", 0) for number in range(1000)]
     for number in range(1000):
         begin = time.monotonic()
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             locks.acquire(f"key:{number}", 0.002)
         assert time.monotonic() - begin < 10
     assert waiting_threads() == 64 == len(locks.waiting())
@@ -371,10 +371,10 @@ def test_the_next_caller_takes_the_place_of_who_gave_up(
     locks: FileLocks, other: FileLocks, threads: Threads
 ) -> None:
     held = other.acquire("key", 0)
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         locks.acquire("key", 0.01)
     assert locks.waiting() == {"key"}
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         locks.acquire("key", 0.01)
     until(lambda: waiting_threads() == 1)
     threads.start(held.release)
@@ -390,7 +390,7 @@ def test_a_key_that_comes_when_nobody_wants_it_any_more_is_let_go(
     locks: FileLocks, other: FileLocks
 ) -> None:
     held = other.acquire("key", 0)
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         locks.acquire("key", 0.01)
     held.release()
     other.acquire("key", SOON).release()
@@ -405,7 +405,7 @@ def test_a_thread_that_an_exception_ends_is_not_waited_for_for_ever(
 ) -> None:
     """It is set in that thread while the kernel lets it wait, and comes when it has the key."""
     held = other.acquire("key", 0)
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         locks.acquire("key", 0.01)
     until(waiting_threads)  # it may not even have begun
     (ident,) = (ident for ident, frame in sys._current_frames().items() if is_waiter(frame))
@@ -448,13 +448,13 @@ def test_a_forked_child_lets_nothing_of_its_parent_go(fork: str, tmp_path: Path)
     since C code that forks tells Python nothing."""
     program = f"""if True:
         import ctypes, gc, os
-        from session_sync import SessionConflictError, SessionLockTimeout
+        from session_sync import SessionConflictError, SessionLockTimeoutError
         from session_sync.storages.filelocks import FileLocks
         path = {str(tmp_path / "locks")!r}
         def is_free(locks, key):
             try:
                 locks.acquire(key, 0).release()
-            except SessionLockTimeout:
+            except SessionLockTimeoutError:
                 return False
             return True
         locks = FileLocks(path)

@@ -23,7 +23,7 @@ from session_sync import (
     DiskStorage,
     SessionConflictError,
     SessionDeadlockError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
     SQLiteStorage,
 )
@@ -73,7 +73,7 @@ def modes(folder: Path) -> dict[str, int]:
 def is_free(storage: Any, key: str = "key") -> bool:
     try:
         storage.open_record(key, 0).close(None)
-    except SessionLockTimeout:
+    except SessionLockTimeoutError:
         return False
     return True
 
@@ -218,7 +218,7 @@ def test_what_waits_in_a_removed_file_of_locks_goes_on_in_the_new_one(
     with closing(kind.make(tmp_path)) as one, closing(kind.make(tmp_path)) as other:
         opened = one.open_record("key", 0)
         opened.save(record_of({"n": 1}))
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             other.open_record("key", 0.01)  # a thread goes on waiting
         (tmp_path / kind.locks).unlink()
         third = kind.make(tmp_path)

@@ -27,7 +27,7 @@ PATCHED = {
 BEGIN = """
 import json, sys, threading, time
 from pathlib import Path
-from session_sync import SessionLockTimeout, SessionManager, storage_from_url
+from session_sync import SessionLockTimeoutError, SessionManager, storage_from_url
 
 def until(condition):
     give_up = time.monotonic() + 20
@@ -116,7 +116,7 @@ def waits():
     try:
         with sessions.session_scope("k"):
             pass
-    except SessionLockTimeout:
+    except SessionLockTimeoutError:
         said.append("time-out")
 
 def goes_on():

@@ -85,15 +85,15 @@ FIELDS = {
 }
 
 
-def codec(enc_hook: Any = None, dec_hook: Any = None) -> Codec:
+def codec(encode: Any = None, decode: Any = None) -> Codec:
     def enc(value: Any) -> Any:
-        if enc_hook is not None:
-            enc_hook()
+        if encode is not None:
+            encode()
         return ("fraction", value.as_integer_ratio()) if type(value) is Fraction else NotImplemented
 
     def dec(_name: str, value: Any) -> Any:
-        if dec_hook is not None:
-            dec_hook()
+        if decode is not None:
+            decode()
         return Fraction(*value)
 
     return Codec(enc, dec)
@@ -195,11 +195,11 @@ def test_what_else_a_hook_raises_is_wrapped() -> None:
     def fail() -> None:
         raise ValueError("secret")
 
-    with pytest.raises(SessionEncodeError, match="enc_hook raised ValueError"):
-        codec(enc_hook=fail).encode({"share": Fraction(1, 3)})
+    with pytest.raises(SessionEncodeError, match="`encode` raised ValueError"):
+        codec(encode=fail).encode({"share": Fraction(1, 3)})
     data = codec().encode({"share": Fraction(1, 3)})
-    with pytest.raises(SessionDecodeError, match="made dec_hook raise ValueError"):
-        codec(dec_hook=fail).decode(data)
+    with pytest.raises(SessionDecodeError, match="made `decode` raise ValueError"):
+        codec(decode=fail).decode(data)
 
 
 # -- declared types

@@ -17,14 +17,14 @@ from waiting import SOON, until
 pytest.importorskip("redis", reason="needs the extra 'redis'")
 import redis
 
-from session_sync import RedisStorage, SessionLockTimeout
+from session_sync import RedisStorage, SessionLockTimeoutError
 from session_sync.storages import background
 from session_sync.storages.base import OpenRecord, record_of
 from session_sync.storages.redis import clients as redis_clients
 from session_sync.storages.redis import connections as lines
 from session_sync.storages.redis import leases
 from session_sync.storages.redis import storage as redis_module
-from session_sync.storages.redis.connections import Asked
+from session_sync.storages.redis.connections import PendingReply
 
 LEASE = 0.1
 HERE = (redis_module, redis_clients, lines, leases, background)
@@ -63,9 +63,9 @@ def make(redis_url: str, client: redis.Redis) -> Iterator[Callable[..., RedisSto
 
 def in_place(storage: RedisStorage, key: str = "key") -> None:
     """As a coroutine opens and closes a record, as long as nothing has to be waited for."""
-    opened: Any = storage.open_at_once(key) or storage.open_record(key, SOON)
+    opened: Any = storage.open_nowait(key) or storage.open_record(key, SOON)
     a = 0 if opened.record is None else opened.record["a"]
-    if not opened.close_at_once(record_of({"a": a + 1})):
+    if not opened.close_nowait(record_of({"a": a + 1})):
         opened.close(record_of({"a": a + 1}))
 
 
@@ -145,17 +145,17 @@ def test_what_was_begun_long_ago_is_asked_again(
     storage, other = make(), make()
     storage.set("key", {"a": 1})
     with monkeypatch.context() as slow:
-        slow.setattr(Asked, "has_come", lambda asked: False)
-        assert storage.open_at_once("key") is None
+        slow.setattr(PendingReply, "is_ready", lambda asked: False)
+        assert storage.open_nowait("key") is None
     here = storage._in_process()
     opened, asked = here.begun["key"]
-    until(asked.has_come)
-    with pytest.raises(SessionLockTimeout):
+    until(asked.is_ready)
+    with pytest.raises(SessionLockTimeoutError):
         other.open_record("key", 0)
     client.delete("{key}:lock")  # as the end of the lease does
     other.open_record("key", SOON).close(record_of({"a": 2}))
     opened.due = time.monotonic()
-    again: Any = storage.open_at_once("key") or storage.open_record("key", 0)
+    again: Any = storage.open_nowait("key") or storage.open_record("key", 0)
     assert dict(again.record) == {"a": 2}
     again.close(record_of({"a": 3}))
     assert other.get("key") == {"a": 3}
@@ -169,8 +169,8 @@ def test_what_was_begun_while_another_one_has_the_key_goes_on_with_waiting(
 ) -> None:
     storage, other = make(), make()
     held = other.open_record("key", SOON)
-    monkeypatch.setattr(Asked, "has_come", lambda asked: False)
-    assert storage.open_at_once("key") is None
+    monkeypatch.setattr(PendingReply, "is_ready", lambda asked: False)
+    assert storage.open_nowait("key") is None
     opened: list[OpenRecord] = []
     threads.start(lambda: opened.append(storage.open_record("key", SOON)))
     until(lambda: client.info("clients")["blocked_clients"])
@@ -184,10 +184,10 @@ def test_what_was_begun_and_forgotten_goes_when_others_are_begun(
     make: Callable[..., RedisStorage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = make()
-    monkeypatch.setattr(Asked, "has_come", lambda asked: False)
+    monkeypatch.setattr(PendingReply, "is_ready", lambda asked: False)
     for number in range(100):
         storage.open_record("warm up", 0).close(None)  # over a connection that is free then
-        assert storage.open_at_once(f"key:{number}") is None
+        assert storage.open_nowait(f"key:{number}") is None
         storage._in_process().begun[f"key:{number}"][0].due = 0
     assert len(storage._in_process().begun) == 1
     storage.open_record("key:0", 0).close(None)  # by the token that has it

@@ -18,7 +18,7 @@ redis = pytest.importorskip("redis", reason="needs the extra 'redis'")
 from session_sync import (  # noqa: E402
     RedisStorage,
     SessionDeadlockError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
 )
 from session_sync.storages.base import record_of  # noqa: E402
@@ -138,7 +138,7 @@ def test_a_time_out_names_the_other_object_of_this_process(
     with closing(server.client()) as client:
         other = make(client if where == "a client" else server.url)
         with one.session_scope("key"):
-            with pytest.raises(SessionLockTimeout) as caught, other.session_scope("key"):
+            with pytest.raises(SessionLockTimeoutError) as caught, other.session_scope("key"):
                 raise AssertionError("both have it")
             said = str(caught.value)
             assert said.startswith("the session 'key' was not unlocked within 0.05 s: another ")
@@ -156,10 +156,13 @@ def test_a_time_out_does_not_take_another_process_for_this_one(make: Make, serve
         held = client.get("{key}:lock")
         client.set("{key}:lock", held.replace(held.partition(b"@")[0], b"0" + b"f" * 16))
         message = rf"process {os.getpid()} on .* has it, for .*session\.release\(\)"
-        with pytest.raises(SessionLockTimeout, match=message), other.session_scope("key"):
+        with pytest.raises(SessionLockTimeoutError, match=message), other.session_scope("key"):
             pass
         client.set("{key}:lock", held.replace(b":%d " % os.getpid(), b":1 "))
-        with pytest.raises(SessionLockTimeout, match="process 1 on"), other.session_scope("key"):
+        with (
+            pytest.raises(SessionLockTimeoutError, match="process 1 on"),
+            other.session_scope("key"),
+        ):
             pass
         client.set("{key}:lock", held)
 
@@ -167,6 +170,6 @@ def test_a_time_out_does_not_take_another_process_for_this_one(make: Make, serve
 def test_what_one_object_has_itself_is_not_another_ones(make: Make) -> None:
     storage: Any = make().storage
     opened = storage.open_record("key", 0)
-    with pytest.raises(SessionLockTimeout, match=f"process {os.getpid()} on"):
+    with pytest.raises(SessionLockTimeoutError, match=f"process {os.getpid()} on"):
         storage.open_record("key", 0)
     opened.close(record_of({}))

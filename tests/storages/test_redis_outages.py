@@ -161,7 +161,7 @@ def test_a_restart_loses_nothing_that_was_reported_as_saved(
 def test_idle_connections_that_a_nat_has_dropped_cost_one_time_out_in_all(
     storage: RedisStorage, network: Network, threads: Threads
 ) -> None:
-    def close_at_once(made: int) -> None:
+    def close_nowait(made: int) -> None:
         """Four records, so that each of them takes a connection."""
         opened = [storage.open_record(f"key:{number}", 0) for number in range(4)]
         with standing_still(network.to):
@@ -170,12 +170,12 @@ def test_idle_connections_that_a_nat_has_dropped_cost_one_time_out_in_all(
             until(lambda: network.made == made or len(network.swallowed) > 1)
         threads.join()
 
-    close_at_once(4)
+    close_nowait(4)
     network.swallow()
     sessions: SessionManager[Any] = SessionManager(storage=storage)
     count(sessions)
     assert storage.get("key") == {"n": 1}
-    close_at_once(8)
+    close_nowait(8)
     assert len(network.swallowed) == 1
 
 
@@ -307,7 +307,7 @@ def test_a_coroutine_does_not_wait_in_place_for_a_failover(
         opened: Any = storage.open_record("key", 0)
         pair.fail_over()
         made = pair.network.made
-        assert not opened.close_at_once(record_of({"a": 1}))
+        assert not opened.close_nowait(record_of({"a": 1}))
         assert pair.network.made == made
         opened.close(record_of({"a": 1}))
         assert storage.get("key") == {"a": 1}

@@ -21,7 +21,7 @@ from redis.exceptions import NoPermissionError, ResponseError  # noqa: E402
 from session_sync import (  # noqa: E402
     RedisStorage,
     SessionDecodeError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
     SessionManager,
 )
 from session_sync.storages.base import record_of  # noqa: E402
@@ -78,7 +78,7 @@ def use(storage: RedisStorage, other: RedisStorage) -> None:
     opened: Any = storage.open_record("key", 0)
     opened.save(record_of({"a": 1}))
     renewed = storage.renew([opened])
-    with pytest.raises(SessionLockTimeout):
+    with pytest.raises(SessionLockTimeoutError):
         other.open_record("key", 0)
     opened.close(record_of({"a": 2}))
     other.open_record("key", 0).close(record_of({}))  # it was kept for this one
@@ -234,7 +234,7 @@ def test_a_planted_lock_is_told_as_something_else(make: Make, client: Any, held:
     (lock,) = storage.locks()
     assert lock == ("key", None, None, None, None)
     assert not lock.is_left_over()
-    with pytest.raises(SessionLockTimeout, match="something else holds its lock"):
+    with pytest.raises(SessionLockTimeoutError, match="something else holds its lock"):
         storage.open_record("key", 0)
 
 
@@ -304,7 +304,7 @@ def test_where_all_names_are_ours_nothing_is_reported(
     for storage in (make(LISTING), RedisStorage(client)):
         opened = storage.open_record("key", 0)
         opened.save(record_of({"a": 1}))
-        with pytest.raises(SessionLockTimeout):
+        with pytest.raises(SessionLockTimeoutError):
             make(LISTING).open_record("key", 0)
         assert list(storage.keys()) == ["key"]
         assert storage.unknown_rows() == 0

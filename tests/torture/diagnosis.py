@@ -61,7 +61,7 @@ def open_blocks() -> list[str]:
     around = current.get()
     while around is not None:
         entry = around()
-        if entry is not None and not entry.scope.closed:
+        if entry is not None and not entry.target.closed:
             known = [f"\n      {each}" for each in _known_to(entry)]
             found.append(f"open at {time.monotonic():.6f}: {entry.full_key}{''.join(known)}")
         around = around.outer
@@ -87,7 +87,7 @@ def _described(handle: Any) -> str:
     if hasattr(scope, "members"):
         names = ("closed", "is_loaded", "opened", "_is_to_end", "_ends_soon", "_is_failed")
         lines.append(", ".join(f"{name} {getattr(scope, name)!r}" for name in names))
-        is_open = scope.fields is not None and scope.fields.open
+        is_open = scope.tracker is not None and scope.tracker.open
         is_calling = scope.call is not None and scope.call.is_on_its_way
         lines.append(f"held {list(scope.held)}, fields open {is_open}, calling {is_calling}")
         lines += _known_to(scope)

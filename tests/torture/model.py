@@ -15,9 +15,6 @@ from typing import Any, Literal, TypeAlias
 
 import session_sync
 
-LockTimeoutError: type[Exception] = getattr(
-    session_sync, "SessionLockTimeoutError", getattr(session_sync, "SessionLockTimeout", Exception)
-)
 Verdict = Literal["must", "may", "never"]
 # By key and field, the bits of each verdict.
 Bits: TypeAlias = "dict[str, dict[str, dict[str, int]]]"
@@ -222,7 +219,7 @@ class Ledger:
     def failed(self, record: Record, error: BaseException) -> None:
         """It has raised this. A time-out that should not be also says who is where just now."""
         record.failed(error)
-        if isinstance(error, LockTimeoutError) and not record.may_time_out:
+        if isinstance(error, session_sync.SessionLockTimeoutError) and not record.may_time_out:
             if not self.alarmed:
                 self.alarmed = True
                 record.message += f" Meanwhile:{self.going_on()}\n{self.diagnose()}"
@@ -324,14 +321,14 @@ class Ledger:
             return
         if record.interrupted and record.message.startswith(_THROWN_AWAY):
             return
-        if record.kind == "signal" and error != LockTimeoutError.__name__:
+        if record.kind == "signal" and error != session_sync.SessionLockTimeoutError.__name__:
             return  # it may find this thread in the middle of anything; it must not harm it
         if error == "SessionClosedError" and record.joined is not None and record.joined.raised:
             return  # the handler that it had joined has failed, and was just being rolled back
         if error == "SessionDeadlockError":
             if not record.may_circle:
                 failures.add("unexpected", f"a circle without a second key: {record}")
-        elif error == LockTimeoutError.__name__:
+        elif error == session_sync.SessionLockTimeoutError.__name__:
             if not record.may_time_out:
                 failures.add("late", str(record))
         else:

@@ -17,13 +17,18 @@ from queue import SimpleQueue
 from random import Random
 from typing import Any
 
-from model import Boom, Ledger, LockTimeoutError, Op, Record, Slot
+from model import Boom, Ledger, Op, Record, Slot
 
-from session_sync import SessionClosedError, SessionDeadlockError, SessionManager
+from session_sync import (
+    SessionClosedError,
+    SessionDeadlockError,
+    SessionLockTimeoutError,
+    SessionManager,
+)
 
 Held = dict[str, Record]  # the sessions that are open around, by key
 DEPTH = 3  # of nested blocks
-EXPECTED = (SessionDeadlockError, LockTimeoutError)
+EXPECTED = (SessionDeadlockError, SessionLockTimeoutError)
 
 
 @dataclass

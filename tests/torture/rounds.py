@@ -30,7 +30,6 @@ from model import (
     Failures,
     Interrupt,
     Ledger,
-    LockTimeoutError,
     Op,
     Record,
     Slot,
@@ -39,7 +38,13 @@ from model import (
 )
 from operations import Pool, Tasked, Threaded, World
 
-from session_sync import LruMemoryStorage, MemoryStorage, SessionManager, storage_from_url
+from session_sync import (
+    LruMemoryStorage,
+    MemoryStorage,
+    SessionLockTimeoutError,
+    SessionManager,
+    storage_from_url,
+)
 
 SHARED = ("sqlite", "disk", "redis")  # stores that several processes may have
 PATIENCE = float(
@@ -171,7 +176,7 @@ class LoopWorker(threading.Thread):
                 else:
                     await self._cancelled(op, ops, rng)
             except TimeoutError as error:
-                op.interrupted = not isinstance(error, LockTimeoutError)
+                op.interrupted = not isinstance(error, SessionLockTimeoutError)
             except BaseException as error:
                 note(self.world, op, error)
             await asyncio.sleep(0)

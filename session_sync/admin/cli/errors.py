@@ -9,7 +9,7 @@ from typing import Final
 
 import click
 
-from ...errors import SessionError, SessionLockTimeout
+from ...errors import SessionError, SessionLockTimeoutError
 from .output import plain
 
 
@@ -40,7 +40,7 @@ def say(text: str) -> None:
 
 def code_of(errors: Iterable[BaseException]) -> Code:
     """The code for several sessions that could not be done."""
-    locked = all(isinstance(error, SessionLockTimeout) for error in errors)
+    locked = all(isinstance(error, SessionLockTimeoutError) for error in errors)
     return Code.LOCKED if locked else Code.FAILED
 
 

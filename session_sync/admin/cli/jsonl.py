@@ -61,7 +61,7 @@ def to_line(key: str, fields: dict[str, Any]) -> bytes:
 def from_line(line: bytes) -> tuple[str, dict[str, Any]]:
     """The key and the fields of a line; raises SessionDecodeError.
 
-    >>> from_line(b'{"key":"user:1","fields":{"seen":{"$set":[7]}}}')
+    >>> from_line(b'{"key":"user:1","tracker":{"seen":{"$set":[7]}}}')
     ('user:1', {'seen': {7}})
     """
     try:

@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 import click
 from click.core import ParameterSource
 
-from ...errors import SessionDecodeError, SessionLockTimeout
+from ...errors import SessionDecodeError, SessionLockTimeoutError
 from ...lifecycle import bulk as people
 from ...lifecycle.bulk import replace_record
 from ...manager import SessionManager
@@ -113,8 +113,8 @@ class Store(View):
             pass  # no handler can open it either; but another one may be removing it
         try:
             opened = self.storage.open_unread(name, self.lock_timeout)
-        except SessionLockTimeout as error:
-            raise SessionLockTimeout(f"the session {key!r} was not deleted: {error}") from None
+        except SessionLockTimeoutError as error:
+            raise SessionLockTimeoutError(f"the session {key!r} was not deleted: {error}") from None
         except SessionDecodeError:  # of a kind that a lock has nothing to do with, see Redis
             self.storage.delete(name)
         else:
@@ -242,7 +242,7 @@ def opened(url: str, create: bool = False) -> Iterator[OperatorsStorage]:
             check_writable(files.database)
         elif not create:
             raise _missing(url)
-    storage = _made(url)
+    storage = _generated(url)
     try:
         yield storage
     finally:
@@ -254,7 +254,7 @@ def opened_to_read(url: str) -> Iterator[ReadStorage]:
     """The same to be looked at, which makes and changes no file."""
     remember_secrets(url)
     files = named_files(url)
-    storage = _made(url) if files is None else _reader(url, files)
+    storage = _generated(url) if files is None else _reader(url, files)
     try:
         yield storage
     finally:
@@ -293,7 +293,7 @@ def _missing(url: str) -> Failure:
     return Failure(f"there is no store at {shown(url)}; nothing was made", Code.UNREACHABLE)
 
 
-def _made(url: str) -> OperatorsStorage:
+def _generated(url: str) -> OperatorsStorage:
     try:
         storage = storage_from_url(url, codec=CODEC)
     except ImportError as error:

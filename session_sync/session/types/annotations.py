@@ -1,4 +1,4 @@
-"""How a type is written, and which shape that is."""
+"""How a type is written, and which field type that is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import msgspec
 
 from session_sync.session.containers import ATOMS
 
-from .base import FREE, Shape
+from .base import ANY, FieldType
 from .composites import DictOf, ListOf, SetOf, TupleOf
-from .objects import KeysOf, ModelOf, ObjectOf, Part, is_model
+from .objects import Attribute, KeysOf, ModelOf, ObjectOf, is_model
 from .scalars import Atom, Constrained, Derived, Foreign, Member, OneOf
 from .unions import Alias, Union, check_hashable
 
@@ -28,24 +28,24 @@ class Reader:
     class; so one is used for one class of sessions."""
 
     def __init__(self) -> None:
-        self._known: Final[dict[Any, Shape]] = {}
-        self._unfinished: Final[list[Shape]] = []
+        self._known: Final[dict[Any, FieldType]] = {}
+        self._unfinished: Final[list[FieldType]] = []
 
-    def read(self, annotation: Any) -> Shape:
-        """The shape of what is annotated so, ready for use.
+    def read(self, annotation: Any) -> FieldType:
+        """The field type of what is annotated so, ready for use.
 
-        Raises what `shape` raises, and TypeError for types that the store could not keep apart.
-        """
-        shape = self.shape(annotation)
+        Raises what `field_type` raises, and TypeError for types that the store could not keep
+        apart."""
+        field_type = self.field_type(annotation)
         made, self._unfinished[:] = list(self._unfinished), []
         for each in made:
             each.finish()
         for each in made:
             check_hashable(each)
-        return shape
+        return field_type
 
-    def shape(self, annotation: Any) -> Shape:
-        """The shape of what is annotated so, which may still lead to one that is being read.
+    def field_type(self, annotation: Any) -> FieldType:
+        """The field type of what is annotated so, which may still lead to one that is being read.
 
         Raises TypeError if it says of no value whether it is one, and NameError for a name in a
         class's own annotations that is not defined (yet).
@@ -55,24 +55,24 @@ class Reader:
         except TypeError as error:
             raise TypeError(f"{annotation!r} has no hash: {error}") from None
         if known is None:
-            shape = self._shape(annotation)
+            field_type = self._shape(annotation)
             # What is read meanwhile may have come by here and found it to be known by now.
-            known = self._known.setdefault(annotation, shape)
+            known = self._known.setdefault(annotation, field_type)
             self._unfinished.append(known)
         return known
 
-    def _shape(self, annotation: Any) -> Shape:
+    def _shape(self, annotation: Any) -> FieldType:
         origin, args = typing.get_origin(annotation), typing.get_args(annotation)
         if annotation is Any or annotation is object:
-            return FREE
+            return ANY
         if annotation is tuple:
             return self._any_tuple(())  # while tuple[()] is empty
         if annotation is None or annotation in ATOMS:
             return Atom(annotation or types.NoneType)
         if isinstance(annotation, TypeVar):
-            return self.shape(annotation.__bound__ or Any)
+            return self.field_type(annotation.__bound__ or Any)
         if hasattr(annotation, "__supertype__"):  # a NewType
-            return self.shape(annotation.__supertype__)
+            return self.field_type(annotation.__supertype__)
         if hasattr(annotation, "__value__"):  # `type Lines = list[Line]`
             return self._alias(annotation, origin, args)
         if origin in _FORMS:
@@ -84,22 +84,24 @@ class Reader:
             return self._class(annotation, cls, args)
         raise TypeError(f"{annotation!r} is no type whose values can be told from others")
 
-    def _alias(self, annotation: Any, origin: Any, args: tuple[Any, ...]) -> Shape:
+    def _alias(self, annotation: Any, origin: Any, args: tuple[Any, ...]) -> FieldType:
         text = getattr(origin, "__name__", None) or annotation.__name__
         if args:
-            text = f"{text}[{', '.join(self.shape(arg).text for arg in args)}]"
+            text = f"{text}[{', '.join(self.field_type(arg).text for arg in args)}]"
         alias = self._known[annotation] = Alias(text)
-        alias.shape = self.shape(annotation.__value__ if origin is None else origin.__value__[args])
+        alias.field_type = self.field_type(
+            annotation.__value__ if origin is None else origin.__value__[args]
+        )
         return alias
 
     # -- special forms
 
-    def _annotated(self, args: tuple[Any, ...]) -> Shape:
+    def _annotated(self, args: tuple[Any, ...]) -> FieldType:
         base, *notes = args
         constraints = [note for note in notes if isinstance(note, msgspec.Meta) and _limits(note)]
         if not constraints:
-            return self.shape(base)
-        # What is inside has a shape of its own; Annotated[...] takes a tuple of all of it.
+            return self.field_type(base)
+        # What is inside has a field type of its own; Annotated[...] takes a tuple of all of it.
         checked: Any = typing.Annotated
         origin = typing.get_origin(base)
         if _FORMS.get(origin) is Reader._union:  # which msgspec does not take as a whole
@@ -108,12 +110,12 @@ class Reader:
             return self._union(
                 tuple(kind if kind is none else checked[(kind, *constraints)] for kind in kinds)
             )
-        return Constrained(self.shape(base), checked[(origin or base, *constraints)])
+        return Constrained(self.field_type(base), checked[(origin or base, *constraints)])
 
-    def _literal(self, args: tuple[Any, ...]) -> Shape:
+    def _literal(self, args: tuple[Any, ...]) -> FieldType:
         plain = [value for value in args if not isinstance(value, Enum)]
         members = [value for value in args if isinstance(value, Enum)]
-        options: list[Shape] = [
+        options: list[FieldType] = [
             *([OneOf(plain)] if plain else []),
             *(
                 Member(cls, [member for member in members if isinstance(member, cls)])
@@ -122,49 +124,49 @@ class Reader:
         ]
         return options[0] if len(options) == 1 else self._one_of(options)
 
-    def _union(self, args: tuple[Any, ...]) -> Shape:
-        options = list(dict.fromkeys(map(self.shape, args)))
-        return FREE if FREE in options else self._one_of(options)
+    def _union(self, args: tuple[Any, ...]) -> FieldType:
+        options = list(dict.fromkeys(map(self.field_type, args)))
+        return ANY if ANY in options else self._one_of(options)
 
-    def _one_of(self, options: list[Shape]) -> Shape:
+    def _one_of(self, options: list[FieldType]) -> FieldType:
         union = Union(options)
         self._unfinished.append(union)
         return union
 
-    def _first(self, args: tuple[Any, ...]) -> Shape:
-        return self.shape(args[0])
+    def _first(self, args: tuple[Any, ...]) -> FieldType:
+        return self.field_type(args[0])
 
     # -- containers
 
-    def _list(self, args: tuple[Any, ...]) -> Shape:
-        return ListOf(self.shape(*args or (Any,)))
+    def _list(self, args: tuple[Any, ...]) -> FieldType:
+        return ListOf(self.field_type(*args or (Any,)))
 
-    def _tuple(self, args: tuple[Any, ...]) -> Shape:
+    def _tuple(self, args: tuple[Any, ...]) -> FieldType:
         if len(args) == 2 and args[1] is Ellipsis:
-            return TupleOf(self.shape(args[0]))
-        return TupleOf(list(map(self.shape, args)))
+            return TupleOf(self.field_type(args[0]))
+        return TupleOf(list(map(self.field_type, args)))
 
-    def _any_tuple(self, args: tuple[Any, ...]) -> Shape:
-        return TupleOf(self.shape(*args or (Any,)))
+    def _any_tuple(self, args: tuple[Any, ...]) -> FieldType:
+        return TupleOf(self.field_type(*args or (Any,)))
 
-    def _set(self, args: tuple[Any, ...]) -> Shape:
-        return SetOf(self.shape(*args or (Any,)), set)
+    def _set(self, args: tuple[Any, ...]) -> FieldType:
+        return SetOf(self.field_type(*args or (Any,)), set)
 
-    def _frozenset(self, args: tuple[Any, ...]) -> Shape:
-        return SetOf(self.shape(*args or (Any,)), frozenset)
+    def _frozenset(self, args: tuple[Any, ...]) -> FieldType:
+        return SetOf(self.field_type(*args or (Any,)), frozenset)
 
-    def _dict(self, args: tuple[Any, ...]) -> Shape:
-        return DictOf(*map(self.shape, args or (Any, Any)))
+    def _dict(self, args: tuple[Any, ...]) -> FieldType:
+        return DictOf(*map(self.field_type, args or (Any, Any)))
 
-    def _sequence(self, args: tuple[Any, ...]) -> Shape:
+    def _sequence(self, args: tuple[Any, ...]) -> FieldType:
         return self._one_of([self._list(args), self._any_tuple(args)])
 
-    def _abstract_set(self, args: tuple[Any, ...]) -> Shape:
+    def _abstract_set(self, args: tuple[Any, ...]) -> FieldType:
         return self._one_of([self._set(args), self._frozenset(args)])
 
     # -- classes
 
-    def _class(self, annotation: Any, cls: type[Any], args: tuple[Any, ...]) -> Shape:
+    def _class(self, annotation: Any, cls: type[Any], args: tuple[Any, ...]) -> FieldType:
         if issubclass(cls, Enum):
             return Member(cls)
         for base in (str, int, float):
@@ -174,31 +176,31 @@ class Reader:
             return ModelOf(annotation)
         text = cls.__name__
         if args:
-            text = f"{text}[{', '.join(self.shape(arg).text for arg in args)}]"
+            text = f"{text}[{', '.join(self.field_type(arg).text for arg in args)}]"
         if issubclass(cls, tuple) and hasattr(cls, "_fields"):
             return self._named_tuple(annotation, cls, args)
         read_parts = _parts_of(cls)
         if read_parts is None:
             return Foreign(cls)
         kind = KeysOf if read_parts is _of_typed_dict else ObjectOf
-        shape = self._known[annotation] = kind(cls, text)
-        parts = [
-            Part(name, self.shape(note), is_required, argument)
+        field_type = self._known[annotation] = kind(cls, text)
+        attributes = [
+            Attribute(name, self.field_type(note), is_required, argument)
             for name, note, is_required, argument in read_parts(cls, _hints(cls, args))
         ]
-        shape.has_parts(parts)
+        field_type.has_attributes(attributes)
         if kind is ObjectOf:
-            _check_can_be_made(cls, parts)
-        return shape
+            _check_can_be_made(cls, attributes)
+        return field_type
 
-    def _named_tuple(self, annotation: Any, cls: type[Any], args: tuple[Any, ...]) -> Shape:
-        shape = self._known[annotation] = TupleOf([], cls)
+    def _named_tuple(self, annotation: Any, cls: type[Any], args: tuple[Any, ...]) -> FieldType:
+        field_type = self._known[annotation] = TupleOf([], cls)
         hints = _hints(cls, args)
-        shape.inner = [self.shape(hints.get(name, Any)) for name in cls._fields]
-        return shape
+        field_type.inner = [self.field_type(hints.get(name, Any)) for name in cls._fields]
+        return field_type
 
 
-_Read = Callable[[Reader, tuple[Any, ...]], Shape]
+_Read = Callable[[Reader, tuple[Any, ...]], FieldType]
 _FORMS: Final[Mapping[Any, _Read]] = {
     typing.Annotated: Reader._annotated,
     typing.Literal: Reader._literal,
@@ -291,8 +293,8 @@ def _parts_of(cls: type[Any]) -> Callable[[Any, _Hints], _Found] | None:
     return _of_attrs if hasattr(cls, "__attrs_attrs__") else None
 
 
-def _check_can_be_made(cls: type[Any], parts: list[Part]) -> None:
-    arguments = {part.argument: None for part in parts if part.argument is not None}
+def _check_can_be_made(cls: type[Any], attributes: list[Attribute]) -> None:
+    arguments = {part.argument: None for part in attributes if part.argument is not None}
     try:
         inspect.signature(cls).bind(**arguments)
     except TypeError as error:

@@ -1,10 +1,11 @@
-"""What a shape is: the meaning of a declared type for the values of a field.
+"""What a field type is: the meaning of a declared type for the values of a field.
 
-A shape has the three verbs that containers.py has for values of any type, and checks the type on
-the way: `thaw` makes of a frozen value what the type declares, `admit` looks at a value that is
-assigned, `freeze` makes plain containers again. An instance of a declared class is frozen as a dict
-of its attributes, so that the store stays readable and a change inside it is found as one inside a
-dict is. A shape knows values; it knows no session, and how a type is written only `annotations`.
+A field type has the three verbs that containers.py has for values of any type, and checks the type
+on the way: `load` makes of a dumped value what the type declares, `validate` looks at a value that
+is assigned, `dump` makes plain containers again. An instance of a declared class is dumped as a
+dict of its attributes, so that the store stays readable and a change inside it is found as one
+inside a dict is. A field type knows values; it knows no session, and how a type is written only
+`annotations`.
 
 msgspec.convert would have been the other way to do it. It takes a list for a tuple and 1 for 1.0,
 refuses types that the store keeps apart well (`A | B`, `str | datetime`, `list | set`), passes
@@ -44,18 +45,17 @@ class MismatchError(Exception):
         return path([*self.steps, step(field)])
 
 
-class Shape(ABC):
+class FieldType(ABC):
     """The values of one declared type.
 
     `text` is how the type is written in messages. Values of the classes in `atoms` need no look at
-    all. `frozen` are the classes that its frozen values have, `inner` the shapes of what is inside,
-    and `is_changed` says that a value is frozen as one of another class.
-    """
+    all. `dumped` are the classes that its dumped values have, `inner` the field types of what is
+    inside, and `is_changed` says that a value is dumped as one of another class."""
 
     text: str
     atoms: frozenset[type] = frozenset()
-    frozen: frozenset[type] = frozenset()
-    inner: Sequence[Shape] = ()
+    dumped: frozenset[type] = frozenset()
+    inner: Sequence[FieldType] = ()
     is_changed = False
 
     def finish(self) -> None:  # noqa: B027 (most have nothing to look at)
@@ -66,32 +66,32 @@ class Shape(ABC):
 
     @abstractmethod
     def fits(self, value: Any) -> bool:
-        """Whether a live value may be of this shape, by its class."""
+        """Whether a live value may be of this field type, by its class."""
 
-    def fits_frozen(self, value: Any) -> bool:
-        """Whether a frozen value may be of this shape, by its class."""
-        return value.__class__ in self.frozen
-
-    @abstractmethod
-    def thaw(self, value: Any, owner: Owner) -> Any:
-        """The live value of a frozen one; raises MismatchError."""
+    def fits_dumped(self, value: Any) -> bool:
+        """Whether a dumped value may be of this field type, by its class."""
+        return value.__class__ in self.dumped
 
     @abstractmethod
-    def admit(self, value: Any, owner: Owner) -> Any:
+    def load(self, value: Any, owner: Owner) -> Any:
+        """The live value of a dumped one; raises MismatchError."""
+
+    @abstractmethod
+    def validate(self, value: Any, owner: Owner) -> Any:
         """`value`, on its way into a session: the same object, or a fresh copy of what comes out
         of another session; raises MismatchError."""
 
     @abstractmethod
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
-        """The frozen value of a live one: `stored` itself, if it says the same; raises
+    def dump(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+        """The dumped value of a live one: `stored` itself, if it says the same; raises
         MismatchError."""
 
-    def is_stored_like(self, other: Shape) -> bool:
-        """Whether a frozen value of one may be taken for one of the other."""
-        return bool(self.frozen & other.frozen)
+    def is_stored_like(self, other: FieldType) -> bool:
+        """Whether a dumped value of one may be taken for one of the other."""
+        return bool(self.dumped & other.dumped)
 
     def covers(self, value: Any) -> bool:
-        """Whether a frozen value has nothing in it that this shape would leave out."""
+        """Whether a dumped value has nothing in it that this field type would leave out."""
         return True
 
     def mismatch(self, value: Any) -> MismatchError:
@@ -121,7 +121,7 @@ def alike(one: Any, other: Any) -> bool:
 _NOT_BY_REPR: Final = frozenset((str, int, bool, bytes, set, frozenset))
 
 
-class Free(Shape):
+class AnyType(FieldType):
     """Values of any type: those of a field that is not declared, or declared as `Any`."""
 
     text = "Any"
@@ -132,20 +132,20 @@ class Free(Shape):
     def fits(self, value: Any) -> bool:
         return True
 
-    def fits_frozen(self, value: Any) -> bool:
+    def fits_dumped(self, value: Any) -> bool:
         return True
 
-    def thaw(self, value: Any, owner: Owner) -> Any:
-        return containers.thaw(value, owner)
+    def load(self, value: Any, owner: Owner) -> Any:
+        return containers.load(value, owner)
 
-    def admit(self, value: Any, owner: Owner) -> Any:
-        return containers.admit(value, owner)
+    def validate(self, value: Any, owner: Owner) -> Any:
+        return containers.validate(value, owner)
 
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
-        return containers.freeze(value, stored, owner)
+    def dump(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+        return containers.dump(value, stored, owner)
 
 
-FREE: Final = Free()
+ANY: Final = AnyType()
 
 
 def unmade(text: str, error: Exception) -> MismatchError:

@@ -1,4 +1,4 @@
-"""The shapes of lists, tuples, sets and dicts."""
+"""The field types of lists, tuples, sets and dicts."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from session_sync.session.containers import (
 )
 from session_sync.storages.places import step
 
-from .base import FREE, MismatchError, Shape, alike, altered, unmade
+from .base import ANY, FieldType, MismatchError, alike, altered, unmade
 
 
 def each(
     verb: str,
-    shapes: Iterable[Shape],
+    field_types: Iterable[FieldType],
     values: Iterable[Any],
     owner: Owner,
     place: Callable[[int], str],
     *stored: Iterable[Any],
 ) -> list[Any]:
-    """What the verb makes of each value, with the shape that it has to have (and what is stored at
-    its place); `place(n)` is the step to the n-th, for the path of a MismatchError."""
+    """What the verb makes of each value, with the field type that it has to have (and what is
+    stored at its place); `place(n)` is the step to the n-th, for the path of a MismatchError."""
     done: list[Any] = []
     try:
-        for shape, value, *was in zip(shapes, values, *stored, strict=False):
-            is_simple = value.__class__ in shape.atoms
-            done.append(value if is_simple else getattr(shape, verb)(value, owner, *was))
+        for field_type, value, *was in zip(field_types, values, *stored, strict=False):
+            is_simple = value.__class__ in field_type.atoms
+            done.append(value if is_simple else getattr(field_type, verb)(value, owner, *was))
     except MismatchError as wrong:
         wrong.steps.append(place(len(done)))
         raise
@@ -46,18 +46,18 @@ def each(
 
 def _all(
     verb: str,
-    shape: Shape,
+    field_type: FieldType,
     values: Collection[Any],
     owner: Owner,
     place: Callable[[int], str],
     *stored: Iterable[Any],
 ) -> Collection[Any]:
-    """The same where all values have one shape: most often one of atoms, and nothing to do."""
-    if shape.atoms.issuperset(map(type, values)):
+    """The same where all values have one field type: most often one of atoms, and nothing to do."""
+    if field_type.atoms.issuperset(map(type, values)):
         return values
-    if shape.atoms:
-        return each(verb, repeat(shape), values, owner, place, *stored)
-    act = getattr(shape, verb)
+    if field_type.atoms:
+        return each(verb, repeat(field_type), values, owner, place, *stored)
+    act = getattr(field_type, verb)
     done: list[Any] = []
     try:
         for arguments in zip(values, repeat(owner), *stored, strict=False):
@@ -76,12 +76,12 @@ def _at(index: int) -> str:
     return f"[{index}]"
 
 
-class ListOf(Shape):
+class ListOf(FieldType):
     """`list[int]`."""
 
-    frozen = frozenset((list,))
+    dumped = frozenset((list,))
 
-    def __init__(self, item: Shape) -> None:
+    def __init__(self, item: FieldType) -> None:
         self.text = f"list[{item.text}]"
         self.inner = (item,)
         self._item: Final = item
@@ -89,43 +89,44 @@ class ListOf(Shape):
     def fits(self, value: Any) -> bool:
         return value.__class__ in (list, SessionList)
 
-    def thaw(self, value: Any, owner: Owner) -> Any:
+    def load(self, value: Any, owner: Owner) -> Any:
         if value.__class__ is not list:
             raise self.mismatch(value)
         return owned(
-            SessionList(_all("thaw", self._item, value, owner, _at)),
+            SessionList(_all("load", self._item, value, owner, _at)),
             owner,
-            declared=FREE not in self.inner,
+            declared=ANY not in self.inner,
         )
 
-    def admit(self, value: Any, owner: Owner) -> Any:
+    def validate(self, value: Any, owner: Owner) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
         if is_foreign(value, owner):
-            return self.thaw(self.freeze(value, owner), owner)
-        for at, item in enumerate(_all("admit", self._item, value, owner, _at)):
+            return self.load(self.dump(value, owner), owner)
+        for at, item in enumerate(_all("validate", self._item, value, owner, _at)):
             if item is not value[at]:
                 value[at] = item
         return value
 
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+    def dump(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
         value = list(value)  # in one step, since another thread may change it
         was = stored if stored.__class__ is list else []
-        items = _all("freeze", self._item, value, owner, _at, _or_missing(was))
+        items = _all("dump", self._item, value, owner, _at, _or_missing(was))
         return stored if was is stored and same(items, was) else list(items)
 
 
-class TupleOf(Shape):
-    """`tuple[int, ...]`, if `items` is one shape; else `tuple[int, str]`, or a NamedTuple `cls`."""
+class TupleOf(FieldType):
+    """`tuple[int, ...]`, if `items` is one field type; else `tuple[int, str]`, or a NamedTuple
+    `cls`."""
 
-    frozen = frozenset((tuple,))
+    dumped = frozenset((tuple,))
 
-    def __init__(self, items: Shape | Sequence[Shape], cls: type[Any] = tuple) -> None:
+    def __init__(self, items: FieldType | Sequence[FieldType], cls: type[Any] = tuple) -> None:
         self._cls: Final = cls
-        self._is_uniform: Final = isinstance(items, Shape)
-        self.inner = (items,) if isinstance(items, Shape) else items
+        self._is_uniform: Final = isinstance(items, FieldType)
+        self.inner = (items,) if isinstance(items, FieldType) else items
         self.is_changed = cls is not tuple
         inside = ", ".join(item.text for item in self.inner) or "()"
         if cls is tuple:
@@ -136,32 +137,32 @@ class TupleOf(Shape):
     def fits(self, value: Any) -> bool:
         return value.__class__ is self._cls
 
-    def thaw(self, value: Any, owner: Owner) -> Any:
+    def load(self, value: Any, owner: Owner) -> Any:
         if value.__class__ is not tuple:
             raise self.mismatch(value)
         if self._cls is tuple:
-            return self._made(self._map("thaw", value, owner), value)
+            return self._made(self._map("load", value, owner), value)
         if len(value) > len(self.inner):
             raise MismatchError(self.text, f"a tuple of {len(value)}")
-        items = each("thaw", self.inner, value, owner, _at)
+        items = each("load", self.inner, value, owner, _at)
         made = self._made(items, value)
         if not same(made, items):  # it has got more attributes since, say, with defaults
             owner.met_old_form = True
-            own = self._map("freeze", made, owner, repeat(MISSING))
-            return self._cls._make(self._map("thaw", tuple(own), owner))
+            own = self._map("dump", made, owner, repeat(MISSING))
+            return self._cls._make(self._map("load", tuple(own), owner))
         return made
 
-    def admit(self, value: Any, owner: Owner) -> Any:
+    def validate(self, value: Any, owner: Owner) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
         self._check_made(value)
-        return self._made(self._map("admit", value, owner), value)
+        return self._made(self._map("validate", value, owner), value)
 
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+    def dump(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
         was = stored if stored.__class__ is tuple else ()
-        items = self._map("freeze", value, owner, _or_missing(was))
+        items = self._map("dump", value, owner, _or_missing(was))
         if was is stored and same(items, was):
             return stored
         self._check_made(value)
@@ -190,12 +191,12 @@ class TupleOf(Shape):
         return each(verb, self.inner, value, owner, _at, *stored)
 
 
-class SetOf(Shape):
+class SetOf(FieldType):
     """`set[int]` and `frozenset[int]`."""
 
-    def __init__(self, item: Shape, cls: type[Any]) -> None:
+    def __init__(self, item: FieldType, cls: type[Any]) -> None:
         self.text = f"{cls.__name__}[{item.text}]"
-        self.frozen = frozenset((cls,))
+        self.dumped = frozenset((cls,))
         self.inner = (item,)
         self._item: Final = item
         self._cls: Final = cls
@@ -203,72 +204,72 @@ class SetOf(Shape):
     def fits(self, value: Any) -> bool:
         return value.__class__ is self._cls or (self._cls is set and value.__class__ is SessionSet)
 
-    def thaw(self, value: Any, owner: Owner) -> Any:
+    def load(self, value: Any, owner: Owner) -> Any:
         if value.__class__ is not self._cls:
             raise self.mismatch(value)
-        items = _all("thaw", self._item, value, owner, lambda _: "{...}")
+        items = _all("load", self._item, value, owner, lambda _: "{...}")
         if self._cls is frozenset:
             return frozenset(items)
-        return owned(SessionSet(items), owner, declared=FREE not in self.inner)
+        return owned(SessionSet(items), owner, declared=ANY not in self.inner)
 
-    def admit(self, value: Any, owner: Owner) -> Any:
-        frozen = self.freeze(value, owner)
-        return self.thaw(frozen, owner) if is_foreign(value, owner) else value
+    def validate(self, value: Any, owner: Owner) -> Any:
+        dumped = self.dump(value, owner)
+        return self.load(dumped, owner) if is_foreign(value, owner) else value
 
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+    def dump(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
         value = self._cls(value)  # as above
-        items = _all("freeze", self._item, value, owner, lambda _: "{...}")
+        items = _all("dump", self._item, value, owner, lambda _: "{...}")
         was = {item: item for item in stored} if stored.__class__ is self._cls else {}
         # What is stored, where it says the same: a value of an Enum is another object.
-        frozen = self._cls([old if alike(old := was.get(i, MISSING), i) else i for i in items])
-        if len(frozen) != len(value):
+        dumped = self._cls([old if alike(old := was.get(i, MISSING), i) else i for i in items])
+        if len(dumped) != len(value):
             raise MismatchError(self.text, "elements that are equal once stored")
-        is_same = len(was) == len(frozen) and all(was.get(item) is item for item in frozen)
-        return stored if is_same and stored.__class__ is self._cls else frozen
+        is_same = len(was) == len(dumped) and all(was.get(item) is item for item in dumped)
+        return stored if is_same and stored.__class__ is self._cls else dumped
 
 
-class DictLike(Shape):
+class DictLike(FieldType):
     """What is a dict, whatever it says of its keys and values."""
 
-    frozen = frozenset((dict,))
+    dumped = frozenset((dict,))
 
     def fits(self, value: Any) -> bool:
         return value.__class__ in (dict, SessionDict)
 
-    def thaw(self, value: Any, owner: Owner) -> Any:
+    def load(self, value: Any, owner: Owner) -> Any:
         if value.__class__ is not dict:
             raise self.mismatch(value)
         return owned(
-            SessionDict(self.pairs("thaw", value, owner)), owner, declared=FREE not in self.inner
+            SessionDict(self.pairs("load", value, owner)), owner, declared=ANY not in self.inner
         )
 
-    def admit(self, value: Any, owner: Owner) -> Any:
+    def validate(self, value: Any, owner: Owner) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
         if is_foreign(value, owner):
-            return self.thaw(self.freeze(value, owner), owner)
-        admitted = list(self.pairs("admit", value, owner))
-        for (key, item), (_, instead) in zip(list(value.items()), admitted, strict=True):
+            return self.load(self.dump(value, owner), owner)
+        validated = list(self.pairs("validate", value, owner))
+        for (key, item), (_, instead) in zip(list(value.items()), validated, strict=True):
             if instead is not item:
                 value[key] = instead
         return value
 
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+    def dump(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
         value = dict(value)  # as above
         was = stored if stored.__class__ is dict else {}
-        frozen = dict(self.pairs("freeze", value, owner, was))
-        if len(frozen) != len(value):
+        dumped = dict(self.pairs("dump", value, owner, was))
+        if len(dumped) != len(value):
             raise MismatchError(self.text, "keys that are equal once stored")
-        if stored.__class__ is not dict or len(stored) != len(frozen):
-            return frozen
-        keys = zip(frozen, stored, strict=True)
-        if all(containers.freeze(one, other) is other for one, other in keys):
-            return stored if same(frozen.values(), stored.values()) else frozen
-        return frozen
+        if stored.__class__ is not dict or len(stored) != len(dumped):
+            return dumped
+        keys = zip(dumped, stored, strict=True)
+        if all(containers.dump(one, other) is other for one, other in keys):
+            return stored if same(dumped.values(), stored.values()) else dumped
+        return dumped
 
     @abstractmethod
     def pairs(
@@ -280,7 +281,7 @@ class DictLike(Shape):
 class DictOf(DictLike):
     """`dict[str, int]`."""
 
-    def __init__(self, key: Shape, value: Shape) -> None:
+    def __init__(self, key: FieldType, value: FieldType) -> None:
         self.text = f"dict[{key.text}, {value.text}]"
         self.inner = (key, value)
         self._key: Final = key

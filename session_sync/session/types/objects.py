@@ -1,5 +1,5 @@
-"""The shapes of values with named parts: dataclasses, attrs classes, msgspec.Structs, TypedDicts
-and pydantic models. Each is frozen as a dict of its parts.
+"""The field types of values with named parts: dataclasses, attrs classes, msgspec.Structs,
+TypedDicts and pydantic models. Each is dumped as a dict of its parts.
 
 An object is made again by its class, so that what its `__post_init__` sets up is there.
 """
@@ -31,51 +31,51 @@ from session_sync.session.containers import (
 )
 from session_sync.storages.places import step
 
-from .base import FREE, MismatchError, Shape, alike, altered, unmade
+from .base import ANY, FieldType, MismatchError, alike, altered, unmade
 from .composites import DictLike, each
 
 
-class Part(NamedTuple):
+class Attribute(NamedTuple):
     """One attribute of an object, or one key of a TypedDict.
 
     `argument` is what the class calls it when an object is made; None: it does not take it.
     """
 
     name: str
-    shape: Shape
+    field_type: FieldType
     is_required: bool
     argument: str | None = None
 
 
 def _each(
     verb: str,
-    shapes: Mapping[str, Shape],
+    field_types: Mapping[str, FieldType],
     values: Mapping[str, Any],
     owner: Owner,
     stored: Any = MISSING,
 ) -> dict[str, Any]:
-    """What the verb makes of the part of each shape; `values` has all of them."""
-    names = list(shapes)
+    """What the verb makes of the part of each field type; `values` has all of them."""
+    names = list(field_types)
     was = stored if stored.__class__ is dict else {}
-    beside = (map(was.get, names, repeat(MISSING)),) if verb == "freeze" else ()
+    beside = (map(was.get, names, repeat(MISSING)),) if verb == "dump" else ()
     found = map(values.__getitem__, names)
-    done = each(verb, shapes.values(), found, owner, lambda index: step(names[index]), *beside)
+    done = each(verb, field_types.values(), found, owner, lambda index: step(names[index]), *beside)
     return dict(zip(names, done, strict=True))
 
 
-def _check_complete(parts: Sequence[Part], values: Mapping[str, Any]) -> None:
-    for part in parts:
+def _check_complete(attributes: Sequence[Attribute], values: Mapping[str, Any]) -> None:
+    for part in attributes:
         if part.is_required and part.name not in values:
-            wrong = MismatchError(part.shape.text, "nothing")
+            wrong = MismatchError(part.field_type.text, "nothing")
             wrong.steps.append(step(part.name))
             raise wrong
 
 
-class ObjectOf(Shape):
+class ObjectOf(FieldType):
     """Instances of a class that says which attributes they have; of a subclass they are refused,
     since they would come back as something else."""
 
-    frozen = frozenset((dict,))
+    dumped = frozenset((dict,))
     is_changed = True
 
     def __init__(self, cls: type[Any], text: str) -> None:
@@ -83,14 +83,14 @@ class ObjectOf(Shape):
         self._cls: Final = cls
         self._runs_code: Final = _runs_code(cls)
 
-    def has_parts(self, parts: Sequence[Part]) -> None:
+    def has_attributes(self, attributes: Sequence[Attribute]) -> None:
         """What they are comes later, since the type of one may lead back to this class."""
-        self.inner = [part.shape for part in parts]
-        self._parts = parts
-        self._shapes = {part.name: part.shape for part in parts}
+        self.inner = [part.field_type for part in attributes]
+        self._parts = attributes
+        self._shapes = {part.name: part.field_type for part in attributes}
         self._names = tuple(self._shapes)
         self._atoms: list[frozenset[type]] | None = None
-        self._takes_all = all(part.argument == part.name for part in parts)
+        self._takes_all = all(part.argument == part.name for part in attributes)
 
     def fits(self, value: Any) -> bool:
         return value.__class__ is self._cls
@@ -98,7 +98,7 @@ class ObjectOf(Shape):
     def covers(self, value: Any) -> bool:
         return value.__class__ is dict and value.keys() <= self._shapes.keys()
 
-    def thaw(self, value: Any, owner: Owner) -> Any:
+    def load(self, value: Any, owner: Owner) -> Any:
         if value.__class__ is not dict:
             raise self.mismatch(value)
         is_known = tuple(value) == self._names
@@ -109,31 +109,35 @@ class ObjectOf(Shape):
         if value and value.keys().isdisjoint(self._shapes):
             raise MismatchError(self.text, "a dict of other names")  # not an object of defaults
         _check_complete(self._parts, value)
-        shapes = {name: shape for name, shape in self._shapes.items() if name in value}
-        made = self._made_of(_each("thaw", shapes, value, owner))
-        if self._runs_code or len(shapes) < len(self._shapes):  # it has made containers of its own
+        field_types = {
+            name: field_type for name, field_type in self._shapes.items() if name in value
+        }
+        made = self._made_of(_each("load", field_types, value, owner))
+        if self._runs_code or len(field_types) < len(
+            self._shapes
+        ):  # it has made containers of its own
             _own_parts(made, self._names, owner)
         return made
 
-    def admit(self, value: Any, owner: Owner) -> Any:
+    def validate(self, value: Any, owner: Owner) -> Any:
         given = dict(zip(self._names, self._values(value), strict=True))
-        admitted = _each("admit", self._shapes, given, owner)
-        return value if same(admitted.values(), given.values()) else self._made_of(admitted)
+        validated = _each("validate", self._shapes, given, owner)
+        return value if same(validated.values(), given.values()) else self._made_of(validated)
 
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+    def dump(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         values = self._values(value)
         are_atoms = self._are_atoms(values)
         is_known = stored.__class__ is dict and tuple(stored) == self._names
         if is_known and are_atoms and all(map(is_, values, stored.values())):
             return stored
-        frozen = given = dict(zip(self._names, values, strict=True))
+        dumped = given = dict(zip(self._names, values, strict=True))
         if not are_atoms:
-            frozen = _each("freeze", self._shapes, given, owner, stored)
-            if is_known and same(frozen.values(), stored.values()):
+            dumped = _each("dump", self._shapes, given, owner, stored)
+            if is_known and same(dumped.values(), stored.values()):
                 return stored
         if self._runs_code:  # which may refuse what it has become: then it could not be read again
-            self.thaw(frozen, Owner(""))
-        return frozen
+            self.load(dumped, Owner(""))
+        return dumped
 
     def _values(self, value: Any) -> list[Any]:
         if value.__class__ is not self._cls:
@@ -146,7 +150,7 @@ class ObjectOf(Shape):
 
     def _are_atoms(self, values: Iterable[Any]) -> bool:
         if self._atoms is None:  # not before all types are read that lead back to one another
-            self._atoms = [shape.atoms for shape in self.inner]
+            self._atoms = [field_type.atoms for field_type in self.inner]
         return all(map(contains, self._atoms, map(type, values)))
 
     def _made_of(self, values: dict[str, Any]) -> Any:
@@ -206,22 +210,22 @@ class KeysOf(DictLike):
     def __init__(self, cls: type[Any], text: str) -> None:
         self.text = text
 
-    def has_parts(self, parts: Sequence[Part]) -> None:
+    def has_attributes(self, attributes: Sequence[Attribute]) -> None:
         """As those of an object."""
-        self.inner = [part.shape for part in parts]
-        self._parts = parts
-        self._shapes = {part.name: part.shape for part in parts}
+        self.inner = [part.field_type for part in attributes]
+        self._parts = attributes
+        self._shapes = {part.name: part.field_type for part in attributes}
 
     def pairs(
         self, verb: str, value: dict[Any, Any], owner: Owner, *stored: dict[Any, Any]
     ) -> Iterable[tuple[Any, Any]]:
         """As the base class says."""
         _check_complete(self._parts, value)
-        shapes = {name: self._shapes.get(name, FREE) for name in value}
-        return _each(verb, shapes, value, owner, *stored).items()
+        field_types = {name: self._shapes.get(name, ANY) for name in value}
+        return _each(verb, field_types, value, owner, *stored).items()
 
 
-class ModelOf(Shape):
+class ModelOf(FieldType):
     """A pydantic model, which pydantic takes apart, checks and makes again.
 
     What `model_dump` leaves as an object (a member of an Enum, a Path) is stored as its JSON, if
@@ -237,22 +241,22 @@ class ModelOf(Shape):
             )
         self.text = cls.__name__
         is_root = getattr(cls, "__pydantic_root_model__", False)
-        self.frozen = frozenset((*ATOMS, dict, list, set, tuple) if is_root else (dict,))
+        self.dumped = frozenset((*ATOMS, dict, list, set, tuple) if is_root else (dict,))
         self._cls: Final = cls
 
     def fits(self, value: Any) -> bool:
         return value.__class__ is self._cls
 
-    def thaw(self, value: Any, owner: Owner) -> Any:
+    def load(self, value: Any, owner: Owner) -> Any:
         owner.met_old_form = True  # pydantic fills in and converts what it likes
         # Of a copy: of what it does not know the inside of, it takes the very container.
-        return _own(self._made(containers.freeze(value)), owner)
+        return _own(self._made(containers.dump(value)), owner)
 
-    def admit(self, value: Any, owner: Owner) -> Any:
-        frozen = self.freeze(value, owner)
-        return self.thaw(frozen, owner) if _has_foreign(value, owner) else value
+    def validate(self, value: Any, owner: Owner) -> Any:
+        dumped = self.dump(value, owner)
+        return self.load(dumped, owner) if _has_foreign(value, owner) else value
 
-    def freeze(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
+    def dump(self, value: Any, owner: Owner, stored: Any = MISSING) -> Any:
         if not self.fits(value):
             raise self.mismatch(value)
         try:
@@ -262,18 +266,18 @@ class ModelOf(Shape):
         except Exception as error:
             found = f"what pydantic cannot take apart ({type(error).__name__})"
             raise MismatchError(self.text, found) from None
-        frozen = _plain(dumped)
-        if alike(frozen, stored):
+        dumped = _plain(dumped)
+        if alike(dumped, stored):
             return stored
-        if not _alike(self._made(frozen), value):
+        if not _alike(self._made(dumped), value):
             raise altered(self.text)
-        return frozen
+        return dumped
 
-    def _made(self, frozen: Any) -> Any:
+    def _made(self, dumped: Any) -> Any:
         from pydantic import ValidationError
 
         try:
-            return self._cls.model_validate(frozen, by_name=True, by_alias=False)
+            return self._cls.model_validate(dumped, by_name=True, by_alias=False)
         except ValidationError as error:
             said = error.errors(include_url=False, include_context=False, include_input=False)[0]
             wrong = MismatchError(self.text, f"what pydantic does not take ({said['type']})")
@@ -346,9 +350,9 @@ def _own(value: Any, owner: Owner) -> Any:
         items = [_own(item, owner) for item in value]
         return value if same(items, value) else tuple(items)
     if is_model(cls):
-        for parts in (value.__dict__, value.__pydantic_extra__ or {}):
-            for name, part in parts.items():
-                parts[name] = _own(part, owner)
+        for attributes in (value.__dict__, value.__pydantic_extra__ or {}):
+            for name, part in attributes.items():
+                attributes[name] = _own(part, owner)
     elif hasattr(cls, "__dataclass_fields__"):
         _own_parts(value, cls.__dataclass_fields__, owner)
     return value

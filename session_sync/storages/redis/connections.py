@@ -42,7 +42,7 @@ class _Line(list[Any]):
             self.pop().disconnect()
 
 
-class Lines:
+class ScriptConnections:
     """Connections of the same kind as those of a client, and used past it.
 
     What redis-py does around a request (its pool, its metrics, its way to pack it) takes longer
@@ -64,7 +64,7 @@ class Lines:
         self._retry.update_supported_errors([ReadOnlyError])
 
     @classmethod
-    def of(cls, client: Client) -> Lines | None:
+    def of(cls, client: Client) -> ScriptConnections | None:
         """None for a client that does more than redis-py's own for one server with a plain pool, or
         for one that Sentinel names."""
         if type(client) is not redis.Redis:
@@ -92,7 +92,7 @@ class Lines:
 
         return self._retry.call_with_retry(lambda: self._ask_anew(request), give_up_in_vain)
 
-    def send(self, request: bytes) -> Asked | None:
+    def send(self, request: bytes) -> PendingReply | None:
         """Send one request, if nothing has to be waited for; else None, and nothing was done."""
         if len(request) > _SMALL or time.monotonic() < self._in_vain:
             return None
@@ -112,7 +112,7 @@ class Lines:
             line[0].send_packed_command([request])
         except redis.RedisError:
             return None  # which redis-py has disconnected
-        return Asked(self, line, on, request)
+        return PendingReply(self, line, on, request)
 
     def answer(self, line: _Line) -> Any:
         """The answer to what was asked on `line`."""
@@ -169,18 +169,20 @@ class Lines:
         return answer
 
 
-class Asked:
+class PendingReply:
     """A request that is on its way; one that may be sent twice."""
 
     __slots__ = ("_line", "_lines", "_request", "_socket")
 
-    def __init__(self, lines: Lines, line: _Line, on: socket.socket, request: bytes) -> None:
+    def __init__(
+        self, lines: ScriptConnections, line: _Line, on: socket.socket, request: bytes
+    ) -> None:
         self._lines: Final = lines
         self._line: Final = line
         self._socket: Final = on
         self._request: Final = request
 
-    def has_come(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether all of the answer is there, after a moment's wait at most."""
         try:
             came = bool(select.select([self._socket], [], [], _MOMENT)[0])
@@ -198,7 +200,8 @@ class Asked:
         return self._lines.answer(self._line)
 
     def insist(self, deadline: float) -> Any:
-        """The answer, however long it takes; as `Lines.ask`, if this way there is none."""
+        """The answer, however long it takes; as `ScriptConnections.ask`, if this way there is
+        none."""
         try:
             return self.answer()
         except _FAILURES:

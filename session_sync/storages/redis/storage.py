@@ -27,7 +27,7 @@ from weakref import WeakValueDictionary
 from session_sync.errors import (
     SessionConflictError,
     SessionError,
-    SessionLockTimeout,
+    SessionLockTimeoutError,
 )
 from session_sync.storages.background import Slots
 from session_sync.storages.base import HeldHereError, OpenRecord, Record, StoredEntry
@@ -45,7 +45,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, RedisError, Respo
 
 from session_sync.storages.redis import clients, refusals
 from session_sync.storages.redis.clients import Client
-from session_sync.storages.redis.connections import Asked, Lines
+from session_sync.storages.redis.connections import PendingReply, ScriptConnections
 
 _Written: TypeAlias = tuple[bytes, bytes]
 
@@ -79,11 +79,11 @@ class _Script:
     def run(
         self,
         client: Client,
-        lines: Lines | None,
+        lines: ScriptConnections | None,
         opened: OpenRedisRecord,
         *values: bytes,
         deadline: float,
-        asked: Asked | None = None,
+        asked: PendingReply | None = None,
     ) -> Any:
         """Its answer; asked for on one of `lines`, or by `client` if there are none; or before."""
         if lines is None:
@@ -538,9 +538,9 @@ class RedisStorage:
     def open_record(self, key: str, timeout: float, /) -> OpenRecord:
         """Wait until nobody else has `key` open, and open it.
 
-        Raises SessionLockTimeout, saying who has it, after `timeout` seconds; then the place in the
-        queue is kept for half a second. Raises SessionDecodeError if what lies there is not ours.
-        """
+        Raises SessionLockTimeoutError, saying who has it, after `timeout` seconds; then the place
+        in the queue is kept for half a second. Raises SessionDecodeError if what lies there is not
+        ours."""
         return self._kept(*self._opened(key, timeout))
 
     def open_unread(self, key: str, timeout: float, /) -> OpenRecord:
@@ -551,7 +551,7 @@ class RedisStorage:
         opened, _data = self._opened(key, timeout)
         return self._kept(opened, None)
 
-    def open_at_once(self, key: str, /) -> OpenRedisRecord | None:
+    def open_nowait(self, key: str, /) -> OpenRedisRecord | None:
         """As `open_record`, if the server answers at once and nobody else has `key` open; else
         None, and `open_record` goes on with what was begun."""
         here = self._in_process()
@@ -560,12 +560,12 @@ class RedisStorage:
         opened = self._record(here, key)
         try:
             asked = here.lines.send(self._open_script.request(opened, _place(0)))
-            if asked is not None and not asked.has_come():
+            if asked is not None and not asked.is_ready():
                 here.note_begun(opened, asked)
                 return None
             data = [] if asked is None else asked.answer()
             if isinstance(data, list):
-                raise SessionLockTimeout
+                raise SessionLockTimeoutError
             if data is not None:
                 opened.record = self._codec.decode_record(data, key)
             renewer().keep(opened)
@@ -627,7 +627,9 @@ class RedisStorage:
         token = here.places.pop(key)
         return OpenRedisRecord(self, key, token, self._names(key, token))
 
-    def _take(self, opened: OpenRedisRecord, timeout: float, asked: Asked | None) -> bytes | None:
+    def _take(
+        self, opened: OpenRedisRecord, timeout: float, asked: PendingReply | None
+    ) -> bytes | None:
         deadline, left = time.monotonic() + timeout, timeout
         while True:
             block = min(left, _LONGEST_BLOCK)
@@ -672,14 +674,14 @@ class RedisStorage:
         return bool(self._run(self._save_script, opened, number, *written, deadline=opened.end))
 
     def close_open(
-        self, opened: OpenRedisRecord, written: _Written, asked: Asked | None = None
+        self, opened: OpenRedisRecord, written: _Written, asked: PendingReply | None = None
     ) -> bool:
         """Write and give the key back; False if it was lost. `asked`: that was begun before."""
         return bool(
             self._run(self._close_script, opened, *written, deadline=opened.end, asked=asked)
         )
 
-    def send_close(self, opened: OpenRedisRecord, written: _Written) -> Asked | None:
+    def send_close(self, opened: OpenRedisRecord, written: _Written) -> PendingReply | None:
         """Begin to close, if nothing in that has to wait; else None, and nothing was done."""
         lines = self._in_process().lines
         request = self._close_script.request(opened, *written)
@@ -799,7 +801,7 @@ class RedisStorage:
         opened: OpenRedisRecord,
         *values: bytes,
         deadline: float,
-        asked: Asked | None = None,
+        asked: PendingReply | None = None,
     ) -> Any:
         here = self._in_process()
         try:
@@ -886,7 +888,7 @@ class OpenRedisRecord(Lease):
         self.record: Record | None = None
         self.saves = 0
         self.size: int | None = None  # bytes that were written last
-        self._asked: Asked | None = None  # to close it
+        self._asked: PendingReply | None = None  # to close it
 
     def save(self, record: Record, /) -> None:
         """Store `record` and stay open. Raises SessionConflictError if the lease was lost."""
@@ -919,14 +921,14 @@ class OpenRedisRecord(Lease):
             raise
         renewer().drop(self)  # not after an interrupt: it will be closed once more
 
-    def close_at_once(self, record: Record | None, /) -> bool:
+    def close_nowait(self, record: Record | None, /) -> bool:
         """As `close`, if the server answers at once; else False, and `close` goes on with what was
         begun."""
         if self._owner != os.getpid():
             return False
         try:
             asked = self._storage.send_close(self, self._storage.written(self, record))
-            if asked is not None and not asked.has_come():
+            if asked is not None and not asked.is_ready():
                 self._asked = asked
                 return False
             closed = asked is not None and bool(asked.answer())
@@ -975,23 +977,23 @@ class _InProcess:
         self._owns_client: Final = isinstance(url_or_client, str)
         self.client: Final = clients.client_of(url_or_client)
         self.places: Final = _Places()
-        self.lines: Final = Lines.of(self.client)
+        self.lines: Final = ScriptConnections.of(self.client)
         #: What is being opened, and was asked for in place.
-        self.begun: Final[dict[str, tuple[OpenRedisRecord, Asked]]] = {}
+        self.begun: Final[dict[str, tuple[OpenRedisRecord, PendingReply]]] = {}
         # Soon enough to try again to renew a lease; and well over what anybody blocks for.
         self._timeout: Final = max(2 * _LONGEST_BLOCK, min(lease / 3, 5.0))
         self._slots: Final = Slots(_WAITS)
         self._failing: Final[set[redis.Redis | None]] = set()  # where leases are not renewed now
         self._clients: Final[dict[tuple[object, ...], redis.Redis]] = {}
 
-    def refusal(self, held: bytes, now: bytes) -> SessionLockTimeout:
+    def refusal(self, held: bytes, now: bytes) -> SessionLockTimeoutError:
         """What to raise where `held` is somebody else's lock."""
         owner = _places.get(_Places.name_of(held))
         lock = StoredLock.read("", held, 0, int(now))
         if lock.pid is None:
-            return SessionLockTimeout("something else holds its lock")
+            return SessionLockTimeoutError("something else holds its lock")
         if owner is None or owner is self.places or lock.pid != os.getpid():  # of the parent
-            return SessionLockTimeout(
+            return SessionLockTimeoutError(
                 f"process {lock.pid} on {lock.host!r} has it, for {lock.seconds:.1f} s now"
             )
         return HeldHereError(
@@ -999,7 +1001,7 @@ class _InProcess:
             f"storage object for each server, and give it to all managers"
         )
 
-    def note_begun(self, opened: OpenRedisRecord, asked: Asked) -> None:
+    def note_begun(self, opened: OpenRedisRecord, asked: PendingReply) -> None:
         """Let `open_record` go on with this; as long as nobody does, the connection is busy."""
         for oldest in self.begun:  # one that nobody went on with goes when the next ones come
             begun = self.begun[oldest]
@@ -1011,7 +1013,7 @@ class _InProcess:
             break
         self.begun[opened.key] = opened, asked
 
-    def pop_begun(self, key: str) -> tuple[OpenRedisRecord, Asked] | None:
+    def pop_begun(self, key: str) -> tuple[OpenRedisRecord, PendingReply] | None:
         """What was begun just now. An older answer tells of a lock that may be somebody else's by
         now, and of data that may be older than theirs: then it is asked again, by the same token,
         which is to open once."""
