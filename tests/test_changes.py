@@ -20,8 +20,9 @@ import pytest
 
 import session_sync
 from session_sync import Session, SessionClosedError, SessionEncodeError, field, ttl
-from session_sync.session.session import ChangeTracker, schema_of
-from session_sync.session.ttl import TIMERS
+from session_sync.session.changes import ChangeTracker
+from session_sync.session.metadata import TIMERS
+from session_sync.session.session import schema_of
 from session_sync.storages.base import PatchedRecord, Record, record_of
 
 KEY = "user:1"

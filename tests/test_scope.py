@@ -28,7 +28,7 @@ from session_sync import (
     SessionManager,
     ttl,
 )
-from session_sync.session.session import Fields
+from session_sync.session.changes import ChangeTracker
 
 KEY = "user:1:chat:1"
 
@@ -555,13 +555,13 @@ def test_a_session_is_closed_before_its_last_flush_releases_the_write_lock(
     """Else a thread that waits with a flush of its own could write once more, without the key."""
     sessions: SessionManager[Any] = SessionManager(storage=Counting())
     is_locked: list[bool] = []
-    close = Fields.close
+    close = ChangeTracker.close
 
-    def watched(fields: Fields) -> None:
+    def watched(fields: ChangeTracker) -> None:
         is_locked.append("write" in scope.held)
         close(fields)
 
-    monkeypatch.setattr(Fields, "close", watched)
+    monkeypatch.setattr(ChangeTracker, "close", watched)
     with sessions.session_scope(KEY) as session:
         scope: Any = session._lifecycle()
         session.flush()

@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ..errors import SessionDeadlockError, SessionError, SessionMigrationError
+from ..session.changes import ChangeTracker
 from ..session.containers import dump
-from ..session.declarations import NO_SCHEMA, is_field
-from ..session.dedupe import UPDATES, updates_in
+from ..session.declarations import NO_SCHEMA
 from ..session.keys import StorageKey
-from ..session.session import ChangeTracker, Session
-from ..session.ttl import TIMERS, Timers, Ttl
+from ..session.metadata import Timers, is_field, merged, outlives_fields, with_timers
+from ..session.session import Session
+from ..session.ttl import Ttl
 from ..storages.base import KVStorage, ListableStorage, Record, record_of
 from .backend import backend_of
 from .entry import SessionScope
@@ -267,14 +268,8 @@ def _merged(
         timers.pop(name, None)
         if name in new_timers:
             timers[name] = new_timers[name]
-    hidden = {name: value for name, value in {**older, **newer}.items() if not is_field(name)}
-    hidden.pop(TIMERS, None)
-    if timers:
-        hidden[TIMERS] = timers
-    updates = updates_in(older, source.key) + updates_in(newer, goal.key)
-    if updates:
-        hidden[UPDATES] = updates
-    return record_of({**lasting, **hidden} if lasting or updates else {})
+    hidden = with_timers(merged(older, newer, source.key, goal.key), timers)
+    return record_of({**lasting, **hidden} if lasting or outlives_fields(hidden) else {})
 
 
 def _current(options: Options[Any], key: str, record: Record) -> Record:
@@ -308,7 +303,7 @@ def _beginning(options: Options[Any], key: str) -> Mapping[str, Any]:
 
 def _lasting(key: str, record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields whose time is not up, and the timers of those that have one."""
-    timers = Timers(record.get(TIMERS, {}), key)
+    timers = Timers(record, key)
     expired = timers.all_expired()
     fields = {n: value for n, value in record.items() if is_field(n) and n not in expired}
     timers.keep(fields)

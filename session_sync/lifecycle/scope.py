@@ -25,9 +25,10 @@ from ..errors import (
 from ..locks.callers import Caller, Ender, current_caller
 from ..locks.lock import NO_QUEUES, LockHandle, wait_for_notes
 from ..locks.queue import KeyQueue
+from ..session.changes import ChangeTracker
 from ..session.containers import dump
-from ..session.dedupe import has_only_updates
-from ..session.session import BaseSession, ChangeTracker
+from ..session.metadata import has_only_metadata
+from ..session.session import BaseSession
 from ..session.ttl import Ttl
 from ..storages import forks
 from ..storages.base import HeldHereError, OpenRecord, Record, record_of
@@ -291,7 +292,7 @@ class Scope(Generic[S]):
             newest = migrations.newest(self.key, record, options.schema)
             self.tracker = ChangeTracker(self.key, newest, options.schema, options.backend.check)
             self.tracker.save_as_it_is()
-        if options.initial is not None and has_only_updates(self.tracker.flushed):
+        if options.initial is not None and has_only_metadata(self.tracker.flushed):
             self.tracker = self._missing(self.tracker.flushed)
         handle = self.handle
         assert handle is not None

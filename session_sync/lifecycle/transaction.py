@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any, Final, Generic, NoReturn, TypeVar
 
 from ..locks.lock import LockHandle
-from ..session.session import BaseSession, ChangeTracker
+from ..session.changes import ChangeTracker
+from ..session.session import BaseSession
 from ..storages.base import Record
 from .backend import Backend
 from .entry import SessionScope

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..locks.tickets import Tickets
-from ..session.session import BaseSession, ChangeTracker
+from ..session.changes import ChangeTracker
+from ..session.session import BaseSession
 from ..storages import forks
 from .entry import SessionScope
 from .observers import logger

@@ -24,26 +24,6 @@ from .types.annotations import Reader, filled, type_arguments
 from .types.base import ANY, FieldType, MismatchError
 
 
-def is_field(name: object) -> bool:
-    """Whether a stored name is a field's: the library's own begin with `$`."""
-    return isinstance(name, str) and not name.startswith("$")
-
-
-def checked_name(key: str, name: object) -> str:
-    """`name` as that of a field of the session `key`; raises TypeError and ValueError."""
-    if not isinstance(name, str):
-        raise TypeError(
-            f"session {key!r}: a field name is a str, not {type(name).__name__}; ids may be the "
-            f"keys of a dict in a field: session['carts'][user_id]"
-        )
-    if name.startswith("$"):
-        raise ValueError(
-            f"session {key!r}: the field name {name!r} begins with '$', which is kept for what the "
-            f"library itself stores; choose another name"
-        )
-    return str.__str__(name)  # of a member of a StrEnum, say
-
-
 class Default(NamedTuple):
     """What a field is while it is not stored: a dumped value, or what a factory makes."""
 

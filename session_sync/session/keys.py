@@ -1,7 +1,7 @@
-"""Whose session an update belongs to: `StorageKey`, and the functions that read one off an update.
+"""Which session an update belongs to: `StorageKey`, and the functions that make one of an update.
 
-Knows the words of the Bot API and the names of the classes that telebot and python-telegram-bot
-make of them; imports neither of the two, and knows nothing of sessions, storages or locks.
+This module knows keys; where an update of which kind has its user and its chat, only
+`update_kinds`. It knows no session, storage or lock.
 """
 
 from __future__ import annotations
@@ -9,8 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
+
+from .update_kinds import (
+    MESSAGE_OBJECT,
+    UPDATE,
+    Reader,
+    UpdateKind,
+    found_in_json,
+    found_in_object,
+    in_json,
+    in_object,
+    kind_of,
+)
 
 __all__ = ["StorageKey", "by_chat", "by_topic", "by_user", "default_storage_key"]
 
@@ -177,81 +188,6 @@ def _unescape(text: str) -> str:
     return text.replace("%3A", ":").replace("%25", "%")
 
 
-class _Kind(NamedTuple):
-    """Where one kind of update keeps its user's and its chat's id, in the words of the Bot API."""
-
-    type: str  # its class, in the Bot API, in telebot and in PTB
-    marks: tuple[str, ...]  # the required fields that tell its JSON from that of all others
-    user: tuple[str, ...] = ("from", "id")
-    chat: tuple[str, ...] = ("chat", "id")
-    message: tuple[str, ...] = ()  # what knows the thread and the business connection
-
-
-_MESSAGE: Final = _Kind("Message", ("message_id", "date", "chat"))
-_MEMBER: Final = _Kind("ChatMemberUpdated", ("old_chat_member", "new_chat_member"))
-
-# The frequent ones come first. `business_connection` is news about a connection, not something that
-# came through it: it belongs to the owner's chat with the bot, where he sets the bot up.
-_KINDS: Final = {
-    "message": _MESSAGE,
-    "callback_query": _Kind(
-        "CallbackQuery", ("chat_instance",), chat=("message", "chat", "id"), message=("message",)
-    ),
-    "edited_message": _MESSAGE,
-    "channel_post": _MESSAGE,
-    "edited_channel_post": _MESSAGE,
-    "inline_query": _Kind("InlineQuery", ("query", "offset")),
-    "chosen_inline_result": _Kind("ChosenInlineResult", ("result_id", "query")),
-    "my_chat_member": _MEMBER,
-    "chat_member": _MEMBER,
-    "chat_join_request": _Kind("ChatJoinRequest", ("user_chat_id", "chat")),
-    "message_reaction": _Kind(
-        "MessageReactionUpdated", ("old_reaction", "new_reaction"), user=("user", "id")
-    ),
-    "message_reaction_count": _Kind("MessageReactionCountUpdated", ("message_id", "reactions")),
-    "shipping_query": _Kind("ShippingQuery", ("invoice_payload", "shipping_address")),
-    "pre_checkout_query": _Kind("PreCheckoutQuery", ("id", "invoice_payload", "total_amount")),
-    "purchased_paid_media": _Kind("PaidMediaPurchased", ("paid_media_payload",)),
-    "poll": _Kind("Poll", ("question", "options")),
-    "poll_answer": _Kind(
-        "PollAnswer", ("poll_id", "option_ids"), user=("user", "id"), chat=("voter_chat", "id")
-    ),
-    "business_connection": _Kind(
-        "BusinessConnection", ("user_chat_id", "is_enabled"), user=("user", "id")
-    ),
-    "business_message": _MESSAGE,
-    "edited_business_message": _MESSAGE,
-    "deleted_business_messages": _Kind(
-        "BusinessMessagesDeleted", ("business_connection_id", "message_ids")
-    ),
-    "guest_message": _MESSAGE,
-    "chat_boost": _Kind("ChatBoostUpdated", ("boost",), user=("boost", "source", "user", "id")),
-    "removed_chat_boost": _Kind(
-        "ChatBoostRemoved", ("boost_id", "remove_date"), user=("source", "user", "id")
-    ),
-    "managed_bot": _Kind("ManagedBotUpdated", ("user", "bot"), user=("user", "id")),
-    "subscription": _Kind(
-        "BotSubscriptionUpdated", ("user", "invoice_payload", "state"), user=("user", "id")
-    ),
-    "stopped_message_generation": _Kind("MessageGenerationStopped", ("chat", "draft_id")),
-}
-# In an object of either library, `from` is `from_user`.
-_OBJECT_KINDS: Final = {
-    name: kind._replace(user=("from_user", "id")) if kind.user == ("from", "id") else kind
-    for name, kind in _KINDS.items()
-}
-_UPDATE: Final = _Kind("Update", ("update_id",))
-# What PTB gives to a job's callback instead of an update: the job knows whom it is for.
-_JOB: Final = _Kind("CallbackContext", (), user=("job", "user_id"), chat=("job", "chat_id"))
-_OBJECT_TYPES: Final = {kind.type: kind for kind in (_UPDATE, _JOB, *_OBJECT_KINDS.values())}
-_MESSAGE_OBJECT: Final = _OBJECT_TYPES["Message"]
-_LIBRARIES: Final = ("telebot.", "telegram.")
-# The marks of a message are fields of a reaction as well: it comes last.
-_MARKS: Final = [
-    (frozenset(kind.marks), kind)
-    for kind in sorted(set(_KINDS.values()), key=lambda kind: (kind is _MESSAGE, kind.type))
-]
-
 # What a message, or what stands for it in its kind, may say beyond its user and its chat.
 _BUSINESS: Final = ("business_connection_id",)
 _GUEST: Final = ("guest_query_id",)
@@ -323,11 +259,11 @@ message_types: Final[set[type[Any]]] = set()
 
 def _message_in(update: Any) -> Any:
     """A message itself, or the one that an Update has; None where there is none."""
-    kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
-    if kind is _UPDATE:
+    kind = kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
+    if kind is UPDATE:
         update = update.message
-        kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
-    if kind is not _MESSAGE_OBJECT:
+        kind = kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
+    if kind is not MESSAGE_OBJECT:
         return None
     message_types.add(type(update))
     return update
@@ -393,38 +329,36 @@ def by_topic(update: object) -> StorageKey | None:
     return _key(update, _topic)
 
 
-# How to follow a path of fields: `_in_json` or `_in_object`.
-_Reader: TypeAlias = Callable[[Any, tuple[str, ...]], Any]
 # What a public function makes of the user, the chat and the message of an update.
-_Shape: TypeAlias = Callable[[int | None, int, _Reader, object], StorageKey | None]
+_MakeKey: TypeAlias = Callable[[int | None, int, Reader, object], StorageKey | None]
 
 
-def _user_and_chat(user: int | None, chat: int, at: _Reader, message: object) -> StorageKey:
+def _user_and_chat(user: int | None, chat: int, at: Reader, message: object) -> StorageKey:
     return StorageKey(user=user, chat=chat, business=at(message, _BUSINESS))
 
 
-def _user(user: int | None, chat: int, at: _Reader, message: object) -> StorageKey | None:
+def _user(user: int | None, chat: int, at: Reader, message: object) -> StorageKey | None:
     if user is None:
         return None
     return StorageKey(user=user, chat=chat if user in _STAND_INS else None)
 
 
-def _chat(user: int | None, chat: int, at: _Reader, message: object) -> StorageKey:
+def _chat(user: int | None, chat: int, at: Reader, message: object) -> StorageKey:
     caller = _caller(user, chat, at, message)
     return StorageKey(user=caller, chat=chat, business=at(message, _BUSINESS))
 
 
-def _topic(user: int | None, chat: int, at: _Reader, message: object) -> StorageKey:
+def _topic(user: int | None, chat: int, at: Reader, message: object) -> StorageKey:
     caller, thread = _caller(user, chat, at, message), _thread(at, message)
     return StorageKey(user=caller, chat=chat, thread=thread, business=at(message, _BUSINESS))
 
 
-def _caller(user: int | None, chat: int, at: _Reader, message: object) -> int | None:
+def _caller(user: int | None, chat: int, at: Reader, message: object) -> int | None:
     """The user, if this is a private chat into which he called the bot as a guest."""
     return user if chat > 0 and at(message, _GUEST) is not None else None
 
 
-def _thread(at: _Reader, message: object) -> int | None:
+def _thread(at: Reader, message: object) -> int | None:
     if type(message).__name__ == "InaccessibleMessage":  # telebot's would log a warning
         return None
     # A draft that was stopped has no such flag: it can be in no other thread than a topic.
@@ -433,55 +367,20 @@ def _thread(at: _Reader, message: object) -> int | None:
     return cast("int | None", at(message, _DIRECT_TOPIC))
 
 
-def _key(update: object, field_type: _Shape) -> StorageKey | None:
+def _key(update: object, make_key: _MakeKey) -> StorageKey | None:
     # What is no id is refused by StorageKey, and an object may raise at any attribute (a half-made
     # one, a subclass with properties). Here it would cost telebot its whole batch of updates.
     try:
-        found = _found_in_json(update) if isinstance(update, dict) else _found_in_object(update)
-        return None if found is None else _read(*found, field_type)
+        found = found_in_json(update) if isinstance(update, dict) else found_in_object(update)
+        return None if found is None else _read(*found, make_key)
     except OSError:  # of a signal handler whose time is up: without a key, the update is lost
         raise
     except Exception:
         return None
 
 
-def _found_in_json(update: dict[Any, Any]) -> tuple[_Kind, object] | None:
-    """What kind `update` is, or the one that is inside it."""
-    if "update_id" in update:
-        inside = ((kind, update.get(name)) for name, kind in _KINDS.items())
-        return next((found for found in inside if found[1] is not None), None)
-    fields = update.keys()
-    return next(((kind, update) for marks, kind in _MARKS if marks <= fields), None)
-
-
-def _found_in_object(update: object) -> tuple[_Kind, object] | None:
-    kind = _kind_of(type(update))  # type: ignore[arg-type] # mypy: a class has no hash
-    if kind is _UPDATE:
-        return _inside(update)
-    return None if kind is None else (kind, update)
-
-
-@lru_cache(maxsize=256)
-def _kind_of(cls: type) -> _Kind | None:
-    for base in cls.__mro__:
-        kind = _OBJECT_TYPES.get(base.__name__)
-        if kind is not None and base.__module__.startswith(_LIBRARIES):
-            return kind
-    return None
-
-
-def _inside(update: object) -> tuple[_Kind, object] | None:
-    for name, kind in _OBJECT_KINDS.items():
-        payload = getattr(update, name, None)
-        if payload is not None:
-            return kind, payload
-    # PTB keeps the kinds that are newer than itself as JSON.
-    newer = getattr(update, "api_kwargs", {})
-    return _found_in_json({"update_id": None, **newer})
-
-
-def _read(kind: _Kind, payload: object, field_type: _Shape) -> StorageKey | None:
-    at = _in_json if isinstance(payload, dict) else _in_object
+def _read(kind: UpdateKind, payload: object, make_key: _MakeKey) -> StorageKey | None:
+    at = in_json if isinstance(payload, dict) else in_object
     user = at(payload, kind.user)
     chat = at(payload, kind.chat)
     # A private chat has its user's id, so that each can stand in for the other; a group has a
@@ -490,18 +389,4 @@ def _read(kind: _Kind, payload: object, field_type: _Shape) -> StorageKey | None
         chat = user
     elif user is None and chat > 0:
         user = chat
-    return None if chat is None else field_type(user, chat, at, at(payload, kind.message))
-
-
-def _in_json(thing: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        if thing is None:
-            return None
-        thing = thing.get(name)
-    return thing
-
-
-def _in_object(thing: object, path: tuple[str, ...]) -> Any:
-    for name in path:
-        thing = getattr(thing, name, None)
-    return thing
+    return None if chat is None else make_key(user, chat, at, at(payload, kind.message))

@@ -11,20 +11,24 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 from ..errors import (
-    SessionDecodeError,
     SessionMigrationError,
     SessionTypeError,
     SessionVersionError,
 )
 from ..storages.base import Record, record_of
 from .containers import Owner, dump
-from .declarations import Schema, checked_name, is_field
-from .dedupe import without_fields
-from .ttl import TIMERS, Timers
+from .declarations import Schema
+from .metadata import (
+    VERSION,
+    Timers,
+    checked_name,
+    is_field,
+    metadata_of,
+    version_of,
+    with_timers,
+    without_fields,
+)
 from .types.base import MismatchError
-
-#: The stored name of a session's version.
-VERSION: Final = "$version"
 
 #: Is given the fields as they are stored, in a dict that it may change; returns None, or others.
 Migration: TypeAlias = Callable[[dict[str, Any]], Mapping[str, Any] | None]
@@ -66,19 +70,14 @@ class Migrations:
         Raises SessionVersionError for a newer one, SessionMigrationError if a step fails, and
         SessionTypeError if a declared field has not its type after the last step.
         """
-        version = record.get(VERSION, 1)
-        if version.__class__ is not int or version < 1:
-            raise SessionDecodeError(
-                f"session {key!r} cannot be read: what is stored under {VERSION!r} is no version "
-                f"that was written here. The record is left as it is."
-            )
+        version = version_of(record, key)
         if version > self.version:
             raise SessionVersionError(
                 f"session {key!r} was stored by a newer program: it is of version {version}, and "
                 f"the newest that is known here is {self.version}. It is left as it is; run the "
                 f"newer program, or give this one the migrations up to {version}."
             )
-        timers = Timers(record.get(TIMERS, {}), key)
+        timers = Timers(record, key)
         expired = timers.all_expired()
         for name in expired:  # a step may set a field of the same name
             timers.drop(name)
@@ -95,12 +94,8 @@ class Migrations:
         _check_types(key, fields, schema, self.version)
         if not fields:
             return without_fields(record)
-        hidden = {name: value for name, value in record.items() if not is_field(name)}
         timers.keep(fields)
-        if timers:
-            hidden[TIMERS] = timers.to_store()
-        else:
-            hidden.pop(TIMERS, None)
+        hidden = with_timers(metadata_of(record), timers.to_store())
         return record_of({**fields, **hidden, VERSION: self.version})
 
 

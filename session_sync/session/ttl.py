@@ -1,17 +1,15 @@
-"""Fields that disappear by themselves: `ttl()` and the timers of one session."""
+"""Fields that disappear by themselves: `ttl()`, and when the time of one is over.
+
+This module knows times; it knows no record.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Mapping
 from datetime import timedelta
 from typing import Any, Final, TypeAlias
 
-from ..errors import SessionDecodeError
 from ..storages.durations import seconds_of
-
-#: The stored name of a session's timers: `{field: [expires_at, seconds]}`, in Unix time.
-TIMERS: Final = "$ttl"
 
 #: When a field disappears, in Unix time, and how many seconds after its last assignment that is.
 #: Nobody changes one: an assignment makes a new one.
@@ -61,42 +59,3 @@ def ttl(value: Any, seconds: float | timedelta = 30.0) -> Any:
     if isinstance(value, Ttl):
         raise TypeError("ttl(ttl(...)): a field has one timer")
     return Ttl(value, seconds_of(seconds, "ttl"))
-
-
-class Timers:
-    """The timers of one stored session: when which field disappears."""
-
-    __slots__ = ("_deadlines",)
-
-    def __init__(self, stored: Mapping[str, Any], key: str) -> None:
-        try:
-            self._deadlines = {
-                name: (float(at), float(seconds)) for name, (at, seconds) in stored.items()
-            }
-        except (AttributeError, TypeError, ValueError):
-            raise SessionDecodeError(
-                f"session {key!r} cannot be read: what is stored under {TIMERS!r} are not timers "
-                f"that were written here. The record is left as it is."
-            ) from None
-
-    def __bool__(self) -> bool:
-        return bool(self._deadlines)
-
-    def all_expired(self) -> list[str]:
-        """The names whose time is up."""
-        now = time.time()
-        return [name for name, (at, _) in self._deadlines.items() if at <= now]
-
-    def drop(self, name: str) -> None:
-        """A field went away."""
-        self._deadlines.pop(name, None)
-
-    def keep(self, names: Container[str]) -> None:
-        """All other fields went away."""
-        for name in list(self._deadlines):
-            if name not in names:
-                self.drop(name)
-
-    def to_store(self) -> dict[str, Deadline]:
-        """What lies in the store under TIMERS."""
-        return {name: list(deadline) for name, deadline in self._deadlines.items()}

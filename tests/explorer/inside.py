@@ -16,7 +16,7 @@ PACKAGE = Path(session_sync.__file__).parent
 #: Files and folders below session_sync/ in which an actor can be stopped.
 CORE = ("locks", "lifecycle")
 #: What a session itself is made of: only for scenes that share one between threads.
-SESSION = ("session/session.py",)
+SESSION = ("session/session.py", "session/changes.py", "session/flush.py")
 
 _SCOPES = {"Scope", "SessionScope", "ObservedScope"}
 _is_core: dict[CodeType, bool] = {}
@@ -50,7 +50,7 @@ def locks_left(manager: Any) -> int:
 
 def waiters(manager: Any, key: str) -> int:
     """How many wait for a key."""
-    return len(manager.locks.waiters(key))
+    return int(manager.locks.waiters(key))
 
 
 def scopes_alive() -> list[str]:

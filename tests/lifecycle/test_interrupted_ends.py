@@ -36,7 +36,7 @@ from session_sync.lifecycle import threads as pools
 from session_sync.lifecycle.scope import Guard
 from session_sync.lifecycle.update import UpdateScope
 from session_sync.locks import lock
-from session_sync.session.session import ChangeTracker
+from session_sync.session.changes import ChangeTracker
 from session_sync.storages.filelocks import LockedRecord
 
 KEY = "user:1"

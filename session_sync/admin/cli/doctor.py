@@ -17,11 +17,10 @@ import click
 
 from ... import __version__
 from ...errors import SessionDecodeError
-from ...session.migrations import VERSION
+from ...session.metadata import check_metadata, version_of
 from ...storages.filelocks import held_keys
 from .errors import Code, Failure
 from .files import Files, check_readable, exists, user_name
-from .jsonl import check
 from .output import json_option, plain, print_rows, progress, size, text
 from .reader import Database, FileReader
 from .store import Place, ReadStorage, View, at_place, named_files, refuse_foreign
@@ -263,8 +262,8 @@ def _read(view: View) -> Iterator[tuple[str, int]]:
         try:
             fields = view.get(key)
             if fields is not None:
-                check(key, fields)
-                yield "", fields.get(VERSION, 1)
+                check_metadata(fields, key)
+                yield "", version_of(fields, key)
         except SessionDecodeError as error:
             yield str(error), 0
 

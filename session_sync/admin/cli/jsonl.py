@@ -13,9 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from ...errors import SessionDecodeError
-from ...session.dedupe import UPDATES, updates_in
-from ...session.migrations import VERSION
-from ...session.ttl import TIMERS, Timers
+from ...session.metadata import check_metadata
 from ...storages.codec import Codec
 
 
@@ -61,7 +59,7 @@ def to_line(key: str, fields: dict[str, Any]) -> bytes:
 def from_line(line: bytes) -> tuple[str, dict[str, Any]]:
     """The key and the fields of a line; raises SessionDecodeError.
 
-    >>> from_line(b'{"key":"user:1","tracker":{"seen":{"$set":[7]}}}')
+    >>> from_line(b'{"key":"user:1","fields":{"seen":{"$set":[7]}}}')
     ('user:1', {'seen': {7}})
     """
     try:
@@ -72,20 +70,8 @@ def from_line(line: bytes) -> tuple[str, dict[str, Any]]:
     if not isinstance(key, str):
         raise SessionDecodeError("it is no line of an export: the key is no text")
     fields = CODEC.decode(bytes(parts.fields), key)
-    check(key, fields)
+    check_metadata(fields, key)
     return key, fields
-
-
-def check(key: str, fields: dict[str, Any]) -> None:
-    """Raise SessionDecodeError if fields can be stored, but not be a session."""
-    Timers(fields.get(TIMERS, {}), key)
-    version = fields.get(VERSION, 1)
-    if type(version) is not int or version < 1:
-        raise SessionDecodeError(f"session {key!r} has under {VERSION!r} what is no version")
-    updates_in(fields, key)
-    for name in fields:
-        if name.startswith("$") and name not in (TIMERS, VERSION, UPDATES):
-            raise SessionDecodeError(f"session {key!r} has {name!r}, which is no name of a field")
 
 
 def value_of(text: str) -> Any:

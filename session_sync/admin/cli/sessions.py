@@ -11,10 +11,9 @@ from typing import Any, Final
 import click
 
 from ...errors import SessionDecodeError, SessionError
-from ...session.declarations import is_field
 from ...session.keys import StorageKey
-from ...session.migrations import VERSION
-from ...session.ttl import TIMERS, Timers, ttl
+from ...session.metadata import Timers, is_field, version_of
+from ...session.ttl import ttl
 from .errors import Code, Failure, code_of, say
 from .jsonl import jsonable, type_name, value_of
 from .output import Columns, is_terminal, json_option, plain, print_json, print_rows, seconds, text
@@ -97,7 +96,7 @@ def _show(view: View, key: str, values: bool, as_json: bool, *, named: bool = Fa
     if as_json:
         for field in fields.values():
             del field["field"]
-        print_json({"key": key, "version": stored.get(VERSION, 1), "fields": fields})
+        print_json({"key": key, "version": version_of(stored, key), "fields": fields})
         return True
     columns: dict[str, Any] = {"field": text, "type": text, "expires_in": seconds}
     if values:
@@ -113,7 +112,7 @@ def _show(view: View, key: str, values: bool, as_json: bool, *, named: bool = Fa
 
 def fields_of(key: str, stored: dict[str, Any], values: bool) -> Iterator[dict[str, Any]]:
     """What there is to say of each field whose time is not up."""
-    timers = Timers(stored.get(TIMERS, {}), key)
+    timers = Timers(stored, key)
     deadlines, now, expired = timers.to_store(), time.time(), timers.all_expired()
     for name, value in stored.items():
         if not is_field(name) or name in expired:

@@ -16,11 +16,12 @@ import click
 from ...errors import SessionDecodeError, SessionError
 from ...lifecycle.bulk import replace_record
 from ...lifecycle.copying import copy_storage
+from ...session.metadata import check_metadata
 from ...storages.base import record_of
 from ..importers import IMPORTERS
 from .errors import Failure, code_of, say
 from .files import new_file
-from .jsonl import check, from_line, to_line
+from .jsonl import from_line, to_line
 from .output import progress
 from .sessions import somebody
 from .store import (
@@ -131,7 +132,7 @@ def import_(place: Place, source: str, kind: str, skip_existing: bool, dry_run: 
             try:
                 if isinstance(fields, SessionError):
                     raise fields
-                check(key, fields)
+                check_metadata(fields, key)
                 if store is None:
                     to_line(key, fields)  # which refuses what no store would take
                     done += 1

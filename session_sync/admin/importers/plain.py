@@ -15,7 +15,7 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from session_sync.errors import SessionDecodeError, SessionEncodeError
-from session_sync.session.declarations import checked_name
+from session_sync.session.metadata import checked_name
 from session_sync.storages.codec import MAX_DEPTH, Codec
 from session_sync.storages.places import path, short, step
 
