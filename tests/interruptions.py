@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from session_sync.lifecycle import ending, members, scope, writing
+
 if sys.version_info >= (3, 12):
     from sys import monitoring
 
@@ -153,6 +155,10 @@ class Interruption:
             return self._opcode
 
 
+#: A scope is one thing in four modules.
+LAYERS = {scope: [scope, ending, writing, members]}
+
+
 def everywhere(act: Callable[[], object], *modules: ModuleType) -> Iterator[Interruption]:
     """An interruption for each place, until one has not happened."""
     return _until_one_has_not_happened(lambda n, files: Interruption(n, act, files), modules)
@@ -161,7 +167,7 @@ def everywhere(act: Callable[[], object], *modules: ModuleType) -> Iterator[Inte
 def _until_one_has_not_happened(
     make: Callable[[int, set[str]], AnyInterruption], modules: Iterable[ModuleType]
 ) -> Iterator[AnyInterruption]:
-    files = {module.__file__ or "" for module in modules}
+    files = {layer.__file__ or "" for module in modules for layer in LAYERS.get(module, [module])}
     for number in itertools.count(1):
         interruption = make(number, files)
         yield interruption

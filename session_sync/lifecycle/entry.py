@@ -14,8 +14,9 @@ from ..locks.lock import LockHandle
 from ..session.session import BaseSession
 from .current import Around, current, entries, in_handler, open_around
 from .flow import AcquireLock, Flow, arun_flow, run_flow
+from .members import FIRST, JOIN, OPEN
 from .options import Options
-from .scope import FIRST, JOIN, OPEN, Scope
+from .scope import Scope
 
 S = TypeVar("S", bound=BaseSession)
 

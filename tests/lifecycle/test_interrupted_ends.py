@@ -33,7 +33,7 @@ from session_sync import (
 )
 from session_sync.lifecycle import entry, flow, scope, transaction, update
 from session_sync.lifecycle import threads as pools
-from session_sync.lifecycle.scope import Guard
+from session_sync.lifecycle.members import Guard
 from session_sync.lifecycle.update import UpdateScope
 from session_sync.locks import lock
 from session_sync.session.changes import ChangeTracker

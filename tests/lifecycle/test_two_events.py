@@ -28,8 +28,7 @@ from session_sync import (
     SessionManager,
     SQLiteStorage,
 )
-from session_sync.lifecycle import observers
-from session_sync.lifecycle import scope as scope_module
+from session_sync.lifecycle import ending, observers
 from session_sync.lifecycle.entry import SessionScope
 from session_sync.lifecycle.observers import ObservedScope
 from session_sync.lifecycle.scope import Scope
@@ -297,7 +296,7 @@ def test_a_session_that_is_lost_while_it_is_flushed_is_freed_though_no_thread_ca
     loop.close()
     del loop
     monkeypatch.setattr(_thread, "start_new_thread", fail)
-    monkeypatch.setattr(scope_module, "errands", ThreadPool("test", 1, insists=False))
+    monkeypatch.setattr(ending, "errands", ThreadPool("test", 1, insists=False))
     given[0].flush()
     given.clear()
     gc.collect()
@@ -595,7 +594,7 @@ def test_a_member_that_goes_on_while_it_is_collected_overwrites_nothing(
     threads: Threads, storage_type: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_after_the_other = ThreadPool("test", 1, insists=False)
-    monkeypatch.setattr(scope_module, "errands", one_after_the_other)
+    monkeypatch.setattr(ending, "errands", one_after_the_other)
 
     def begin() -> None:
         generator = _generator_in(lambda: sessions.session_scope(KEY), change)
