@@ -338,8 +338,8 @@ class SessionManager(Generic[S]):
         >>> from session_sync import MemoryStorage
         >>> storage = MemoryStorage()
         >>> storage.set("user:1", {"name": "Alex Doe"})
-        >>> def split_name(tracker):
-        ...     tracker["first"], tracker["last"] = tracker.pop("name").split()
+        >>> def split_name(fields):
+        ...     fields["first"], fields["last"] = fields.pop("name").split()
         >>> sessions = SessionManager(storage=storage, migrations={2: split_name})
         >>> sessions.migrate_all()
         1
@@ -350,9 +350,9 @@ class SessionManager(Generic[S]):
         # What is gone meanwhile is not to be made again, and closing stores what was migrated.
         options = replace(self._options, lazy=False, migrate_eagerly=False, initial=None)
 
-        def migrate(name: str) -> bool:
-            key = name.removeprefix(self.prefix)
-            entry = SessionScope(options, key, name, key)
+        def migrate(full_key: str) -> bool:
+            key = full_key.removeprefix(self.prefix)
+            entry = SessionScope(options, key, full_key, key)
             with entry:
                 if entry.joined is not None:
                     raise SessionMigrationError(
@@ -387,12 +387,12 @@ class SessionManager(Generic[S]):
         (['user:7:chat:7', 'user:7:chat:-100'], ['user:8:chat:-100'])
         """
         self.refuse_closed("find() cannot list the sessions")
-        names = self._until_closed(bulk.stored_keys(self.storage, self.prefix))
-        return bulk.find(names, self.prefix, user, chat)
+        full_keys = self._until_closed(bulk.stored_keys(self.storage, self.prefix))
+        return bulk.find(full_keys, self.prefix, user, chat)
 
-    def _until_closed(self, names: Iterator[str]) -> Iterator[str]:
-        for name in names:
-            yield name
+    def _until_closed(self, full_keys: Iterator[str]) -> Iterator[str]:
+        for full_key in full_keys:
+            yield full_key
             self.refuse_closed("find() cannot list further sessions")
 
     def forget(self, *, user: int | None = None, chat: int | None = None) -> int:

@@ -91,10 +91,12 @@ def _without_tracebacks(error: SessionError) -> SessionError:
 # -- of a user or a chat
 
 
-def find(names: Iterable[str], prefix: str, user: int | None, chat: int | None) -> Iterator[str]:
-    """Of the stored keys `names`, without the `prefix` that all have: those of a user, of a chat,
+def find(
+    full_keys: Iterable[str], prefix: str, user: int | None, chat: int | None
+) -> Iterator[str]:
+    """Of the stored keys, without the `prefix` that all have: those of a user, of a chat,
     of a user in a chat, or all."""
-    keys = (name.removeprefix(prefix) for name in names)
+    keys = (full_key.removeprefix(prefix) for full_key in full_keys)
     if user is None and chat is None:
         return keys
     key_in = _keys_of(StorageKey(user=user, chat=chat))  # which refuses what is no id
@@ -110,10 +112,10 @@ def forget(options: Options[Any], prefix: str, user: int | None, chat: int | Non
         )
     key_in = _keys_of(StorageKey(user=user, chat=chat))
 
-    def delete(name: str) -> bool:
-        if key_in(name.removeprefix(prefix)) is None:
+    def delete(full_key: str) -> bool:
+        if key_in(full_key.removeprefix(prefix)) is None:
             return False
-        with _opened(options, prefix, "forget", name) as (session,):
+        with _opened(options, prefix, "forget", full_key) as (session,):
             found = bool(_record(session))
             if found:
                 replace_record(session, record_of({}))
@@ -129,13 +131,13 @@ def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
         raise ValueError(f"migrate_chat({old}, {new}): a chat that moves has another number then")
     key_in = _keys_of(wanted)
 
-    def move(name: str) -> bool:
-        key = key_in(name.removeprefix(prefix))
+    def move(full_key: str) -> bool:
+        key = key_in(full_key.removeprefix(prefix))
         if key is None:
             return False
         target = prefix + str(replace(key, chat=moved.chat))
         # The goal first: a crash between the two leaves both, and nothing is lost.
-        with _opened(options, prefix, "migrate_chat", target, name) as (goal, source):
+        with _opened(options, prefix, "migrate_chat", target, full_key) as (goal, source):
             record, existing = _record(source), _record(goal)
             if not record:  # somebody else has moved it meanwhile
                 return False
@@ -173,10 +175,10 @@ def _keys_of(wanted: StorageKey) -> Callable[[str], StorageKey | None]:
 
 @contextmanager
 def _opened(
-    options: Options[Any], prefix: str, what: str, *names: str
+    options: Options[Any], prefix: str, what: str, *full_keys: str
 ) -> Iterator[list[SessionScope[Session]]]:
-    """The sessions stored under `names`, whatever is in them; written together at the end, in the
-    order of `names` by a store that takes one at a time."""
+    """The sessions stored under `full_keys`, whatever is in them; written together at the end, in
+    the order of `full_keys` by a store that takes one at a time."""
     options = replace(
         options,
         session_type=Session,
@@ -187,8 +189,8 @@ def _opened(
         lazy=False,
         save_on_error=False,
     )
-    keys = {name: name.removeprefix(prefix) for name in names}
-    scopes = [SessionScope(options, key, name, key) for name, key in keys.items()]
+    keys = {each: each.removeprefix(prefix) for each in full_keys}
+    scopes = [SessionScope(options, key, full_key, key) for full_key, key in keys.items()]
     with SessionScopes(scopes):
         for scope in scopes:
             refuse_open_around(scope, what)

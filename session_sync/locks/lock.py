@@ -1,6 +1,7 @@
 """A caller's claim to one key, from before it is made until after it was given up.
 
-This module knows keys, callers and queues; it knows nothing of sessions or storages.
+This module knows keys, callers and queues; it knows nothing of sessions or storages. It is longer
+than others: the handles, what waits for them and the steps under one mutex are one argument.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import click
 from click.core import ParameterSource
 
 from ...errors import SessionDecodeError, SessionLockTimeoutError
-from ...lifecycle import bulk as people
+from ...lifecycle import bulk
 from ...lifecycle.bulk import replace_record
 from ...manager import SessionManager
 from ...storages.base import KVStorage, OpenRecord, StoredEntry, record_of
@@ -72,8 +72,8 @@ class View:
     def find(self, user: int | None = None, chat: int | None = None) -> Iterator[str]:
         """As `SessionManager.find`."""
         stored = self.storage.keys()
-        names = (name for name in stored if name.startswith(self.prefix))
-        return people.find(names, self.prefix, user, chat)
+        full_keys = (full_key for full_key in stored if full_key.startswith(self.prefix))
+        return bulk.find(full_keys, self.prefix, user, chat)
 
     def entries(self) -> Iterator[StoredEntry]:
         """What is known of each session."""
@@ -101,22 +101,22 @@ class Store(View):
 
     def remove(self, key: str) -> bool:
         """Delete a session under its lock, also one that cannot be read; False: there is none."""
-        name = self.prefix + key
+        full_key = self.prefix + key
         try:
             scope = self.sessions.scope_as_stored(key)
             with scope:
-                found = self.storage.has(name)
+                found = self.storage.has(full_key)
                 if found:
                     replace_record(scope, record_of({}))
             return found
         except SessionDecodeError:
             pass  # no handler can open it either; but another one may be removing it
         try:
-            opened = self.storage.open_unread(name, self.lock_timeout)
+            opened = self.storage.open_unread(full_key, self.lock_timeout)
         except SessionLockTimeoutError as error:
             raise SessionLockTimeoutError(f"the session {key!r} was not deleted: {error}") from None
         except SessionDecodeError:  # of a kind that a lock has nothing to do with, see Redis
-            self.storage.delete(name)
+            self.storage.delete(full_key)
         else:
             opened.close(record_of({}))
         return True
