@@ -1,4 +1,7 @@
-"""The options, and the doors: `session_scope`, `session_scopes` and `with_session`."""
+"""The options, and the ways in: `session_scope`, `session_scopes` and `with_session`.
+
+This module knows what a user can say; how a scope is made and what it does is `lifecycle`'s.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from logging import DEBUG
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeVar, cast
 
@@ -15,12 +17,19 @@ from .errors import SessionKeyError, SessionMigrationError
 from .lifecycle import bulk
 from .lifecycle.backend import backend_of
 from .lifecycle.entry import SessionScope
+from .lifecycle.factory import ScopeFactory
 from .lifecycle.handlers import HandlerSignature, is_async
-from .lifecycle.observers import ObservedScope, Observer, Observers, WaitReporter, logger
+from .lifecycle.observers import Observer, Observers, WaitReporter
 from .lifecycle.options import LOCK_TIMEOUT, Options
 from .lifecycle.transaction import SessionScopes
 from .locks.table import Locks
-from .session.keys import StorageKey, default_key_text, default_storage_key, message_types
+from .session.keys import (
+    StorageKey,
+    default_key_text,
+    default_storage_key,
+    message_types,
+    text_of,
+)
 from .session.migrations import Migration, Migrations
 from .session.session import BaseSession, Session, schema_of
 from .storages.base import KVStorage
@@ -34,7 +43,6 @@ if TYPE_CHECKING:  # a manager made without arguments is a SessionManager[Sessio
 else:
     S = TypeVar("S", bound=BaseSession)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-_is_logged: Final = logger.isEnabledFor
 _SHORTEST_PATIENCE: Final = 0.1
 
 
@@ -129,8 +137,9 @@ class SessionManager(Generic[S]):
         steps = Migrations(
             session_type.migrations if migrations is None else migrations, "migrations"
         )
+        observers = Observers(on_open, on_close, on_wait)
         timeout = None if lock_timeout is None else seconds_of(lock_timeout, "lock_timeout")
-        self._options: Final = Options(
+        options = Options(
             session_type=session_type,
             schema=schema_of(session_type).of_version(steps.version),
             migrations=steps,
@@ -144,22 +153,20 @@ class SessionManager(Generic[S]):
             queue_timeout=timeout,
             patience=WaitReporter(
                 max(_SHORTEST_PATIENCE, LOCK_TIMEOUT if timeout is None else timeout),
-                Observers(on_open, on_close, on_wait),
+                observers,
                 prefix,
             ),
             save_on_error=on_error == "flush",
             dedupe=dedupe,
         )
         self._migrations: Final = migrations
-        self._patient: Final = replace(self._options, queue_timeout=None)
-        self._observers: Final = Observers(on_open, on_close, on_wait)
-        self._is_special = any(self._observers)  # each scope takes a further look
-        self._is_closed = False
-        self.locks: Final = Locks(self._options.backend.locks, prefix)
+        #: For the integrations.
+        self.scopes: Final = ScopeFactory(options, prefix, self._get_storage_key, observers)
+        self.locks: Final = Locks(options.backend.locks, prefix)
 
     def __reduce__(self) -> tuple[Callable[[], SessionManager[S]], tuple[()]]:
         """By its options: for a process of multiprocessing, which then has a manager of its own."""
-        options = self._options
+        options = self.scopes.options
         make = functools.partial(
             type(self),
             options.session_type,
@@ -173,11 +180,11 @@ class SessionManager(Generic[S]):
             dedupe=self.dedupe,
             migrations=self._migrations,
             migrate_eagerly=options.migrate_eagerly,
-            **self._observers._asdict(),
+            **self.scopes.observers._asdict(),
         )
         return make, ()
 
-    # -- the doors
+    # -- the ways in
 
     def session_scope(self, update_or_key: Any) -> SessionScope[S]:
         """The session of an update or a key (`str`, `StorageKey`), for `with` or `async with`.
@@ -202,10 +209,10 @@ class SessionManager(Generic[S]):
         else:
             key = self._get_storage_key(update_or_key)
             if key.__class__ is not str:
-                key = _text_of(key)
+                key = text_of(key)
                 if key is None:
                     raise SessionKeyError(no_key(update_or_key))
-        return self._scope(self._options, key, update_or_key)
+        return self.scopes.of_key(key, update_or_key)
 
     def session_scopes(self, *updates_or_keys: Any) -> SessionScopes[S]:
         """The sessions of several updates or keys at once, for `with` or `async with`: a transfer
@@ -232,9 +239,9 @@ class SessionManager(Generic[S]):
         ({'coins': 7}, {'coins': 13})
         """
         scopes = [self.session_scope(each) for each in updates_or_keys]
-        if self._options.lazy:
-            options = replace(self._options, lazy=False)
-            scopes = [self._scope(options, scope.key, scope.update) for scope in scopes]
+        if self.scopes.options.lazy:
+            options = replace(self.scopes.options, lazy=False)
+            scopes = [self.scopes.of_key(each.key, each.update, options) for each in scopes]
         return SessionScopes(scopes)
 
     def with_session(self, handler: Handler) -> Handler:
@@ -286,37 +293,6 @@ class SessionManager(Generic[S]):
 
         return cast(Handler, known.dress(wrapper))
 
-    # -- for the rooms of the frameworks
-
-    def key_of(self, update: Any) -> str | None:
-        """The key of an update, or None; raises what `get_storage_key` raises, and TypeError."""
-        return _text_of(self._get_storage_key(update))
-
-    def scope_of(self, key: str, update: Any) -> SessionScope[S]:
-        """The scope of `key` on behalf of `update`, which `initial` will be given. It waits as
-        long as it takes for others of this process, since a queue must not drop updates."""
-        return self._scope(self._patient, key, update)
-
-    def _scope(self, options: Options[S], key: str, update: Any) -> SessionScope[S]:
-        if self._is_special or _is_logged(DEBUG):
-            self.refuse_closed(f"session {key!r} cannot be opened")
-            return ObservedScope(options, key, self.prefix + key, update, self._observers)
-        return SessionScope(options, key, self.prefix + key, update)
-
-    def refuse_closed(self, what: str) -> None:
-        """Raise RuntimeError, which says that this is what cannot be done, if it was closed: the
-        store would open again, and stay open."""
-        if self._is_closed:
-            raise RuntimeError(
-                f"{what}: its SessionManager was closed, by close() or at the end of a `with`. "
-                f"Close it when the bot has stopped, or make another one."
-            )
-
-    def scope_as_stored(self, key: str) -> SessionScope[S]:
-        """The scope of a key for who does not look at the fields, of whatever version they are."""
-        self.refuse_closed(f"session {key!r} cannot be opened")
-        return bulk.scope_as_stored(self._options, key, self.prefix + key)
-
     # -- all of them
 
     def migrate_all(self, progress: Callable[[str], None] | None = None) -> int:
@@ -346,9 +322,9 @@ class SessionManager(Generic[S]):
         >>> storage.get("user:1")
         {'first': 'Alex', 'last': 'Doe', '$version': 2}
         """
-        self.refuse_closed("migrate_all() cannot open the sessions")
+        self.scopes.refuse_closed("migrate_all() cannot open the sessions")
         # What is gone meanwhile is not to be made again, and closing stores what was migrated.
-        options = replace(self._options, lazy=False, migrate_eagerly=False, initial=None)
+        options = replace(self.scopes.options, lazy=False, migrate_eagerly=False, initial=None)
 
         def migrate(full_key: str) -> bool:
             key = full_key.removeprefix(self.prefix)
@@ -386,14 +362,14 @@ class SessionManager(Generic[S]):
         >>> list(sessions.find(user=7)), list(sessions.find(user=8, chat=-100))
         (['user:7:chat:7', 'user:7:chat:-100'], ['user:8:chat:-100'])
         """
-        self.refuse_closed("find() cannot list the sessions")
+        self.scopes.refuse_closed("find() cannot list the sessions")
         full_keys = self._until_closed(bulk.stored_keys(self.storage, self.prefix))
         return bulk.find(full_keys, self.prefix, user, chat)
 
     def _until_closed(self, full_keys: Iterator[str]) -> Iterator[str]:
         for full_key in full_keys:
             yield full_key
-            self.refuse_closed("find() cannot list further sessions")
+            self.scopes.refuse_closed("find() cannot list further sessions")
 
     def forget(self, *, user: int | None = None, chat: int | None = None) -> int:
         """Delete every stored session of a user, of a chat, or of a user in a chat: those that
@@ -416,8 +392,8 @@ class SessionManager(Generic[S]):
         >>> sessions.forget(user=7), sessions.forget(user=7)
         (1, 0)
         """
-        self.refuse_closed("forget() cannot open the sessions")
-        return bulk.forget(self._options, self.prefix, user, chat)
+        self.scopes.refuse_closed("forget() cannot open the sessions")
+        return bulk.forget(self.scopes.options, self.prefix, user, chat)
 
     def migrate_chat(self, old: int, new: int) -> int:
         """Move all sessions of a group to the number that it has as a supergroup: of every user,
@@ -451,15 +427,15 @@ class SessionManager(Generic[S]):
         >>> list(sessions.find())
         ['user:7:chat:-1001234']
         """
-        self.refuse_closed("migrate_chat() cannot open the sessions")
-        return bulk.migrate_chat(self._options, self.prefix, old, new)
+        self.scopes.refuse_closed("migrate_chat() cannot open the sessions")
+        return bulk.migrate_chat(self.scopes.options, self.prefix, old, new)
 
     # -- the end
 
     def close(self) -> None:
         """Close the storage, if it can be closed. From then on the manager opens no session, and
         lists, moves and deletes none: that raises RuntimeError, as `install` does with it."""
-        self._is_closed = self._is_special = True
+        self.scopes.close()
         close = getattr(self.storage, "close", None)
         if close is not None:
             close()
@@ -490,17 +466,6 @@ def _check_dedupe(dedupe: object, lazy: bool) -> None:
             "its session before its handler runs, and a lazy one is not loaded then; leave "
             "lazy=True away"
         )
-
-
-def _text_of(key: Any) -> str | None:
-    """The text of what get_storage_key has answered."""
-    if key is None or isinstance(key, str):
-        return key
-    if isinstance(key, StorageKey):
-        return str(key)
-    raise TypeError(
-        f"get_storage_key must return a str, a StorageKey or None, not {type(key).__name__}"
-    )
 
 
 def no_key(update: Any) -> str:

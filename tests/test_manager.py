@@ -248,7 +248,7 @@ def test_lock_timeout_is_a_number_a_timedelta_or_none() -> None:
                     sessions.session_scope(KEY).__enter__()
 
             asyncio.run(asyncio.to_thread(_outside(wait)))
-    assert SessionManager(lock_timeout=None)._options.lock_timeout is None
+    assert SessionManager(lock_timeout=None).scopes.options.lock_timeout is None
 
 
 def _outside(work: Any) -> Any:

@@ -151,7 +151,7 @@ def test_async_code_and_lazy_sessions_migrate_too(storage: Any) -> None:
         async with people.session_scope(key) as session:
             session = await session
             assert session.first == "Alex"
-            assert storage.get(key) == (NEW if people._options.migrate_eagerly else OLD)
+            assert storage.get(key) == (NEW if people.scopes.options.migrate_eagerly else OLD)
 
     number = 0
     for lazy in (False, True):
@@ -209,7 +209,7 @@ def test_a_migrated_session_whose_saving_fails_is_still_to_be_saved(
         session.other = other = []
         other.append(object())  # which nobody looks at before the flush
         if isinstance(storage, MemoryStorage):
-            monkeypatch.setattr(people._options.backend, "save", _full)
+            monkeypatch.setattr(people.scopes.options.backend, "save", _full)
         with pytest.raises((SessionEncodeError, OSError)):
             session.flush()
         monkeypatch.undo()
@@ -484,7 +484,7 @@ def test_an_eager_save_that_fails_leaves_a_lazy_session_unloaded(
     monkeypatch: pytest.MonkeyPatch, storage: Any
 ) -> None:
     people = SessionManager(Person, storage=storage, lazy=True, migrate_eagerly=True)
-    door = people._options.backend
+    door = people.scopes.options.backend
     with people.session_scope("user:1") as session:
         with monkeypatch.context() as broken:
             broken.setattr(door, "save", _full)

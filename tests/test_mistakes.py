@@ -175,8 +175,8 @@ def test_a_manager_that_was_closed_opens_nothing() -> None:
     "use",
     [
         pytest.param(lambda sessions: sessions.session_scopes("user:1"), id="session_scopes"),
-        pytest.param(lambda sessions: sessions.scope_of("user:1", None), id="scope_of"),
-        pytest.param(lambda sessions: sessions.scope_as_stored("user:1"), id="scope_as_stored"),
+        pytest.param(lambda sessions: sessions.scopes.of_key("user:1", None), id="of_key"),
+        pytest.param(lambda sessions: sessions.scopes.as_stored("user:1"), id="as_stored"),
         pytest.param(lambda sessions: sessions.find(user=1), id="find"),
         pytest.param(lambda sessions: sessions.forget(user=1), id="forget"),
         pytest.param(lambda sessions: sessions.migrate_chat(1, 2), id="migrate_chat"),

@@ -568,7 +568,7 @@ def test_a_ptb_application_is_told_of_each_update(seen: Observers) -> None:
 
 def test_without_observers_there_is_none_of_it() -> None:
     assert type(SessionManager().session_scope("user:1")) is SessionScope
-    assert type(SessionManager().scope_of("user:1", None)) is SessionScope
+    assert type(SessionManager().scopes.of_key("user:1", None)) is SessionScope
     for sessions in (SessionManager(), SessionManager(lazy=True)):
         (scope,) = sessions.session_scopes("user:1")._scopes
         assert type(scope) is SessionScope

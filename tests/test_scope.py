@@ -84,7 +84,7 @@ def run_handler(sessions: SessionManager[Any], handler: Callable[[Any], None], h
 
     async def main() -> None:
         async with sessions.session_scope(KEY) as session:
-            if sessions._options.lazy and handler is not untouched:
+            if sessions.scopes.options.lazy and handler is not untouched:
                 session = await session
             handler(session)
 
@@ -1094,7 +1094,7 @@ def test_tasks_that_start_one_another_leave_no_chain_of_scopes() -> None:
 
 def test_whoever_waits_for_a_lazy_session_waits_for_all_who_are_in_it() -> None:
     sessions: SessionManager[Any] = SessionManager(lazy=True)
-    locks = sessions._options.backend.locks
+    locks = sessions.scopes.options.backend.locks
 
     def touch() -> None:
         with sessions.session_scope(KEY) as session:

@@ -711,7 +711,7 @@ def test_a_scope_inside_a_handler_passes_tickets_that_have_not_begun(
     lazy: bool, inside: str
 ) -> None:
     sessions: SessionManager[Any] = SessionManager(lazy=lazy, lock_timeout=0)
-    tickets = Tickets([sessions._options.backend.locks.ticket(KEY)])
+    tickets = Tickets([sessions.scopes.options.backend.locks.ticket(KEY)])
     tickets.queue(lambda: None)
 
     def handler() -> None:
@@ -730,7 +730,7 @@ def test_a_scope_inside_a_handler_passes_tickets_that_have_not_begun(
 
 def test_a_lazy_session_touched_outside_its_scope_but_in_a_handler_passes_tickets() -> None:
     sessions: SessionManager[Any] = SessionManager(lazy=True, lock_timeout=0)
-    tickets = Tickets([sessions._options.backend.locks.ticket(KEY)])
+    tickets = Tickets([sessions.scopes.options.backend.locks.ticket(KEY)])
     tickets.queue(lambda: None)
 
     def touch() -> None:
@@ -746,7 +746,7 @@ def test_a_lazy_session_touched_outside_its_scope_but_in_a_handler_passes_ticket
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_scope_outside_any_handler_queues_behind_tickets_that_have_not_begun(lazy: bool) -> None:
     sessions: SessionManager[Any] = SessionManager(lazy=lazy, lock_timeout=0)
-    tickets = Tickets([sessions._options.backend.locks.ticket(KEY)])
+    tickets = Tickets([sessions.scopes.options.backend.locks.ticket(KEY)])
     tickets.queue(lambda: None)
     with pytest.raises(SessionLockTimeoutError, match="a task that waits for a worker"):
         update_it(sessions)

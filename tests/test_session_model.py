@@ -315,7 +315,7 @@ class SessionBesideADict(RuleBasedStateMachine):
             raise OSError
 
         with pytest.MonkeyPatch.context() as patch:
-            for way in (self.sessions._options.backend, self.sessions.storage):
+            for way in (self.sessions.scopes.options.backend, self.sessions.storage):
                 for name in ("save", "delete"):
                     patch.setattr(way, name, fail, raising=False)
             try:

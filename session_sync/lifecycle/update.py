@@ -34,7 +34,7 @@ def managers_of(
     """Raises TypeError if one is no SessionManager, ValueError if both are the same, and
     RuntimeError if one was closed."""
     for name, manager in zip(NAMES, (sessions, chat_session), strict=True):
-        if not hasattr(manager, "scope_of") and (manager is not None or name == NAMES[0]):
+        if not hasattr(manager, "scopes") and (manager is not None or name == NAMES[0]):
             raise TypeError(
                 f"install() takes a SessionManager for {name}, not a {type(manager).__name__}; "
                 f"of a storage, SessionManager(storage=...) makes one"
@@ -47,7 +47,7 @@ def managers_of(
         )
     managers = (sessions,) if chat_session is None else (sessions, chat_session)
     for manager in managers:
-        manager.refuse_closed("install() cannot give the bot sessions")
+        manager.scopes.refuse_closed("install() cannot give the bot sessions")
     return managers
 
 
@@ -66,7 +66,7 @@ class UpdateScope(ScopeStack):
 
     def __init__(self, managers: Managers, update: Any, delivery: Delivery | None = None) -> None:
         #: In the order of `managers`; None for one that the update has no key for.
-        self.scopes: Final = [scope_of(sessions, update) for sessions in managers]
+        self.scopes: Final = [sessions.scopes.of_update(update) for sessions in managers]
         super().__init__(scope for scope in self.scopes if scope is not None)
         if len(self.in_order) > 1:
             _put_in_order(self.in_order)
@@ -182,12 +182,6 @@ def _tracker_of(scope: SessionScope[Any]) -> ChangeTracker:
 def dedupes(managers: Managers) -> bool:
     """Whether any of them remembers updates."""
     return any(sessions.dedupe for sessions in managers)
-
-
-def scope_of(sessions: SessionManager[Any], update: Any) -> SessionScope[Any] | None:
-    """The scope that goes around an update, or None if it has no key; raises as `key_of` does."""
-    key = sessions.key_of(update)
-    return None if key is None else sessions.scope_of(key, update)
 
 
 def _put_in_order(scopes: list[SessionScope[Any]]) -> None:

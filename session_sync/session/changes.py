@@ -11,7 +11,7 @@ from typing import Any, Final
 from weakref import ref
 
 from ..errors import SessionClosedError, SessionTypeError
-from ..storages.base import Check, Record, patched, record_of, reread
+from ..storages.base import SMALL, Check, Record, patched, record_of, reread
 from ..storages.places import path, place_of, step
 from .containers import ATOMS, MISSING, NOBODY, ZONED, Owner
 from .declarations import NO_SCHEMA, Schema
@@ -459,6 +459,10 @@ class ChangeTracker:
         changes, states = self._changes(loaded, marks) if loaded else ({}, {})
         if states or self.timers is not None or self.schema.version > 1 or self.moved:
             record = Flush(self, loaded, marks.copy(), changes, states).record()
+        elif (
+            record.__class__ is dict and len(record) <= SMALL
+        ):  # sooner done than anything cleverer
+            record = {**record, **changes} if changes else record
         elif changes:
             record = patched(record, changes)  # the way that copies least
         if record is not self.flushed:

@@ -390,3 +390,14 @@ def _read(kind: UpdateKind, payload: object, make_key: _MakeKey) -> StorageKey |
     elif user is None and chat > 0:
         user = chat
     return None if chat is None else make_key(user, chat, at, at(payload, kind.message))
+
+
+def text_of(key: Any) -> str | None:
+    """The text of what get_storage_key has answered."""
+    if key is None or isinstance(key, str):
+        return key
+    if isinstance(key, StorageKey):
+        return str(key)
+    raise TypeError(
+        f"get_storage_key must return a str, a StorageKey or None, not {type(key).__name__}"
+    )

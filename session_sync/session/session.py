@@ -271,7 +271,8 @@ class BaseSession(MutableMapping[str, Any]):
     if not TYPE_CHECKING:  # else a type checker would let any name through
 
         def __setattr__(self, name: str, value: Any) -> None:
-            self._check_attribute(name)
+            if name.startswith("_") or name in self._reserved:
+                raise _reserved_name(self, name)
             if name not in self._declared:
                 raise AttributeError(
                     f"session {self.key!r} has no field {name!r}: {type(self).__name__} declares "
@@ -282,20 +283,21 @@ class BaseSession(MutableMapping[str, Any]):
             self[name] = value
 
     def __delattr__(self, name: str) -> None:
-        self._check_attribute(name)
+        if name.startswith("_") or name in self._reserved:
+            raise _reserved_name(self, name)
         try:
             del self[name]
         except KeyError:
             raise _no_attribute(self, name) from None
 
-    def _check_attribute(self, name: str) -> None:
-        if name.startswith("_") or name in self._reserved:
-            raise AttributeError(
-                f"{name!r} is a name of {type(self).__name__} itself; as a field it is reached "
-                f"with brackets: session[{name!r}]",
-                name=name,
-                obj=self,
-            )
+
+def _reserved_name(session: BaseSession, name: str) -> AttributeError:
+    return AttributeError(
+        f"{name!r} is a name of {type(session).__name__} itself; as a field it is reached with "
+        f"brackets: session[{name!r}]",
+        name=name,
+        obj=session,
+    )
 
 
 class _Attribute(property):
@@ -396,7 +398,8 @@ class Session(BaseSession):
             raise _no_attribute(self, name) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._check_attribute(name)
+        if name.startswith("_") or name in self._reserved:
+            raise _reserved_name(self, name)
         self[name] = value
 
 

@@ -212,7 +212,7 @@ def record_of(fields: Mapping[str, Any]) -> Record:
     >>> dict(one), dict(two)
     ({'counter': 1, 'name': 'alex'}, {'counter': 2, 'name': 'alex'})
     """
-    return dict(fields) if len(fields) <= _SMALL else PatchedRecord(dict(fields), {})
+    return dict(fields) if len(fields) <= SMALL else PatchedRecord(dict(fields), {})
 
 
 def plain(value: Any) -> Any:
@@ -239,7 +239,7 @@ def plain(value: Any) -> Any:
 
 def patched(record: Record, changes: Mapping[str, Any]) -> Record:
     """`record` with `changes` put over it, in the order that a dict would have."""
-    if record.__class__ is dict and len(record) <= _SMALL:
+    if record.__class__ is dict and len(record) <= SMALL:
         return {**record, **changes}  # sooner done than anything cleverer
     # Not by isinstance(), which takes an abstract class longer than the rest of this.
     own_way: Callable[[Mapping[str, Any]], Record] | None = getattr(record, "patched", None)
@@ -307,4 +307,4 @@ class PatchedRecord(Mapping[str, Any]):
         return bool(self.patch or self.base)
 
 
-_SMALL: Final = 64  # fields; copying so many takes half a microsecond
+SMALL: Final = 64  # fields; copying so many takes half a microsecond

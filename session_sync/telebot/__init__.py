@@ -44,7 +44,6 @@ from ..lifecycle.update import (
     dedupes,
     managers_of,
     release_all,
-    scope_of,
     tickets_for,
 )
 from ..locks.tickets import Tickets
@@ -328,7 +327,7 @@ class _Room:
         job: _Job | _UpdateJob
         try:
             if self._is_plain:
-                job = _Job(scope_of(self._sessions, update), task, args, kwargs)
+                job = _Job(self._sessions.scopes.of_update(update), task, args, kwargs)
             else:
                 update_scope = UpdateScope(self._managers, update, _delivery_of(update))
                 job = _UpdateJob(update_scope, task, args, kwargs)

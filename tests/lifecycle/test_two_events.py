@@ -195,7 +195,7 @@ def test_a_key_that_a_collected_task_releases_is_taken_out_once(threads: Threads
     releases = Stop(LockHandle.release, "key, table =", when=lambda v: v["self"].key == KEY)
     threads.start(stopping(gc.collect, releases))
     releases.wait()
-    handles.append(sessions._options.backend.locks.held[KEY])
+    handles.append(sessions.scopes.options.backend.locks.held[KEY])
     assert handles[0].is_orphaned
     assert handles[0].by_note
     handles.clear()
@@ -652,7 +652,7 @@ def test_a_ticket_whose_update_is_lost_with_an_interrupted_finaliser_is_recovere
         raise Interrupt
 
     def lose() -> None:
-        scope = sessions.scope_of(KEY, None)
+        scope = sessions.scopes.of_key(KEY, None)
         tickets = tickets_for([scope])
         tickets.queue(lambda: None)
         assert tickets.redeem()

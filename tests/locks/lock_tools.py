@@ -90,7 +90,7 @@ def take_elsewhere(
 
 def table_of(sessions: SessionManager[Any]) -> LockTable:
     """The locks of a manager's store."""
-    return sessions._options.backend.locks
+    return sessions.scopes.options.backend.locks
 
 
 # -- fixtures

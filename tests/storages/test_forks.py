@@ -215,7 +215,7 @@ def test_an_update_in_a_child_is_not_queued_behind_a_session_that_another_thread
         child = fork()
         if child == 0:
             calls = []
-            tickets_for([sessions.scope_of("key", None)]).queue(lambda: calls.append(1))
+            tickets_for([sessions.scopes.of_key("key", None)]).queue(lambda: calls.append(1))
             os._exit(len(calls))
         print(os.waitpid(child, 0)[1] >> 8)
         leave.set()

@@ -140,9 +140,9 @@ def test_a_manager_keeps_its_options(tmp_path: Path) -> None:
             raise ZeroDivisionError
         assert storage.get("shop:user:1") == {"begun": True, "n": 1, "$version": 2}
         assert (sessions.dedupe, sessions.prefix) == (3, "shop:")
-        assert sessions._options.lock_timeout == 7
-        assert sessions._options.migrate_eagerly
-        assert sessions._observers.on_close is observe
+        assert sessions.scopes.options.lock_timeout == 7
+        assert sessions.scopes.options.migrate_eagerly
+        assert sessions.scopes.observers.on_close is observe
         assert sessions.storage._waits_for_disk
 
 

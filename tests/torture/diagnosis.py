@@ -38,7 +38,7 @@ collections = Collections()
 
 def locks_and_stacks(manager: SessionManager[Any]) -> str:
     """Each key that is held, with its scope and what knows that; and where all threads are."""
-    table = manager._options.backend.locks
+    table = manager.scopes.options.backend.locks
     lines = [str(collections)]
     for key in list(table.held.keys() | table.queues.keys()):
         handle, queue = table.held.get(key), table.queues.get(key)

@@ -253,7 +253,7 @@ class DoomedLoops(threading.Thread):
 def _soon_empty(manager: SessionManager[Any]) -> int:
     """How many keys are in the lock table after all; what blocks is unlocked by a thread."""
     give_up = time.monotonic() + OPENS
-    locks = manager._options.backend.locks
+    locks = manager.scopes.options.backend.locks
     while (size := len(manager.locks)) and time.monotonic() < give_up:
         if all(handle.is_orphaned for handle in list(locks.held.values())) and not locks.queues:
             return 0  # its finaliser was interrupted, too: it is given to whoever comes to wait

@@ -166,7 +166,7 @@ def set_(
     if new is not None and life_time is not None:
         new = ttl(new, life_time)
     store.warn_of_life_times()
-    with store.sessions.scope_as_stored(key) as session:
+    with store.sessions.scopes.as_stored(key) as session:
         if not create and not store.has(key):
             raise Failure(f"no session is stored under {key!r}; --create makes it")
         if delete and field not in session:

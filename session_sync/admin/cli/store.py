@@ -103,7 +103,7 @@ class Store(View):
         """Delete a session under its lock, also one that cannot be read; False: there is none."""
         full_key = self.prefix + key
         try:
-            scope = self.sessions.scope_as_stored(key)
+            scope = self.sessions.scopes.as_stored(key)
             with scope:
                 found = self.storage.has(full_key)
                 if found:

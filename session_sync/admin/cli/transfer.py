@@ -159,7 +159,7 @@ def _summary(done: int, skipped: int, failed: int, dry_run: bool) -> str:
 
 
 def _put(store: Store, key: str, fields: dict[str, Any], skip_existing: bool) -> bool:
-    scope = store.sessions.scope_as_stored(key)
+    scope = store.sessions.scopes.as_stored(key)
     with scope:
         if skip_existing and store.has(key):
             return False
