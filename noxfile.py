@@ -30,19 +30,14 @@ EXTRAS = SETUP["options.extras_require"]
 
 # The tests that meet the libraries: those of the rooms and of the stores, and msgspec's.
 MEET_LIBRARIES = [
-    "tests/test_telebot.py",
-    "tests/test_telebot_next_steps.py",
-    "tests/test_async_telebot.py",
-    "tests/test_chats.py",
-    "tests/test_ptb.py",
-    "tests/test_ptb_slots.py",
-    "tests/test_ptb_tasks.py",
-    "tests/test_ptb_units.py",
-    "tests/test_redis.py",
-    "tests/test_disk.py",
-    "tests/test_storages.py",
-    "tests/test_codec.py",
-    "tests/test_typed_model.py",
+    "tests/with_telebot",
+    "tests/with_ptb",
+    "tests/with_both/test_chats.py",
+    "tests/storages/with_redis/test_redis.py",
+    "tests/storages/test_disk.py",
+    "tests/storages/test_storages.py",
+    "tests/storages/test_codec.py",
+    "tests/session/test_typed_model.py",
 ]
 
 # An APScheduler of then imports pkg_resources, which a new setuptools does not have.
@@ -135,7 +130,7 @@ def ptb13(session: nox.Session) -> None:
     """python-telegram-bot 13: the decorator and the block, by duck typing."""
     session.install(".", "python-telegram-bot<14", "pytest", "pytest-timeout", PKG_RESOURCES)
     elsewhere(session)
-    session.run("python", "-m", "pytest", "tests/test_ptb13.py")
+    session.run("python", "-m", "pytest", "tests/with_ptb/test_ptb13.py")
 
 
 @nox.session

@@ -1,4 +1,10 @@
-"""What many tests need: a local Bot API, threads that report their errors, JSON updates."""
+"""What many tests need: a local Bot API, threads that report their errors, JSON updates.
+
+The folders follow the packages of session_sync. Each one is on the import path while its tests run:
+a file's name is unique among all tests, and no folder is named as a library that is imported. An
+empty `tests/telebot/` would be found where telebot is not installed, hence `with_telebot/`. It is
+also why no folder has a conftest.py of its own: `from conftest import ...` means this one.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +34,8 @@ from session_sync.testing import OfflineBotAPI
 # Programs that a test starts in a process of its own, and what only type checkers read.
 collect_ignore_glob = [
     "data/*",
-    "disk_*.py",
-    "shared_worker.py",
+    "storages/disk_*.py",
+    "storages/shared_worker.py",
     "torture/[!t]*",
     "torture/torture.py",
     "typing/*",

@@ -523,7 +523,7 @@ def _message(user: int) -> dict[str, Any]:
 
 
 def _stop(w: World) -> None:
-    """As tests/bots.py does: the workers are woken."""
+    """As tests/with_both/bots.py does: the workers are woken."""
     bot = w.shared.pop("bot")
 
     def stop() -> None:

@@ -1,7 +1,7 @@
 """Writes `tests/data/formats/N/`: sessions as this version of session_sync stores them.
 
 Run once for each form of what is stored, by the code that first wrote it, and kept for ever:
-`tests/test_formats.py` reads them with the code of today.
+`tests/storages/test_formats.py` reads them with the code of today.
 
     python tests/data/formats/write.py 2
 

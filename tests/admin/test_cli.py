@@ -29,9 +29,9 @@ import pytest
 from conftest import Threads
 from hypothesis import given
 from pages import DOCS, snippets
-from test_codec import KEPT, Money, money_from, money_to, same
-from test_codec import names as field_names
-from test_codec import sessions as sessions_of_values
+from values import KEPT, Money, money_from, money_to, same
+from values import names as field_names
+from values import sessions as sessions_of_values
 
 from session_sync import Codec, Session, SessionManager, storage_from_url, ttl
 
@@ -45,7 +45,7 @@ from session_sync.admin.cli.jsonl import CODEC, from_line, to_line
 COMMAND = [sys.executable, "-W", "error", "-m", "session_sync"]
 SECRET = "s3cr3t/pa$$"
 #: Files that other libraries have written.
-WRITTEN = Path(__file__).parent / "data" / "importers"
+WRITTEN = Path(__file__).parents[1] / "data" / "importers"
 
 
 class Done(NamedTuple):
@@ -67,7 +67,7 @@ class Done(NamedTuple):
 def environment(url: str | None = None) -> dict[str, str]:
     hidden = ("SESSION_SYNC_STORAGE", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE")
     plain = {name: value for name, value in os.environ.items() if name not in hidden}
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     plain |= {
         "TERM": "xterm-256color",
         "PYTHONPATH": f"{root}{os.pathsep}{plain.get('PYTHONPATH', '')}",

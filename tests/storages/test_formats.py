@@ -16,7 +16,7 @@ import pytest
 
 from session_sync import Codec, DiskStorage, MemoryStorage, SQLiteStorage
 
-FORMATS = Path(__file__).parent / "data" / "formats"
+FORMATS = Path(__file__).parents[1] / "data" / "formats"
 
 
 def _writer() -> Any:

@@ -3,7 +3,7 @@
 No luck is needed to see what happens then: a thread is stopped at its k-th line inside the package,
 for every k, the other one does all that it has to do, and the first one goes on. To stop before
 each instruction of the interpreter instead (minutes): SESSION_SYNC_OPCODES=1 pytest
-tests/test_changes.py
+tests/session/test_changes.py
 """
 
 from __future__ import annotations

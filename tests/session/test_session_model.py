@@ -1,6 +1,6 @@
 """A session and its containers, driven at random beside plain dicts, lists and sets.
 
-To look longer than CI does: SESSION_SYNC_EXAMPLES=2000 pytest tests/test_session_model.py
+To look longer than CI does: SESSION_SYNC_EXAMPLES=2000 pytest tests/session/test_session_model.py
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Bomb:
 
 
 def run(script: str, *arguments: object) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "error"}
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "PYTHONWARNINGS": "error"}
     done = subprocess.run(
         [sys.executable, HERE / script, *map(str, arguments)],
         env=environment,
@@ -729,7 +729,7 @@ def test_without_diskcache_the_error_says_what_to_install() -> None:
     code = "import sys; sys.modules['diskcache'] = None\nimport session_sync.storages.disk"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
         capture_output=True,
         text=True,
         check=False,

@@ -27,7 +27,7 @@ from telegram.constants import ChatID
 from session_sync.session.keys import StorageKey, by_chat, by_topic, by_user, default_storage_key
 
 UPDATES: dict[str, dict[str, Any]] = json.loads(
-    Path(__file__).with_name("data").joinpath("updates.json").read_text(encoding="utf-8")
+    Path(__file__).parents[1].joinpath("data", "updates.json").read_text(encoding="utf-8")
 )
 
 ALICE, BOB, OWNER = 700100001, 700100002, 700100009
@@ -700,7 +700,7 @@ def test_importing_keys_imports_neither_library() -> None:
     code = f"import sys, session_sync.session.keys; print({libraries} & {{*sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,

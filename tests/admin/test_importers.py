@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from session_sync import Codec, SessionDecodeError, StorageKey, default_storage_key
 from session_sync.admin.importers import IMPORTERS
 
-HERE = Path(__file__)
-FOLDER = HERE.parent / "data" / "importers"
+FOLDER = Path(__file__).parents[1] / "data" / "importers"
 EVERY_PROTOCOL = range(pickle.HIGHEST_PROTOCOL + 1)
 
 
