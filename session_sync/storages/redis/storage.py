@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from importlib.resources import files
 from typing import Any, Final, NamedTuple, TypeAlias
 from urllib.parse import quote
 from weakref import WeakValueDictionary
@@ -118,173 +119,12 @@ def _packed(*parts: bytes) -> bytes:
     return b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
 
-# What lies beside the data of a session, under names that begin as theirs:
-#
-#   :lock            "<token> <saves> <since>": who has it open; how often he has saved; since when
-#   :queue           who waits, by the time at which he came
-#   :seen            who waits, and until when he keeps his place without coming back
-#   :wake:<token>    something to pop for the one who waits, as soon as the key is kept for him
-#   :closed:<token>  how a close ended ("ok" or an error), in case that it is sent again
-#
-# A token stands for one opening. All of it expires. The wake list of whoever is next is not known
-# beforehand, so it is not among KEYS; it has the same hash tag.
-_COMMON: Final = """
-local data, lock, queue, seen, closed = unpack(KEYS)
-local token = ARGV[1]
+def _lua(name: str) -> str:
+    return files(__package__).joinpath("scripts", f"{name}.lua").read_text("utf-8")
 
-local function is_ours(held)
-  return held and string.sub(held, 1, #token + 1) == token .. ' '
-end
 
--- A number of 13 digits, and Lua writes as many as 14.
-local function now_in_ms()
-  local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
-end
-
--- Whoever has waited longest and is still there.
-local function first_waiter()
-  while true do
-    local first = redis.call('ZRANGE', queue, 0, 0)[1]
-    if not first then return nil end
-    if tonumber(redis.call('HGET', seen, first) or 0) > now_in_ms() then return first end
-    redis.call('ZREM', queue, first)
-    redis.call('HDEL', seen, first)
-  end
-end
-
--- Keep the free key for `first` until he comes, and wake him.
-local function offer(first, now)
-  local held, wake = first .. ' 0 ' .. now, data .. ':wake:' .. first
-  redis.call('SET', lock, held, 'PX', offered)
-  redis.call('RPUSH', wake, '1')
-  redis.call('PEXPIRE', wake, offered)
-  return held
-end
-
--- Do what a save or a close asks for: "ok", or why the server refuses.
-local function write(how, value)
-  local answer = 'ok'
-  if how == 'set' and ttl == '0' then
-    answer = redis.pcall('SET', data, value)
-  elseif how == 'set' then
-    answer = redis.pcall('SET', data, value, 'PX', ttl)
-  elseif how == 'delete' then
-    answer = redis.pcall('DEL', data)
-  end
-  if type(answer) ~= 'table' or not answer.err then return 'ok' end
-  -- Redis 6 tells the name of the script first.
-  return string.match(answer.err, 'OOM .*') or answer.err
-end
-"""
-
-# Take the lock and get the data, which is the answer; or stand in the queue and say who has it.
-_OPEN: Final = """
-local place = ARGV[2]
-local now = now_in_ms()
-local held, first = nil, nil
-if redis.call('EXISTS', lock, queue, closed) > 0 then -- else it is free, and nobody waits
-  if redis.call('EXISTS', closed) == 1 then -- sent again, and overtaken: nobody waits for it
-    return redis.error_reply('ERR this opening of a session is over')
-  end
-  held = redis.call('GET', lock)
-  if not held then
-    first = first_waiter()
-    if first and first ~= token then held = offer(first, now) end
-  end
-  if held and not is_ours(held) then
-    local time = redis.call('TIME')
-    redis.call('ZADD', queue, 'NX', string.format('%.0f', time[1] * 1000000 + time[2]), token)
-    redis.call('HSET', seen, token, now + place)
-    redis.call('PEXPIRE', queue, kept)
-    redis.call('PEXPIRE', seen, kept)
-    return {redis.call('PTTL', lock), held, now}
-  end
-end
-local value = redis.call('GET', data) -- which fails if it is no string, before anything is written
-if held then
-  redis.call('PEXPIRE', lock, lease) -- it was kept for us, or this is sent again
-else
-  redis.call('SET', lock, token .. ' 0 ' .. now, 'PX', lease)
-end
-if held or first then
-  redis.call('ZREM', queue, token)
-  redis.call('HDEL', seen, token)
-end
-if value and ttl ~= '0' then redis.call('PEXPIRE', data, ttl) end
-return value
-"""
-
-# Write under the lock. Saves are numbered: one that is sent again, and arrives late, must not put
-# what it has over what came after it.
-_SAVE: Final = """
-local number, how, value = ARGV[2], ARGV[3], ARGV[4]
-local held = redis.call('GET', lock)
-if not is_ours(held) then return 0 end
-local saves, since = string.match(held, ' (%d+) (%d+)$')
-if tonumber(number) <= tonumber(saves) then return 1 end
-local said = write(how, value)
-if said ~= 'ok' then return redis.error_reply(said) end
-redis.call('SET', lock, token .. ' ' .. number .. ' ' .. since, 'PX', lease)
-return 1
-"""
-
-# Write, and hand the key on, also if the server has no memory for what is to be written.
-_CLOSE: Final = """
-local how, value = ARGV[2], ARGV[3]
-if not is_ours(redis.call('GET', lock)) then
-  local said = redis.call('GET', closed)
-  if not said then return 0 end
-  if said ~= 'ok' then return redis.error_reply(said) end
-  return 1
-end
-local said = write(how, value)
-redis.call('DEL', lock) -- once a script has written, a full memory does not stop it any more
-redis.call('SET', closed, said, 'PX', remembered)
-local first = first_waiter()
-if first then offer(first, now_in_ms()) end
-if said ~= 'ok' then return redis.error_reply(said) end
-return 1
-"""
-
-# Write several sessions, each under its own lock: all or none. KEYS are the data and the lock of
-# each, ARGV the lease, the ttl, and of each the token, the number, how and what. The answer is 0,
-# or the place of the first whose lock was lost. Only the first write can fail (see _CLOSE).
-_SAVE_ALL: Final = """
-local lease, ttl = ARGV[1], ARGV[2]
-local since = {}
-for i = 1, #KEYS / 2 do
-  local token, number = ARGV[4 * i - 1], ARGV[4 * i]
-  local held = redis.call('GET', KEYS[2 * i])
-  if not held or string.sub(held, 1, #token + 1) ~= token .. ' ' then return i end
-  local saves
-  saves, since[i] = string.match(held, ' (%d+) (%d+)$')
-  if tonumber(number) <= tonumber(saves) then return 0 end -- sent again
-end
-for i = 1, #KEYS / 2 do
-  local how, value = ARGV[4 * i + 1], ARGV[4 * i + 2]
-  if how == 'delete' then
-    redis.call('DEL', KEYS[2 * i - 1])
-  elseif ttl == '0' then
-    redis.call('SET', KEYS[2 * i - 1], value)
-  else
-    redis.call('SET', KEYS[2 * i - 1], value, 'PX', ttl)
-  end
-end
-for i = 1, #KEYS / 2 do
-  local held = ARGV[4 * i - 1] .. ' ' .. ARGV[4 * i] .. ' ' .. since[i]
-  redis.call('SET', KEYS[2 * i], held, 'PX', lease)
-end
-return 0
-"""
-
-_RENEW: Final = """
-local held = redis.call('GET', KEYS[1])
-if held and string.sub(held, 1, #ARGV[1] + 1) == ARGV[1] .. ' ' then
-  return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-end
-return 0
-"""
+_COMMON, _OPEN, _SAVE, _CLOSE = map(_lua, ("common", "open", "save", "close"))
+_SAVE_ALL, _RENEW = map(_lua, ("save_all", "renew"))
 
 
 class RedisStorage:

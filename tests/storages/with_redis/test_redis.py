@@ -990,7 +990,7 @@ class TestProcesses:
     ) -> None:
         package = Path(session_sync.__file__).parent
         shutil.copytree(package, tmp_path / "session_sync")
-        file = tmp_path / "session_sync/storages/redis/storage.py"
+        file = tmp_path / "session_sync/storages/redis/scripts/common.lua"
         text = file.read_text()
         lock = "return held and string.sub(held, 1, #token + 1) == token .. ' '\nend\n"
         assert text.count(lock) == 1
