@@ -28,7 +28,7 @@ LIBRARIES = {
         "session/types/annotations.py",
         "session/types/objects.py",
         "session/types/scalars.py",
-        "storages/codec.py",
+        *(f"storages/codec/{name}.py" for name in ("codec", "malformed", "pack", "record")),
     },
     "pydantic": {"session/types/objects.py"},
     "redis": {

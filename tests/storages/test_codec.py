@@ -25,7 +25,9 @@ from values import BERLIN, KEPT, Money, money_from, money_to, same, sessions
 
 from session_sync.errors import SessionDecodeError, SessionEncodeError
 from session_sync.storages.base import Record, record_of
-from session_sync.storages.codec import MAX_DEPTH, Codec, EncodedRecord
+from session_sync.storages.codec import Codec
+from session_sync.storages.codec.kinds import MAX_DEPTH
+from session_sync.storages.codec.record import EncodedRecord
 
 
 class Color(str, enum.Enum):  # noqa: UP042 - as PTB has them

@@ -24,7 +24,6 @@ from interruptions import OutsideError, everywhere, raise_outside
 
 import session_sync.admin.importers.pickles
 import session_sync.session.keys
-import session_sync.storages.codec
 from session_sync import (
     Codec,
     LruMemoryStorage,
@@ -39,8 +38,11 @@ from session_sync import (
 )
 from session_sync.admin.importers.pickles import read_pickle
 from session_sync.session.keys import default_key_text
+from session_sync.storages.codec import codec as codec_module
+from session_sync.storages.codec import kinds, malformed, pack, record, strings, unpack, zones
 
 SOON = 20.0
+CODEC = (codec_module, kinds, malformed, pack, record, strings, unpack, zones)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +117,7 @@ def test_at_any_place_of_a_codec(what: str, error: type[Exception]) -> None:
     def fail() -> None:
         raise error
 
-    for interruption in everywhere(fail, session_sync.storages.codec):
+    for interruption in everywhere(fail, *CODEC):
         assert comes_out(acts[what], interruption, error) == interruption.happened
 
 

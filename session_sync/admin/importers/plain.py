@@ -16,7 +16,8 @@ from zoneinfo import ZoneInfo
 
 from session_sync.errors import SessionDecodeError, SessionEncodeError
 from session_sync.session.metadata import checked_name
-from session_sync.storages.codec import MAX_DEPTH, Codec
+from session_sync.storages.codec import Codec
+from session_sync.storages.codec.kinds import MAX_DEPTH
 from session_sync.storages.places import path, short, step
 
 from .pickles import Budget, Global, Thing

@@ -13,7 +13,7 @@ import msgspec
 
 from session_sync.session import containers
 from session_sync.session.containers import ATOMS, MISSING, Owner
-from session_sync.storages.codec import base_value
+from session_sync.storages.codec.kinds import base_value
 
 from .base import FieldType, MismatchError, alike, altered, unmade
 
