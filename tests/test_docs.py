@@ -7,19 +7,23 @@ import importlib
 import inspect
 import io
 import logging
+import os
 import re
 import stat
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import page_adapters
 import pytest
 from conftest import run_client, stop_telebot
 from pages import DOCS, FENCE, PAGES, ROOT, Snippet, python_of, snippets, title
 
 import session_sync
+from session_sync import SessionConflictError, SessionLockTimeoutError
 from session_sync.testing import OfflineBotAPI
 
 # print(...)  # what it prints
@@ -199,21 +203,63 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert sorted(listed) == sorted(pages - {"index"})
 
 
-def _adapter() -> dict[str, Any]:
-    """The adapter of the page on adapters, and its tests."""
-    page = DOCS / "adapters.md"
-    namespace: dict[str, Any] = {"__name__": __name__}
-    for snippet in python_of(page):
-        if re.search(r"^class \w*JsonFileStorage\b", snippet.code, re.M):
-            execute(page, snippet, namespace)
-    return namespace
+# The suites of the page on adapters, on the storages of that page.
+TestJsonFileStorage = page_adapters.TestJsonFileStorage
+TestSharedJsonFileStorage = page_adapters.TestSharedJsonFileStorage
 
 
-TestJsonFileStorage = _adapter()["TestJsonFileStorage"]
+class TestSharedJsonFileStorageByTheFourMethods(TestJsonFileStorage):
+    def make_storage(self) -> Any:
+        return page_adapters.SharedJsonFileStorage(self.folder)
+
+    def reopen(self, storage: Any) -> Any:
+        return self.make_storage()
+
+
+def test_the_pages_suite_catches_the_adapter_of_four_methods_between_processes(
+    tmp_path: Path,
+) -> None:
+    """What the page says of it: each process uses it as if it were alone."""
+
+    class Lossy(page_adapters.TestSharedJsonFileStorage):
+        def make_factory(self) -> Any:
+            return partial(page_adapters.JsonFileStorage, tmp_path)
+
+    with pytest.raises(AssertionError, match=r"\d+ of 400 increments were lost"):
+        Lossy().test_two_processes_lose_no_increment()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_writes_and_unlocks_nothing_of_the_shared_adapter(tmp_path: Path) -> None:
+    storage = page_adapters.SharedJsonFileStorage(tmp_path)
+    opened = storage.open_record("user:1", 0)
+    opened.save({"counter": 1})
+    child = os.fork()
+    if not child:
+        try:
+            opened.close({"counter": 2})
+        except SessionConflictError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(SessionLockTimeoutError, match="another process has it"):
+        storage.open_record("user:1", 0)
+    opened.close({"counter": 3})
+    assert storage.get("user:1") == {"counter": 3}
+
+
+def test_the_shared_adapter_keeps_private_files_and_none_of_an_empty_session(
+    tmp_path: Path,
+) -> None:
+    storage = page_adapters.SharedJsonFileStorage(tmp_path)
+    storage.open_record("user:1", 0).close({"counter": 1})
+    assert [stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()] == [0o600, 0o600]
+    storage.open_record("user:1", 0).close({})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_adapters_files_are_private(tmp_path: Path) -> None:
-    storage = _adapter()["JsonFileStorage"](tmp_path / "json")
+    storage = page_adapters.JsonFileStorage(tmp_path / "json")
     storage.set("user:1", {"counter": 1})
     (file,) = (tmp_path / "json").iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -221,7 +267,7 @@ def test_the_adapters_files_are_private(tmp_path: Path) -> None:
 
 
 def test_the_adapter_leaves_nothing_behind_when_it_fails(tmp_path: Path) -> None:
-    storage = _adapter()["JsonFileStorage"](tmp_path)
+    storage = page_adapters.JsonFileStorage(tmp_path)
     storage.set("user:1", {"counter": 1})
     (tmp_path / "in the way").mkdir()
     storage._path = lambda key: tmp_path / "in the way"

@@ -12,8 +12,12 @@ from typing import Any
 from ..manager import SessionManager
 from ..storages.base import KVStorage, ListableStorage, TtlStorage
 
-_KEYS = (
+#: Keys that a storage may take for one another, for a path, or for a name of its own.
+KEYS = (
     "user:1:chat:1",
+    "user:1:chat:10",
+    "user:1:chat:1:lock",
+    "user:1:chat:1.lock",
     "",
     "user:1:chat:-1001234567890:thread:5:key:cart",
     "bot/../../etc/passwd",
@@ -81,9 +85,9 @@ class StorageConformance:
 
     def test_keys_of_any_form_are_kept_apart(self) -> None:
         storage = self.make_storage()
-        for number, key in enumerate(_KEYS):
+        for number, key in enumerate(KEYS):
             storage.set(key, {"number": number})
-        for number, key in enumerate(_KEYS):
+        for number, key in enumerate(KEYS):
             assert storage.get(key) == {"number": number}, key
             storage.delete(key)
             assert not storage.has(key), key
@@ -115,11 +119,11 @@ class StorageConformance:
         if not isinstance(storage, ListableStorage):
             return
         assert list(storage.keys()) == []
-        for key in _KEYS:
+        for key in KEYS:
             storage.set(key, {"a": 1})
             storage.set(key, {"a": 2})
-        storage.delete(_KEYS[0])
-        assert sorted(storage.keys()) == sorted(_KEYS[1:])
+        storage.delete(KEYS[0])
+        assert sorted(storage.keys()) == sorted(KEYS[1:])
 
     def test_touching_is_no_error_and_changes_nothing(self) -> None:
         storage = self.make_storage()
