@@ -162,7 +162,9 @@ def test_a_storage_in_redis_keeps_what_its_server_is_told(
     with closing(RedisStorage(redis_url, ttl, lease, prefix="b\ud800t:")) as storage:
         with closing(pickle.loads(pickle.dumps(storage))) as other:
             assert (other.lease, other._ttl) == (storage.lease, storage._ttl)
-            assert other._names("key", b"token") == storage._names("key", b"token")
+            assert other._names.of_opening("key", b"token") == storage._names.of_opening(
+                "key", b"token"
+            )
 
 
 def test_a_storage_that_was_given_a_client_says_what_to_take(redis_url: str) -> None:

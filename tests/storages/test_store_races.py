@@ -343,16 +343,19 @@ def test_a_close_that_is_interrupted_as_it_lets_others_in_stores_nothing_when_it
 def test_a_close_in_redis_that_is_interrupted_anywhere_can_be_done_again(redis_url: str) -> None:
     """It was begun in place, without a wait, and its connection breaks."""
     redis = pytest.importorskip("redis", reason="needs the extra 'redis'")
+    from session_sync import RedisStorage
     from session_sync.storages.redis import connections as lines
-    from session_sync.storages.redis import storage as redis_storage
+    from session_sync.storages.redis import records, scripts, server
 
     client = redis.Redis.from_url(redis_url)
     client.flushall()
-    storage = redis_storage.RedisStorage(redis_url)
-    for number, interruption in enumerate(everywhere(raise_outside, redis_storage, lines)):
+    storage = RedisStorage(redis_url)
+    here = (records, scripts, server, lines)
+    for number, interruption in enumerate(everywhere(raise_outside, *here)):
         opened: Any = storage.open_record("key", SOON)
-        request = storage.written(opened, record_of({"n": number}))
-        opened._asked = storage.send_close(opened, request)
+        reached = opened._server
+        written = opened._written(record_of({"n": number}))
+        opened._asked = reached.send(reached.scripts.close, opened, *written)
         client.client_kill_filter(_type="normal", skipme=True)
         with contextlib.suppress(OutsideError), interruption:
             opened.close(record_of({"n": number}))
@@ -461,21 +464,22 @@ def test_a_begun_opening_in_redis_keeps_no_token_that_another_thread_has_used(
     redis_url: str, threads: Threads
 ) -> None:
     redis = pytest.importorskip("redis", reason="needs the extra 'redis'")
-    from session_sync.storages.redis.storage import RedisStorage, _InProcess
+    from session_sync.storages.redis.opening import Opener
+    from session_sync.storages.redis.storage import RedisStorage
 
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
     storage = RedisStorage(redis_url)
     storage.set("key", {"n": 0})
     here = storage._in_process()
-    begun: Any = storage._record(here, "key")
+    begun: Any = here.record("key")
     begun.due = 0.0  # it is too old
     here.begun["key"] = begun, None
 
     def begin_another() -> None:
-        here.note_begun(storage._record(here, "third"), None)  # type: ignore[arg-type]
+        here.note_begun(here.record("third"), None)  # type: ignore[arg-type]
 
-    looks = Stop(_InProcess.note_begun, "if is_over and oldest")
+    looks = Stop(Opener.note_begun, "if is_over and oldest")
     threads.start(stopping(begin_another, looks))
     looks.wait()
     opened = storage.open_record("key", SOON)

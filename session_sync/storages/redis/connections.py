@@ -208,6 +208,16 @@ class PendingReply:
             return self._lines.ask(self._request, deadline)
 
 
+def request_of(*parts: bytes) -> bytes:
+    """A command and its arguments, as the server reads them."""
+    return b"*%d\r\n" % len(parts) + packed(*parts)
+
+
+def packed(*parts: bytes) -> bytes:
+    """Some of the parts of a request."""
+    return b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
+
+
 def _exchange(connection: Any, request: bytes) -> Any:
     connection.send_packed_command([request])
     return connection.read_response()

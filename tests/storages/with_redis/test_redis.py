@@ -56,7 +56,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError  # noqa: E4
 from redis.exceptions import OutOfMemoryError, RedisError  # noqa: E402
 from redis.retry import Retry  # noqa: E402
 
-from session_sync.storages.redis import storage as module  # noqa: E402
+from session_sync.storages.redis import scripts, tokens  # noqa: E402
+from session_sync.storages.redis import server as server_module  # noqa: E402
 from session_sync.storages.redis.storage import RedisStorage  # noqa: E402
 
 SOON = 20  # seconds until a test gives up waiting for what has to come
@@ -629,7 +630,7 @@ class TestLease:
 class TestNothingIsLeft:
     @pytest.fixture(autouse=True)
     def _forgets_soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_REMEMBERED", 0.3)
+        monkeypatch.setattr(scripts, "_REMEMBERED", 0.3)
 
     def test_but_data(self, make: Make, client: Any, threads: Threads) -> None:
         def work(storage: RedisStorage) -> None:
@@ -653,14 +654,14 @@ class TestNothingIsLeft:
         until(lambda: not helpers(client))
 
     def test_in_this_process(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "_PLACES", 10)
-        monkeypatch.setattr(module, "_OLD_PLACE", 0)
+        monkeypatch.setattr(tokens, "_LIMIT", 10)
+        monkeypatch.setattr(tokens, "_OLD", 0)
         storage, other = make(), make()
         opened = [storage.open_record(f"key:{n}", 0) for n in range(50)]
         for n in range(50):
             with pytest.raises(SessionLockTimeoutError):
                 other.open_record(f"key:{n}", 0)
-        assert len(other._in_process().places._tokens) <= 11
+        assert len(other._in_process().tokens._kept) <= 11
         for one in opened:
             one.close(None)
 
@@ -840,7 +841,7 @@ class TestLateRequests:
         storage = make()
         opened = storage.open_record("key", 0)
         opened.close(None)
-        storage._in_process().places.keep("key", opened.token)  # type: ignore[attr-defined]
+        storage._in_process().tokens.keep("key", opened.token)  # type: ignore[attr-defined]
         with pytest.raises(RedisError, match="over"):
             storage.open_record("key", 0)
         make().open_record("key", 0).close(None)
@@ -885,7 +886,7 @@ class TestWaiting:
     def test_is_in_order_and_keeps_its_place_between_calls(
         self, make: Make, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "_GRACE", 5)
+        monkeypatch.setattr(scripts, "_GRACE", 5)
         holder, *waiters = storages = [make() for _ in range(4)]
         opened = holder.open_record("key", 0)
         for _ in range(2):
@@ -916,7 +917,7 @@ class TestWaiting:
     def test_takes_no_connection_that_is_needed_to_close(
         self, make: Make, server: Server, threads: Threads, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "_WAITS", 4)
+        monkeypatch.setattr(server_module, "_WAITS", 4)
         holder = make()
         storage = make(server.client(max_connections=16, socket_timeout=2))
         opened = [holder.open_record(f"key:{n}", 0) for n in range(12)]

@@ -22,12 +22,21 @@ from session_sync.storages import background
 from session_sync.storages.base import OpenRecord, record_of
 from session_sync.storages.redis import clients as redis_clients
 from session_sync.storages.redis import connections as lines
-from session_sync.storages.redis import leases
+from session_sync.storages.redis import (
+    leases,
+    names,
+    opening,
+    records,
+    scripts,
+    server,
+    tokens,
+)
 from session_sync.storages.redis import storage as redis_module
 from session_sync.storages.redis.connections import PendingReply
 
 LEASE = 0.1
-HERE = (redis_module, redis_clients, lines, leases, background)
+STORAGE = (redis_module, names, opening, records, scripts, server, tokens)
+HERE = (*STORAGE, redis_clients, lines, leases, background)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +136,7 @@ def test_a_time_out_of_a_signal_handler_comes_out(make: Callable[..., RedisStora
     def raise_time_out() -> None:
         raise TimeoutError("the handler's time is up")
 
-    for interruption in everywhere(raise_time_out, redis_module, redis_clients, lines):
+    for interruption in everywhere(raise_time_out, *STORAGE, redis_clients, lines):
         came = False
         try:
             with interruption:
@@ -197,9 +206,9 @@ def test_an_exception_while_it_waits_leaves_all_slots_free(
     make: Callable[..., RedisStorage], client: redis.Redis
 ) -> None:
     storage = make()
-    here = storage._in_process()
+    here = storage._in_process().server
     for interruption in everywhere(raise_outside, *HERE):
         with contextlib.suppress(OutsideError), interruption:
             here.wait(client, b"{key}", b"token", 0.01)
-    slots = [here._slots.take() for _ in range(redis_module._WAITS + 1)]
+    slots = [here._slots.take() for _ in range(server._WAITS + 1)]
     assert slots.count(None) == 1

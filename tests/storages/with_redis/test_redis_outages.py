@@ -25,7 +25,7 @@ from session_sync import RedisStorage, SessionManager, storage_from_url  # noqa:
 from session_sync.storages.base import record_of  # noqa: E402
 from session_sync.storages.redis import clients as redis_clients  # noqa: E402
 from session_sync.storages.redis import connections as lines  # noqa: E402
-from session_sync.storages.redis import storage as redis_module  # noqa: E402
+from session_sync.storages.redis import server as redis_module  # noqa: E402
 
 if SERVER is None:
     pytest.skip("needs redis-server", allow_module_level=True)
@@ -274,7 +274,7 @@ def test_after_a_failover_leases_are_renewed_by_the_new_primary(pair: Pair) -> N
     with closing(RedisStorage(by_url(pair.network), lease=3)) as storage:
         with closing(pair.new.client()) as new:
             opened: Any = storage.open_record("key", 0)
-            storage.renew([opened])  # over a connection that leads to the old one later
+            opened.keeper.renew([opened])  # over a connection that leads to the old one later
             pair.fail_over()
             new.pexpire("{key}:lock", 60_000)  # the test is not to be in time
             until(lambda: 0 < new.pttl("{key}:lock") <= 3000)
@@ -390,15 +390,15 @@ def test_a_renewal_that_fails_is_logged_when_it_fails_and_once(
             opened: list[Any] = [storage.open_record(key, 0) for key in ("user:1", "user:2")]
             client.acl_setuser("default", enabled=True, commands=["-eval"])
             for _ in range(3):
-                assert storage.renew(opened) == {}
+                assert opened[0].keeper.renew(opened) == {}
             (said,) = failures()
             assert "'user:1' (and of 1 more)" in said
             assert "NoPermissionError" in said
             assert "+eval " in said
             client.acl_setuser("default", enabled=True, commands=["+eval"])
-            assert all(storage.renew(opened).values())
+            assert all(opened[0].keeper.renew(opened).values())
             server.stop()
             for _ in range(3):
-                assert storage.renew(opened) == {}
+                assert opened[0].keeper.renew(opened) == {}
             assert "ConnectionError" in failures()[1]
             assert len(failures()) == 2

@@ -26,7 +26,7 @@ from session_sync import (  # noqa: E402
 )
 from session_sync.storages.base import record_of  # noqa: E402
 from session_sync.storages.redis import refusals as redis_refusals  # noqa: E402
-from session_sync.storages.redis import storage as redis_module  # noqa: E402
+from session_sync.storages.redis import scripts, tokens  # noqa: E402
 from session_sync.storages.redis.refusals import RIGHTS  # noqa: E402
 
 if SERVER is None:
@@ -77,7 +77,7 @@ def use(storage: RedisStorage, other: RedisStorage) -> None:
     """All that the storage does for sessions, once."""
     opened: Any = storage.open_record("key", 0)
     opened.save(record_of({"a": 1}))
-    renewed = storage.renew([opened])
+    renewed = opened.keeper.renew([opened])
     with pytest.raises(SessionLockTimeoutError):
         other.open_record("key", 0)
     opened.close(record_of({"a": 2}))
@@ -182,7 +182,7 @@ def test_the_command_line_names_the_rights_it_lacks(make: Make, shared_server: S
 def test_a_right_that_is_missing_is_named_with_the_line_that_helps(
     make: Make, right: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_module, "_GRACE", 20)  # who waits keeps the place on a busy machine
+    monkeypatch.setattr(scripts, "_GRACE", 20)  # who waits keeps the place on a busy machine
     without = right.replace("+", "-")
     with pytest.raises(NoPermissionError) as caught:
         use(make(without), make(without))
@@ -243,7 +243,7 @@ def test_a_lock_of_a_process_that_cannot_be_is_not_left_over(
     make: Make, client: Any, pid: int
 ) -> None:
     storage = make(LISTING)
-    client.set("bot:{key}:lock", f"1@{redis_module._HOST}:{pid} 0 1")
+    client.set("bot:{key}:lock", f"1@{tokens.HOST}:{pid} 0 1")
     (lock,) = storage.locks()
     assert not lock.is_left_over()
 

@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError  # noqa: E4
 
 from session_sync import RedisStorage, storage_from_url  # noqa: E402
 from session_sync.storages.base import record_of  # noqa: E402
-from session_sync.storages.redis import storage as redis_module  # noqa: E402
+from session_sync.storages.redis import server as redis_module  # noqa: E402
 
 if SERVER is None:
     pytest.skip("needs redis-server", allow_module_level=True)
