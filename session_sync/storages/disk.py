@@ -25,7 +25,8 @@ from session_sync.storages.connections import (
     refuse_inside_transaction,
 )
 from session_sync.storages.durations import life_time
-from session_sync.storages.filelocks import FileLocks, LockedRecord
+from session_sync.storages.filelocks import FileLocks
+from session_sync.storages.locked_record import LockedRecord
 from session_sync.storages.ownership import has_cache, look
 from session_sync.storages.sqlite import key_of, warn_of_unknown_rows
 

@@ -7,43 +7,23 @@ records; it does not know how they are stored.
 from __future__ import annotations
 
 import os
-import struct
-import sys
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from functools import lru_cache
-from hashlib import blake2b
-from io import FileIO
-from typing import Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Final, TypeAlias
 from weakref import WeakValueDictionary
 
-from ..errors import SessionConflictError, SessionLockTimeoutError
-from . import forks
-from .background import Slot, Slots, for_each, start_thread, threads_may_block
-from .base import Record
-from .files import identity, open_file, refuse_foreign
-
-if sys.platform == "win32":
-    fcntl = None
-else:
-    import fcntl
-
-# struct flock, on Linux alone: how, from where, start, length, owner.
-_FLOCK: Final = struct.Struct("hhqqi4x")
-_HAS_OFD: Final = hasattr(fcntl, "F_OFD_SETLKW")
+from session_sync.errors import SessionConflictError, SessionLockTimeoutError
+from session_sync.storages import forks
+from session_sync.storages.background import Slot, Slots, for_each, start_thread, threads_may_block
+from session_sync.storages.lockfile import HAS_OFD, LockFile, range_of
 
 _WAITERS: Final = 64  # threads of one process that wait, for all its stores; then it is polled
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.03  # seconds between two looks
 _BUSY: Final = "another process has it"
 _REPLACEMENTS: Final = 10  # of the file, in one wait for a key
-_TEXT: Final = (
-    b"Processes that use the sessions beside this file lock them here (session_sync). "
-    b"Do not remove it while one of them runs.\n"
-)
 
 
 class FileLocks:
@@ -94,7 +74,7 @@ class FileLocks:
         self._check_store: Final = check_store
         self._generation = Generation(path)
         _all[id(self)] = self
-        if not _HAS_OFD:
+        if not HAS_OFD:
             warnings.warn(
                 f"{path}: on this system sessions are not locked between processes; let one "
                 f"process alone use this store, or take RedisStorage",
@@ -122,7 +102,7 @@ class FileLocks:
         deadline = time.monotonic() + timeout
         for _ in range(_REPLACEMENTS):
             generation = self.generation
-            if not _HAS_OFD:
+            if not HAS_OFD:
                 return FileLockHandle(self, generation, key, None)
             file = generation.file()
             handle = FileLockHandle(self, generation, key, file)
@@ -206,19 +186,6 @@ class FileLocks:
         generation.leave()
 
 
-def held_keys(path: str, keys: Iterable[str]) -> Iterator[str]:
-    """Those of `keys` that some process has open, according to the file of locks at `path`; none
-    where the system has no such locks. Nothing is locked or changed. Raises OSError."""
-    if not _HAS_OFD:
-        return
-    with open(path, "rb", buffering=0) as file:
-        for key in keys:
-            asked = _flock(fcntl.F_WRLCK, _range_of(key).gate + 1)
-            (how, *_) = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))
-            if how != fcntl.F_UNLCK:
-                yield key
-
-
 class Generation:
     """What one process has of the locks until it closes them: the open file, who has claimed what
     in it, and the threads that wait."""
@@ -265,7 +232,7 @@ class Generation:
         for file in self._open_files():
             for gate in list(file.claims):
                 if gate not in file.writing:
-                    file.set(_flock(fcntl.F_UNLCK, gate, 2))
+                    file.unlock(gate)
 
     def close_files(self) -> None:
         """Close all files, and keep the locks of whoever else has them open."""
@@ -279,54 +246,6 @@ class Generation:
 
     def _open_files(self) -> list[LockFile]:
         return [file for ref in self._files.valuerefs() if (file := ref()) is not None]
-
-
-class LockFile(FileIO):
-    """The file, opened once. It is closed when nobody has it any more, so that its number is not
-    another file's while somebody could still unlock something by it."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path, "r+", opener=open_file)
-        self.number: Final = self.fileno()  # which takes fcntl as long to ask for as to lock
-        found = os.fstat(self.number)
-        refuse_foreign(path, found)
-        if found.st_mode & 0o777 != 0o600:  # whatever the umask
-            os.fchmod(self.number, 0o600)
-        if not found.st_size:
-            with suppress(OSError):  # a full disk
-                self.write(_TEXT)  # so that nobody takes it for a leftover
-        self._path: Final = path
-        self._identity: Final = identity(found)
-        #: By the place of their two bytes, the handles that alone may lock and unlock them.
-        self.claims: Final[dict[int, object]] = {}
-        #: The same for those of them under which something is being written.
-        self.writing: Final[dict[int, object]] = {}
-
-    def __del__(self) -> None:
-        self.close()  # FileIO's own way to do it complains
-
-    def is_in_place(self) -> bool:
-        """Whether others who open the path get the same file."""
-        try:
-            return identity(os.lstat(self._path)) == self._identity
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return False
-
-    def set(self, request: bytes) -> None:
-        """Lock or unlock, without waiting."""
-        fcntl.fcntl(self.number, fcntl.F_OFD_SETLK, request)
-
-    def try_to(self, request: bytes) -> bool:
-        """Lock, if that is possible at once."""
-        try:
-            self.set(request)
-        except (BlockingIOError, PermissionError):  # which of the two, POSIX leaves open
-            return False
-        return True
-
-    def wait_for(self, at: int) -> None:
-        """Lock one byte, when it is free."""
-        fcntl.fcntl(self.number, fcntl.F_OFD_SETLKW, _flock(fcntl.F_WRLCK, at))
 
 
 class FileLockHandle:
@@ -344,7 +263,7 @@ class FileLockHandle:
         self._leaving: Final[dict[str, object]] = {}
         self._claim: Final = object()
         if file is not None:
-            self._range: Final = _range_of(key)
+            self._range: Final = range_of(key)
 
     def __del__(self) -> None:
         try:
@@ -461,70 +380,6 @@ class FileLockHandle:
             raise
 
 
-class _Store(Protocol):
-    def load(self, key: str, /) -> Record | None: ...
-    def save(self, key: str, record: Record, /) -> int | None: ...
-    def delete(self, key: str, /) -> None: ...
-
-
-Store = TypeVar("Store", bound=_Store)
-
-
-class LockedRecord(Generic[Store]):
-    """An OpenRecord (see base.py) of a storage that can load, save and delete; `handle` keeps other
-    processes away meanwhile."""
-
-    __slots__ = ("_handle", "_is_closing", "_key", "_storage", "record", "size")
-
-    def __init__(
-        self,
-        storage: Store,
-        key: str,
-        handle: FileLockHandle,
-        load: Callable[[str], Record | None] | None = None,
-    ) -> None:
-        try:
-            self._storage: Final = storage
-            self._key: Final = key
-            self._handle: Final = handle
-            self.size: int | None = None  # bytes that were written last
-            self._is_closing = False  # the last record is stored
-            self.record: Final = storage.load(key) if load is None else load(key)
-        except BaseException:
-            handle.release()
-            raise
-
-    def begin_to_write(self) -> None:
-        """Raises SessionConflictError if another process may have opened it; else none can before
-        `has_written`."""
-        self._handle.begin_to_write()
-
-    def has_written(self, size: int | None) -> None:
-        """So many bytes are stored."""
-        self._handle.has_written()
-        self.size = size
-
-    def save(self, record: Record, /) -> None:
-        """Store `record`, or remove what is stored if it is empty."""
-        self.begin_to_write()
-        if record:
-            self.has_written(self._storage.save(self._key, record))
-        else:
-            self._storage.delete(self._key)
-            self.has_written(None)
-
-    def close(self, record: Record | None, /) -> None:
-        """Store `record` unless it is None, and let other processes in."""
-        try:
-            if record is not None and not self._is_closing:
-                self.save(record)
-            self._is_closing = True
-        except Exception:
-            self._handle.release()
-            raise
-        self._handle.release()  # not after an interrupt: it will be closed once more
-
-
 class _Waiter:
     """A thread that waits for one key, for whoever in this process wants it."""
 
@@ -591,34 +446,6 @@ class _Caller:
 
 
 _NOTHING: Final[tuple[_Outcome]] = (None,)
-
-
-class _Range(NamedTuple):
-    """Where the two bytes of a key are, and what the kernel is asked about them."""
-
-    gate: int
-    take: bytes  # both bytes
-    take_gate: bytes
-    open: bytes  # the gate
-    leave: bytes  # both
-
-
-@lru_cache(maxsize=1024)  # of users who write one message after the other
-def _range_of(key: str) -> _Range:
-    digest = blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    gate = (int.from_bytes(digest) >> 3) << 1
-    return _Range(
-        gate,
-        take=_flock(fcntl.F_WRLCK, gate, 2),
-        take_gate=_flock(fcntl.F_WRLCK, gate),
-        open=_flock(fcntl.F_UNLCK, gate),
-        leave=_flock(fcntl.F_UNLCK, gate, 2),
-    )
-
-
-def _flock(how: int, at: int, length: int = 1) -> bytes:
-    """To lock or unlock `length` bytes (0: all that follow)."""
-    return _FLOCK.pack(how, 0, at, length, 0)
 
 
 _slots: Final = Slots(_WAITERS)

@@ -26,7 +26,8 @@ from .connections import (
     refuse_inside_transaction,
 )
 from .durations import life_time
-from .filelocks import FileLocks, LockedRecord
+from .filelocks import FileLocks
+from .locked_record import LockedRecord
 from .ownership import OURS, VERSION, has_table, look
 
 _TABLE: Final = """

@@ -37,7 +37,7 @@ from session_sync.lifecycle.members import Guard
 from session_sync.lifecycle.update import UpdateScope
 from session_sync.locks import lock
 from session_sync.session.changes import ChangeTracker
-from session_sync.storages.filelocks import LockedRecord
+from session_sync.storages.locked_record import LockedRecord
 
 KEY = "user:1"
 

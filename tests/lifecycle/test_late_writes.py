@@ -33,7 +33,15 @@ from session_sync.lifecycle import backend, entry, scope, transaction
 from session_sync.lifecycle import threads as pools
 from session_sync.locks import lock
 from session_sync.session import session as session_module
-from session_sync.storages import connections, disk, filelocks, memory, sqlite
+from session_sync.storages import (
+    connections,
+    disk,
+    filelocks,
+    locked_record,
+    lockfile,
+    memory,
+    sqlite,
+)
 from session_sync.storages.base import record_of
 
 KEY = "user:1"
@@ -366,7 +374,8 @@ def test_a_session_that_is_cleared_after_an_interrupted_flush_is_removed(
 @raises_in_flows
 def test_what_an_interrupt_stops_in_a_store_that_is_shared_is_stored(tmp_path: Path) -> None:
     storage = SQLiteStorage(str(tmp_path / "sessions.db"))
-    places = everywhere(interrupt, scope, entry, sqlite, connections, filelocks)
+    stores = (sqlite, connections, filelocks, lockfile, locked_record)
+    places = everywhere(interrupt, scope, entry, *stores)
     for number, interruption in enumerate(places):
         key = f"user:{number}"
         sessions: SessionManager[Any] = SessionManager(storage=storage)
@@ -629,7 +638,10 @@ def test_what_has_joined_does_not_undo_half_of_several_sessions(
         "memory": (MemoryStorage, [memory]),
         "lru": (LruMemoryStorage, [memory]),
         "sqlite": (lambda: SQLiteStorage(tmp_path / "sessions.db"), [sqlite, connections]),
-        "disk": (lambda: storage_from_url(f"disk:///{tmp_path}/sessions"), [connections, disk]),
+        "disk": (
+            lambda: storage_from_url(f"disk:///{tmp_path}/sessions"),
+            [connections, disk],
+        ),
     }
     make, modules = storages[name]
     storage, before = make(), None

@@ -52,7 +52,7 @@ def without_lock(*rest: str) -> None:
     """The same, where every process believes that it is alone."""
     from session_sync.storages import filelocks
 
-    filelocks._HAS_OFD = False
+    filelocks.HAS_OFD = False
     count(*rest)
 
 

@@ -32,7 +32,7 @@ from session_sync.storages.base import record_of
 from session_sync.storages.ownership import look
 
 pytestmark = pytest.mark.skipif(
-    not filelocks._HAS_OFD, reason="this system has no locks between processes"
+    not filelocks.HAS_OFD, reason="this system has no locks between processes"
 )
 needs_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away"

@@ -17,7 +17,15 @@ import pytest
 from interruptions import OutsideError, everywhere, raise_outside
 
 from session_sync import LruMemoryStorage, MemoryStorage, SessionDeadlockError, SQLiteStorage
-from session_sync.storages import background, connections, filelocks, memory, sqlite
+from session_sync.storages import (
+    background,
+    connections,
+    filelocks,
+    locked_record,
+    lockfile,
+    memory,
+    sqlite,
+)
 from session_sync.storages.base import record_of
 
 # What comes into a finaliser, Python writes on stderr and forgets.
@@ -216,12 +224,12 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[]
 
 def here(storage: Any) -> tuple[Any, ...]:
     if isinstance(storage, SQLiteStorage):
-        return (sqlite, connections, filelocks)
+        return (sqlite, connections, filelocks, lockfile, locked_record)
     import diskcache
 
     from session_sync.storages import disk
 
-    return (disk, connections, filelocks, diskcache.core)
+    return (disk, connections, filelocks, lockfile, locked_record, diskcache.core)
 
 
 def update(storage: Any) -> None:

@@ -25,7 +25,7 @@ from session_sync import (
     SessionManager,
     storage_from_url,
 )
-from session_sync.storages import filelocks
+from session_sync.storages import lockfile
 from session_sync.storages.filelocks import FileLocks
 
 WORKER = Path(__file__).with_name("shared_worker.py")
@@ -279,7 +279,7 @@ def test_who_comes_later_does_not_pass_who_stands_before_the_key(tmp_path: Path)
     """Not even if the key is free in that very moment."""
     path = str(tmp_path / "locks")
     first, later = FileLocks(path), FileLocks(path)
-    place, file = filelocks._range_of("key"), first.generation.file()
+    place, file = lockfile.range_of("key"), first.generation.file()
     file.wait_for(place.gate)
     with pytest.raises(SessionLockTimeoutError):
         later.acquire("key", 0)
@@ -548,7 +548,7 @@ def test_a_read_only_folder_leaves_the_old_value_and_a_free_key(kind: str) -> No
 def test_on_a_system_without_such_locks_a_warning_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("session_sync.storages.filelocks._HAS_OFD", False)
+    monkeypatch.setattr("session_sync.storages.filelocks.HAS_OFD", False)
     with pytest.warns(RuntimeWarning, match="not locked between processes"):
         locks = FileLocks(str(tmp_path / "locks"))
     locks.acquire("key", 0).release()

@@ -30,10 +30,18 @@ from session_sync import (
     SQLiteStorage,
     storage_from_url,
 )
-from session_sync.storages import connections, filelocks, memory, sqlite
+from session_sync.storages import (
+    connections,
+    filelocks,
+    locked_record,
+    lockfile,
+    memory,
+    sqlite,
+)
 from session_sync.storages.background import for_each
 from session_sync.storages.base import record_of
-from session_sync.storages.filelocks import FileLocks, LockedRecord
+from session_sync.storages.filelocks import FileLocks
+from session_sync.storages.locked_record import LockedRecord
 
 FILES = ["sqlite:///{}/s.db", "disk:///{}/s"]
 
@@ -294,7 +302,7 @@ def test_a_key_whose_release_was_interrupted_is_not_ours_once_others_may_have_it
     tmp_path: Path,
 ) -> None:
     path = f"{tmp_path}/locks"
-    for interruption in everywhere(raise_outside, filelocks):
+    for interruption in everywhere(raise_outside, filelocks, lockfile, locked_record):
         locks, others = FileLocks(path), FileLocks(path)
         handle = locks.acquire("key", SOON)
         with contextlib.suppress(OutsideError), interruption:
@@ -321,7 +329,8 @@ def test_a_close_that_is_interrupted_as_it_lets_others_in_stores_nothing_when_it
     storage: Any = storage_from_url(url)
     other: Any = storage_from_url(url)
     came_in = False
-    for interruption in everywhere(interrupt, filelocks, connections, sqlite):
+    modules = (filelocks, lockfile, locked_record, connections, sqlite)
+    for interruption in everywhere(interrupt, *modules):
         storage.set("key", {})
         opened: Any = storage.open_record("key", SOON)
         with contextlib.suppress(KeyboardInterrupt), interruption:

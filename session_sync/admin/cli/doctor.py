@@ -18,7 +18,7 @@ import click
 from ... import __version__
 from ...errors import SessionDecodeError
 from ...session.metadata import check_metadata, version_of
-from ...storages.filelocks import held_keys
+from ...storages.lockfile import held_keys
 from .errors import Code, Failure
 from .files import Files, check_readable, exists, user_name
 from .output import json_option, plain, print_rows, progress, size, text
