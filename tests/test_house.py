@@ -43,8 +43,8 @@ LIBRARIES = {
         "storages/redis/storage.py",
     },
     "rich": {"admin/cli/__init__.py", "admin/cli/output.py"},
-    "telebot": {"telebot/__init__.py", "testing/__main__.py"},
-    "telegram": {"ptb/__init__.py", "testing/__main__.py"},
+    "telebot": {"telebot/library.py", "testing/__main__.py"},
+    "telegram": {"ptb/library.py", "testing/__main__.py"},
 }
 KNOWN = {*sys.stdlib_module_names, "annotationlib", "session_sync"}  # the second one: 3.14's
 

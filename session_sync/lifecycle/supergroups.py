@@ -1,4 +1,7 @@
-"""When a group becomes a supergroup, its number changes: what both rooms do about it."""
+"""When a group becomes a supergroup, its ID changes: what both integrations do about it.
+
+This module knows managers and the two fields of a service message; it knows no framework.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class Migration(NamedTuple):
     new: int
 
 
-def migrating(managers: Managers, wanted: bool | None) -> Managers:
+def moving_of(managers: Managers, wanted: bool | None) -> Managers:
     """Those of a bot's managers that move their sessions, as `install` was told; told nothing, they
     are those whose storage can list its keys.
 

@@ -1,11 +1,13 @@
 """What one update has open: its sessions, `session` and `chat_session`, for both integrations.
 
-They are opened in one order, and closed all, whatever fails in one of them.
+They are opened in one order, and closed all, whatever fails in one of them. Before that, they may
+wait for all their keys without a thread. This module knows scopes and tickets; it knows no
+framework, and not how an update is handled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -24,32 +26,6 @@ if TYPE_CHECKING:
 #: What `install` got: whose sessions the updates of a bot have, `session` first.
 Managers: TypeAlias = "tuple[SessionManager[Any], ...]"
 
-#: The attributes of the sessions, in the order of the managers.
-NAMES: Final = ("session", "chat_session")
-
-
-def managers_of(
-    sessions: SessionManager[Any], chat_session: SessionManager[Any] | None
-) -> Managers:
-    """Raises TypeError if one is no SessionManager, ValueError if both are the same, and
-    RuntimeError if one was closed."""
-    for name, manager in zip(NAMES, (sessions, chat_session), strict=True):
-        if not hasattr(manager, "scopes") and (manager is not None or name == NAMES[0]):
-            raise TypeError(
-                f"install() takes a SessionManager for {name}, not a {type(manager).__name__}; "
-                f"of a storage, SessionManager(storage=...) makes one"
-            )
-    if chat_session is sessions:
-        raise ValueError(
-            "chat_session is the manager that session has as well, so both would be one session; "
-            "give it one of its own, SessionManager(..., get_storage_key=by_chat), which may share "
-            "the storage"
-        )
-    managers = (sessions,) if chat_session is None else (sessions, chat_session)
-    for manager in managers:
-        manager.scopes.refuse_closed("install() cannot give the bot sessions")
-    return managers
-
 
 class UpdateScope(ScopeStack):
     """The scopes of one update as one `with` or `async with`.
@@ -62,7 +38,7 @@ class UpdateScope(ScopeStack):
     lost: it is raised when both are closed, two errors as an ExceptionGroup.
     """
 
-    __slots__ = ("_delivery", "is_new", "scopes", "sessions")
+    __slots__ = ("_delivery", "eager", "is_new", "scopes", "sessions", "tickets")
 
     def __init__(self, managers: Managers, update: Any, delivery: Delivery | None = None) -> None:
         #: In the order of `managers`; None for one that the update has no key for.
@@ -70,25 +46,51 @@ class UpdateScope(ScopeStack):
         super().__init__(scope for scope in self.scopes if scope is not None)
         if len(self.in_order) > 1:
             _put_in_order(self.in_order)
+        #: Those whose keys have to be unlocked before the update is handled, each key once.
+        self.eager: Final = [scope for scope in self.in_order if not scope.options.lazy]
+        if len(self.eager) > 1 and self.eager[0].is_same(self.eager[1]):
+            self.eager.pop()
+        self.tickets: Tickets | None = None  # while it waits, until it begins
         #: As `scopes`, from entering on; also after they have closed.
         self.sessions: Sequence[BaseSession | None] = ()
         self._delivery: Final = delivery  # None: nobody remembers updates
         #: Whether the update is to be handled, from entering on: not if it comes again.
         self.is_new = True
 
-    def eager(self) -> list[SessionScope[Any]]:
-        """Those whose keys have to be free before the update is handled, each key once."""
-        eager = [scope for scope in self.in_order if not scope.options.lazy]
-        if len(eager) > 1 and eager[0].is_same(eager[1]):
-            eager.pop()
-        return eager
+    # -- before it begins
+
+    def queue(self, call: Callable[[], None]) -> None:
+        """Wait for the keys of those that are `eager`; `call` is called when all are unlocked."""
+        tickets = self.tickets = tickets_for(self.eager)
+        tickets.queue(call, self.eager[0].options.patience)
+
+    def redeem(self) -> bool:
+        """Take the keys: the update begins. False if a running handler has passed it; then `call`
+        is called again."""
+        tickets = self.tickets
+        if tickets is None or not tickets.redeem():
+            return False
+        self.tickets = None
+        return True
+
+    def withdraw(self) -> None:
+        """Leave the queues, unless it has begun, which another thread may do just now."""
+        if self.tickets is not None:
+            self.tickets.withdraw()
+
+    def release(self) -> None:
+        """Give up the keys, unless it was entered: it never will be."""
+        self.tickets = None
+        release_all(self.in_order)
+
+    # -- its life
 
     def __enter__(self) -> Sequence[BaseSession | None]:
         try:
             self.enter()
             return self._hand_out()
         except BaseException as error:
-            release_all(self.in_order)
+            self.release()
             raise_all(self.leave(error), NOT_CLOSED)
             raise
 
@@ -145,7 +147,7 @@ class UpdateScope(ScopeStack):
 
 class Delivery:
     """One coming of an update, which may have come before; all that is done about it is one unit,
-    though a room may do it in several tasks.
+    though an integration may do it in several tasks.
 
     It is a repeat if one of its sessions has had it. Where only one of two was saved (the process
     died in between), the other one goes without what was lost: better than to give the first one
@@ -177,11 +179,6 @@ def _tracker_of(scope: SessionScope[Any]) -> ChangeTracker:
     tracker = scope.target.tracker
     assert tracker is not None  # it is not lazy
     return tracker
-
-
-def dedupes(managers: Managers) -> bool:
-    """Whether any of them remembers updates."""
-    return any(sessions.dedupe for sessions in managers)
 
 
 def _put_in_order(scopes: list[SessionScope[Any]]) -> None:

@@ -123,7 +123,7 @@ def test_a_factory_that_fails_in_another_process_fails_the_test() -> None:
         def make_factory(self) -> Any:
             return partial(SQLiteStorage, ":memory:")
 
-    with pytest.raises(AssertionError, match="(?s)in the other process: .*SQLiteStorage takes"):
+    with pytest.raises(AssertionError, match=r"(?s)in the other process: .*SQLiteStorage takes"):
         Suite().test_two_processes_lose_no_increment()
 
 

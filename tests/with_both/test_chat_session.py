@@ -292,13 +292,13 @@ def test_one_key_in_one_store_is_one_session(kind: str) -> None:
         at.session.count = 1
         at.chat_session.count += 1
 
-    before = set(session_sync.telebot._bound)
+    before = set(session_sync.telebot.attribute.bound)
     group = Group(kind, sessions=sessions, chat_session=others)
     group.play(both, message(), message())
     assert group.errors == []
     assert sessions.storage.get("user:1:chat:1") == {"count": 2}
     gc.collect()
-    assert set(session_sync.telebot._bound) <= before
+    assert set(session_sync.telebot.attribute.bound) <= before
 
 
 @pytest.mark.parametrize("lazy", [(True, False), (False, True)])

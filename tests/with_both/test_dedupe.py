@@ -556,7 +556,7 @@ def test_nothing_of_it_shows_on_a_telebot_message(sessions: SessionManager[Any])
     bot.process_new_updates([types.Update.de_json(update)])
     assert set(vars(kept[0])) == set(vars(plain))
     assert b"elivery" not in pickle.dumps(kept[0].message.chat)
-    assert session_sync.telebot._delivered.get(None) is None
+    assert session_sync.telebot.deliveries.delivered.get(None) is None
 
 
 @pytest.mark.parametrize("kind", ["TeleBot", "AsyncTeleBot"])

@@ -303,10 +303,10 @@ def test_a_kept_message_shows_its_closed_session_and_nothing_is_left_of_a_forgot
     with pytest.raises(SessionClosedError, match=KEY):
         kept[0].session.counter = 5
     places = {id(m) for m in kept}
-    assert places <= session_sync.telebot._bound.keys()
+    assert places <= session_sync.telebot.attribute.bound.keys()
     kept.clear()
     gc.collect()
-    assert places.isdisjoint(session_sync.telebot._bound)
+    assert places.isdisjoint(session_sync.telebot.attribute.bound)
 
 
 def test_an_update_without_a_key_is_handled_and_asking_for_its_session_raises(

@@ -270,7 +270,7 @@ def test_a_kept_message_shows_its_closed_session_and_nothing_is_left_of_a_forgot
     make_bot: Bots, sessions: SessionManager[Any]
 ) -> None:
     bot = make_bot(sessions)
-    before = set(session_sync.telebot._bound)  # of failed workers of other tests, say
+    before = set(session_sync.telebot.attribute.bound)  # of failed workers of other tests, say
     kept: list[Any] = []
 
     @bot.message_handler(func=lambda m: True)
@@ -291,7 +291,7 @@ def test_a_kept_message_shows_its_closed_session_and_nothing_is_left_of_a_forgot
             change(kept[0].session)
     kept.clear()
     gc.collect()
-    assert set(session_sync.telebot._bound) <= before
+    assert set(session_sync.telebot.attribute.bound) <= before
 
 
 def test_the_message_under_a_button_is_the_bots_own_and_has_no_session(
