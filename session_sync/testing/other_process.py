@@ -221,7 +221,7 @@ class _Worker:
 
         asyncio.run(add_some())
 
-    def save_all_for_ever(self, *keys: str) -> None:
+    def save_all_forever(self, *keys: str) -> None:
         """Store one number under all keys, and the next one, until this process is killed."""
         opened = {key: self._storage.open_record(key, SOON) for key in keys}
         number = opened[keys[0]].record["n"]

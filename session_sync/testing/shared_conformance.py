@@ -398,7 +398,7 @@ class SharedStorageConformance:
                     each.close(None)
                 before = storage.get("c")
                 other = store.elsewhere()
-                other.start("save_all_for_ever", "a", "b", "c")
+                other.start("save_all_forever", "a", "b", "c")
                 end = time.monotonic() + SOON
                 while storage.get("c") == before:
                     assert time.monotonic() < end, "save_all has stored nothing"
