@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class TestRedis(SharedStorageConformance):
         storage._client.delete(opened.names[1])
 
 
+# What catches it: the first test always, the others with SESSION_SYNC_BROKEN=all.
 BROKEN = {
     broken.ExcludesNothing: [
         "two_processes_lose_no_increment",
@@ -107,6 +109,7 @@ BROKEN = {
     broken.LocksAllKeysAtOnce: ["keys_of_any_form_are_open_at_the_same_time"],
     broken.StoresEmptyRecords: ["an_empty_record_deletes"],
 }
+CASES = None if os.environ.get("SESSION_SYNC_BROKEN") == "all" else 1
 
 
 def test_a_factory_that_no_other_process_can_call_is_refused() -> None:
@@ -138,7 +141,7 @@ def test_what_a_storage_cannot_do_is_skipped_with_a_reason(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("storage", "name"),
-    [(storage, name) for storage, names in BROKEN.items() for name in names],
+    [(storage, name) for storage, names in BROKEN.items() for name in names[:CASES]],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_broken_storage_is_caught(
