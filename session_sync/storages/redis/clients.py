@@ -138,7 +138,7 @@ def _address(url: SplitResult, host: str) -> tuple[str, int]:
 
 
 def server_of(url: str, client: Client) -> str:
-    """The server that `url`, of which `client` was made, names: whoever asks, and by whatever
+    """The server that `url`, of which `client` was made, names, whatever the user and the other
     options. Two names may lead to one server, but never one name to two."""
     if isinstance(client, RedisCluster):
         scheme, _, rest = url.partition(":")
@@ -226,7 +226,7 @@ class Whole:  # a class, since an interrupt may leave a generator's block open
 
 
 def drop_idle(client: Client) -> None:
-    """Close the connections of a client that nobody uses now."""
+    """Close the connections of a client that are not in use now."""
     if isinstance(client, RedisCluster):
         nodes: Any = client  # it has no types
         clients = [node.redis_connection for node in nodes.get_nodes()]

@@ -23,7 +23,7 @@ from redis.sentinel import SentinelConnectionPool
 from .clients import TIMEOUT, Client, is_from_replica, no_retries
 
 _MOMENT: Final = 0.0005  # seconds in which a server that is near answers
-_PAUSE: Final = 0.05  # seconds for which nobody waits in place, after one who did in vain
+_PAUSE: Final = 0.05  # seconds for which no caller waits in place, after one that did in vain
 _SMALL: Final = 16_384  # bytes, which every connection takes without waiting
 _FAILURES: Final = (redis.ConnectionError, redis.TimeoutError, ReadOnlyError)
 
@@ -31,7 +31,7 @@ _FAILURES: Final = (redis.ConnectionError, redis.TimeoutError, ReadOnlyError)
 class _Line(list[Any]):
     """A connection that is in use, until it is taken out.
 
-    If whoever used it was interrupted, it is closed. (redis-py closes one that is lost as well, but
+    If its user was interrupted, it is closed. (redis-py closes one that is lost as well, but
     only when the garbage is collected.)
     """
 
@@ -52,14 +52,14 @@ class ScriptConnections:
     dropped it long ago. Those that were kept with it are as old, and are closed. A server that
     refuses to write, because it is a replica since a failover, counts as a failure, too.
 
-    A connection is kept after an answer only: what was interrupted might be answered to somebody
-    else. None waits for ever for its server.
+    A connection is kept after an answer only: what was interrupted might be answered to another
+    caller. None waits forever for its server.
     """
 
     def __init__(self, pool: redis.ConnectionPool) -> None:
         self._pool: Final = pool
         self._idle: Final[deque[Any]] = deque()
-        self._in_vain = 0.0  # until when nobody waits in place; from time.monotonic()
+        self._in_vain = 0.0  # until when no caller waits in place; from time.monotonic()
         self._retry: Final[Retry] = self._make().retry
         self._retry.update_supported_errors([ReadOnlyError])
 
@@ -100,7 +100,7 @@ class ScriptConnections:
         if not line:
             return None
         on: object = getattr(line[0], "_sock", None)  # redis-py has no public name for it
-        # TLS has a buffer that nobody can look into; a health check waits for an answer.
+        # TLS has a buffer that cannot be looked into; a health check waits for an answer.
         if (
             not isinstance(on, socket.socket)
             or isinstance(on, ssl.SSLSocket)
@@ -119,11 +119,11 @@ class ScriptConnections:
         return self._keeping(line, line[0].read_response)
 
     def was_in_vain(self) -> None:
-        """Somebody has waited in place: the server is busy, or not as near as that."""
+        """A caller has waited in place for nothing: the server is busy, or not as near as that."""
         self._in_vain = time.monotonic() + _PAUSE
 
     def close(self) -> None:
-        """Close the connections that nobody uses now."""
+        """Close the connections that are not in use now."""
         while line := self._kept():
             line.pop().disconnect()
 
@@ -228,7 +228,7 @@ def _is_checked(line: Any) -> bool:
 
 
 def _is_whole(answer: bytes) -> bool:
-    """Whether these are all the bytes of an answer; of a list nobody cares to know."""
+    """Whether these are all the bytes of an answer; of a list no caller needs to know."""
     head, end, rest = answer.partition(b"\r\n")
     if head[:1] == b"$" and head != b"$-1":
         return len(rest) == int(head[1:]) + 2

@@ -25,7 +25,7 @@ _log: Final = logging.getLogger("session_sync")
 
 
 class Keeper(Protocol):
-    """Whoever has given leases, and can renew them."""
+    """The giver of leases, which can renew them."""
 
     def renew(self, leases: Sequence[Any], /) -> Mapping[Any, bool]:
         """Renew all of `leases`: True for each that was, False for each that was lost before. Those
@@ -53,9 +53,9 @@ class Lease:
 class Renewer:
     """A thread that renews leases when a third of their time is over.
 
-    It does not hold them: a lease that everybody else has forgotten runs out. One that could not be
+    It does not hold them: a lease that is referred to nowhere else runs out. One that could not be
     renewed is tried again and again until it is over; whether it was lost, the server alone knows,
-    and says when somebody wants to save under it.
+    and says when a save is tried under it.
 
     A signal handler or a finaliser may call `keep` and `drop` in a thread that is inside one of
     them, and in the renewing thread too. So there is no mutex here: each step is one operation of a

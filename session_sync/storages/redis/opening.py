@@ -59,11 +59,12 @@ class Opener:
 
     def open_nowait(self, key: str) -> OpenRedisRecord | None:
         """See RedisStorage.open_nowait()."""
-        if self.server.lines is None or key in self.begun:
+        server = self.server
+        if server.lines is None or key in self.begun:
             return None
         opened = self.record(key)
         try:
-            asked = self.server.send(self.server.scripts.open, opened, place_for(0))
+            asked = server.send(server.scripts.open, opened, place_for(0))
             if asked is not None and not asked.is_ready():
                 self.note_begun(opened, asked)
                 return None

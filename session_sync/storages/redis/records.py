@@ -1,7 +1,6 @@
 """Open records in Redis, and how their leases are renewed.
 
-This module knows what a record is written as and who may write it; it does not know how it came to
-be opened.
+This module knows how a record is written under its lock; it does not know how it came to be opened.
 """
 
 from __future__ import annotations

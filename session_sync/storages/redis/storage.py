@@ -47,9 +47,10 @@ class RedisStorage:
     `urllib.parse.quote(password, safe="")` gives it. Records that were left alone for
     `ttl` seconds (a number or a `timedelta`; None: never) disappear: a read and a write start the
     time anew. `lease` is how many seconds a key stays locked when its process dies. `prefix` goes
-    before all keys and has no braces; `codec` brings in types of your own.
+    before all names and has no braces; `codec` brings in types of your own.
 
-    A session lies under `prefix{key}`, braces and percent signs in the key written as in a URL.
+    A `key`, here as in every storage, is the full key of a session. A session lies under the name
+    `prefix{key}`, braces and percent signs in the key written as in a URL.
     Redis Cluster keeps on one node whatever has the same text in braces, so what belongs to a
     session stays together. An update takes two round trips, one to open and one to close. They go
     over connections of the storage's own, as many as there are threads that open or close at once,
@@ -57,31 +58,32 @@ class RedisStorage:
     one of a cluster) is asked itself. A coroutine waits for a server that is near, as a thread
     does, but for half a millisecond at most, and then goes on in a thread.
 
-    Why it is correct. A key is open for whoever's token is in its lock. The lock is taken, and the
-    data read, in one script, which the server runs as one step; data are written, and the lock is
-    given back, in one script too, which looks first whether the lock is still ours. So whatever
-    happens to this process (a pause, `kill -9`, a cut connection): if it writes, then nobody has
-    had the key since it read. The lock is a lease: it runs out by itself, and is renewed in the
-    background while the record is open, so it is lost only where nothing here runs for that long,
-    or where the server is unreachable or forgets it. Then a save raises SessionConflictError.
+    Why it is correct. A key is open for the opening whose token is in its lock. The lock is taken,
+    and the data read, in one script, which the server runs as one step; data are written, and the
+    lock is given back, in one script too, which looks first whether the lock is still ours. So
+    whatever happens to this process (a pause, `kill -9`, a cut connection): if it writes, then
+    nothing else has had the key since it read. The lock is a lease: it runs out by itself, and is
+    renewed in the background while the record is open, so it is lost only where nothing here runs
+    for that long, or where the server is unreachable or forgets it. Then a save raises
+    SessionConflictError.
 
     A request that failed is sent again: by this storage, as often as the options of a client say,
     or ten times in five seconds where a URL names the server; by redis-py; by a proxy. It may have
     been carried out before, or arrive twice, or late. That is harmless. To open twice with one
     token is to open once. Saves have numbers, which the lock knows: one that comes again, or after
     a later one, writes nothing. A close leaves a note for the time of a lease, 10 seconds at least,
-    by which it is recognised when it comes again, whoever has had the key meanwhile; and by which
+    by which it is recognised when it comes again, whatever has had the key meanwhile; and by which
     an open is that comes too late. After that time a close finds no lock of its own, and writes
     nothing: therefore it is not sent again when the lease is over. Each token is of one opening, so
     nothing that is late is ever taken for something of a later opening. What a replica refuses
     (READONLY) it has not done in part, since it refuses each write; and the primary that is asked
     then knows the lock, if that was replicated, or refuses to save.
 
-    When the key is given back, it goes to whoever has waited longest, in the same step: the lock
-    then has his token, for half a second, and something is pushed to a list on which he blocks.
-    Nobody can come between. Who waits comes back every few moments and so keeps his place; the
-    places of the dead lapse, as their locks do, and he who finds the key free with somebody before
-    him in the queue offers it to that one.
+    When the key is given back, it goes to the waiter that has waited longest, in the same step: the
+    lock then has its token, for half a second, and something is pushed to a list on which that
+    waiter blocks. Nothing can come between. A waiter comes back every few moments and so keeps its
+    place; the places of dead processes lapse, as their locks do, and a caller that finds the key
+    free with a waiter before it in the queue offers it to that one.
 
     Raises ValueError if the URL, `ttl`, `lease` or `prefix` make no sense or the client decodes
     answers (`decode_responses=True`), TypeError if it is no synchronous client of redis-py; and
