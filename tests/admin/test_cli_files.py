@@ -23,7 +23,7 @@ from session_sync import SessionManager, SQLiteStorage, storage_from_url
 pytest.importorskip("click", reason="needs the extra 'cli'")
 pytest.importorskip("rich", reason="needs the extra 'cli'")
 
-from test_cli import READING, Done, Terminal, at_once, environment, piped
+from cli_tools import READING, Done, Terminal, at_once, environment, piped
 
 from session_sync.admin.cli.app import app
 from session_sync.admin.cli.files import new_file

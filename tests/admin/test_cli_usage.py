@@ -14,7 +14,7 @@ from session_sync import storage_from_url
 pytest.importorskip("click", reason="needs the extra 'cli'")
 pytest.importorskip("rich", reason="needs the extra 'cli'")
 
-from test_cli import COMMAND, at_once, environment, on_terminal, piped
+from cli_tools import COMMAND, at_once, environment, on_terminal, piped
 
 from session_sync.admin.cli.app import app
 
