@@ -34,9 +34,16 @@ MEET_LIBRARIES = [
     "tests/with_ptb",
     "tests/with_both/test_chats.py",
     "tests/storages/with_redis/test_redis.py",
+    "tests/storages/with_redis/test_redis_cluster.py",
+    "tests/storages/with_redis/test_redis_connections.py",
+    "tests/storages/with_redis/test_redis_full.py",
+    "tests/storages/with_redis/test_redis_in_place.py",
+    "tests/storages/with_redis/test_redis_waiting.py",
     "tests/storages/test_disk.py",
+    "tests/storages/test_disk_foreign.py",
     "tests/storages/test_storages.py",
     "tests/storages/test_codec.py",
+    "tests/storages/test_codec_damaged.py",
     "tests/session/test_typed_model.py",
 ]
 
