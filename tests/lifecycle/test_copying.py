@@ -1,4 +1,4 @@
-"""From one store to another, by function; by command: see test_cli.py."""
+"""From one store to another, by function; by command: see test_cli_transfer.py."""
 
 from __future__ import annotations
 
