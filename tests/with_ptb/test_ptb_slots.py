@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import callback_query, message, poll
-from stores import OwnStorage
-from test_ptb import (
+from ptb_tools import (
     KEY,
     SOON,
     Gate,
@@ -26,6 +25,7 @@ from test_ptb import (
     stored,
     telegram,
 )
+from stores import OwnStorage
 from waiting import until_async
 
 from session_sync import MemoryStorage, SessionManager, SQLiteStorage, StorageKey, by_chat

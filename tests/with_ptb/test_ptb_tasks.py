@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import pytest
-from test_ptb import OwnApplication, builder, ext, running, telegram
+from ptb_tools import OwnApplication, builder, ext, running, telegram
 
 from session_sync import SessionManager
 from session_sync.ptb import install
