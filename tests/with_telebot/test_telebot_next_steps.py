@@ -14,7 +14,7 @@ telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 from conftest import callback_query, message  # noqa: E402
 from telebot import types  # noqa: E402
 from telebot.handler_backends import HandlerBackend  # noqa: E402
-from test_telebot import KEY, Bots, Exceptions, drain, feed  # noqa: E402
+from telebot_tools import KEY, Bots, Exceptions, drain, feed  # noqa: E402
 from waiting import SOON, until  # noqa: E402
 
 from session_sync import SessionManager, StorageKey  # noqa: E402
