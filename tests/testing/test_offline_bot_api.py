@@ -1,4 +1,4 @@
-"""`OfflineBotAPI` as telebot, python-telegram-bot and bare HTTP see it."""
+"""`OfflineBotAPI` as bare HTTP sees it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ import struct
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import FrameType
 from typing import Any
 from urllib.parse import urlencode
 
+import offline_tools
 import pytest
-from conftest import run_client, stop_telebot
+from offline_tools import call, ids, post, text_update
 from waiting import SOON
 
 from session_sync.testing import OfflineBotAPI, Upload, chats
@@ -30,53 +27,11 @@ from session_sync.testing.wire import HttpServer
 telebot = pytest.importorskip("telebot")
 telegram_ext = pytest.importorskip("telegram.ext")
 
-from telebot import apihelper  # noqa: E402
-from telebot import types as telebot_types  # noqa: E402
-from telebot import util as telebot_util  # noqa: E402
-
-Answer = dict[str, Any]
+api = pytest.fixture(offline_tools.make_api)
+patient = pytest.fixture(offline_tools.make_patient)
 
 
-@pytest.fixture
-def api() -> Iterator[OfflineBotAPI]:
-    with OfflineBotAPI(longest_poll=0.2) as api:
-        yield api
-
-
-@pytest.fixture
-def patient() -> Iterator[OfflineBotAPI]:
-    with OfflineBotAPI() as api:
-        yield api
-
-
-def call(api: OfflineBotAPI, method: str, **params: Any) -> Answer:
-    return post(api, f"/bot{api.token}/{method}", urlencode(params).encode())
-
-
-def post(api: OfflineBotAPI, path: str, body: bytes, **headers: str) -> Answer:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    request = urllib.request.Request(api.url + path, body, named)
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        response = error
-    with response:
-        answer: Answer = json.load(response)
-        assert response.status == answer.get("error_code", 200)
-    return answer
-
-
-def text_update(text: str) -> dict[str, Any]:
-    user = {"id": 1, "is_bot": False, "first_name": "Alex"}
-    chat = {"id": 1, "type": "private", "first_name": "Alex"}
-    return {"message": {"message_id": 1, "date": 1, "from": user, "chat": chat, "text": text}}
-
-
-def ids(answer: Answer) -> list[int]:
-    return [update["update_id"] for update in answer["result"]]
-
-
-# --- how parameters arrive ---
+# -- how parameters arrive
 
 
 @pytest.mark.parametrize("way", ["query", "urlencoded", "json", "multipart", "chunked"])
@@ -245,7 +200,7 @@ def test_a_token_looks_like_telegrams(token: str) -> None:
         OfflineBotAPI(token)
 
 
-# --- getUpdates ---
+# -- getUpdates
 
 
 def test_updates_are_numbered_and_forgotten_when_confirmed(api: OfflineBotAPI) -> None:
@@ -361,7 +316,7 @@ def test_only_updates_that_the_bot_asked_for_arrive(api: OfflineBotAPI) -> None:
     assert ids(call(api, "getUpdates")) == [6]
 
 
-# --- messages ---
+# -- messages
 
 
 def test_a_message_has_what_telegram_gives_it(api: OfflineBotAPI) -> None:
@@ -527,7 +482,7 @@ def test_a_planned_answer_serves_methods_of_tomorrow(api: OfflineBotAPI) -> None
     assert call(api, "getTomorrow")["error_code"] == 404
 
 
-# --- people ---
+# -- people
 
 
 def test_commands_are_marked_in_utf16_units(api: OfflineBotAPI) -> None:
@@ -631,413 +586,3 @@ def test_many_threads_share_the_server(api: OfflineBotAPI) -> None:
     assert len(api.calls_of("sendMessage")) == 160
     assert api.pending == 400
     assert ids(call(api, "getUpdates", offset=301)) == list(range(301, 401))
-
-
-# --- webhook ---
-
-
-class Hook:
-    """A bot's webhook: answers from a list, then 200; remembers what it got."""
-
-    def __init__(self) -> None:
-        self.answers: list[tuple[int, Any]] = []
-        self.got: list[tuple[Any, str | None]] = []
-        self.on_update: Callable[[], object] = lambda: None
-        hook = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True
-
-            def do_POST(self) -> None:
-                update = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                hook.got.append((update, self.headers["X-Telegram-Bot-Api-Secret-Token"]))
-                hook.on_update()
-                status, answer = hook.answers.pop(0) if hook.answers else (200, {})
-                body = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                pass
-
-        class Server(HTTPServer):
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # the server under test hung up
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook?x=1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def texts(self) -> list[str]:
-        return [update["message"]["text"] for update, _ in self.got]
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-@pytest.fixture
-def hook() -> Iterator[Hook]:
-    hook = Hook()
-    yield hook
-    hook.close()
-
-
-@pytest.fixture
-def hooked(hook: Hook) -> Iterator[OfflineBotAPI]:
-    with OfflineBotAPI() as api:  # closed before the hook, whose one thread serves one connection
-        yield api
-
-
-def test_a_webhook_gets_the_updates_in_order_with_its_secret(
-    hook: Hook, hooked: OfflineBotAPI
-) -> None:
-    hooked.push(text_update("0"))
-    answer = call(hooked, "setWebhook", url=hook.url, secret_token="s3cret")
-    assert answer == {"ok": True, "result": True, "description": "Webhook was set"}
-    for n in range(1, 20):
-        hooked.push(text_update(str(n)))
-    hooked.confirmed()
-    assert hook.texts() == [str(n) for n in range(20)]
-    assert {secret for _, secret in hook.got} == {"s3cret"}
-    assert hook.got[4][0]["update_id"] == 5
-
-
-def test_a_failing_webhook_is_tried_again_before_the_next_update(
-    hook: Hook, hooked: OfflineBotAPI
-) -> None:
-    hook.answers = [(500, {}), (403, {})]
-    call(hooked, "setWebhook", url=hook.url)
-    hooked.push(text_update("a"))
-    hooked.push(text_update("b"))
-    hooked.confirmed()
-    assert hook.texts() == ["a", "a", "a", "b"]
-    info = call(hooked, "getWebhookInfo")["result"]
-    assert info["url"] == hook.url
-    assert info["pending_update_count"] == 0
-    assert info["last_error_message"] == "Wrong response from the webhook: 403 Forbidden"
-
-
-def test_a_method_in_a_webhooks_answer_is_carried_out(hook: Hook, hooked: OfflineBotAPI) -> None:
-    hook.answers = [
-        (200, {"method": "deleteWebhook"}),  # not allowed there
-        (200, {"method": "sendMessage", "chat_id": 1, "text": "From the answer"}),
-    ]
-    call(hooked, "setWebhook", url=hook.url)
-    hooked.push(text_update("a"))
-    hooked.push(text_update("b"))
-    assert hooked.user(1).reply().text == "From the answer"
-    assert hooked.calls_of("deleteWebhook") == []
-
-
-def test_a_method_that_fails_in_a_webhooks_answer_disturbs_nobody(
-    hook: Hook, hooked: OfflineBotAPI, caplog: pytest.LogCaptureFixture
-) -> None:
-    hook.answers = [
-        (200, "no object"),
-        (200, {"method": "sendMessage", "chat_id": 1}),
-        (200, {"method": "sendInvoice", "chat_id": 1, "prices": [{}]}),
-    ]
-    call(hooked, "setWebhook", url=hook.url, allowed_updates='["message"]')
-    for text in "abcd":
-        hooked.push(text_update(text))
-    hooked.confirmed()
-    assert hook.texts() == ["a", "b", "c", "d"]
-    assert hooked.calls_of("sendMessage")[0].error == "Bad Request: message text is empty"
-    assert "could not carry out sendInvoice" in caplog.text
-    assert call(hooked, "getWebhookInfo")["result"]["allowed_updates"] == ["message"]
-
-
-def test_polling_and_a_webhook_exclude_each_other(hook: Hook, hooked: OfflineBotAPI) -> None:
-    with ThreadPoolExecutor() as pool:
-        poll = pool.submit(call, hooked, "getUpdates", timeout=50)
-        hooked.call("getUpdates")
-        call(hooked, "setWebhook", url=hook.url)
-        assert poll.result(SOON)["description"] == "Conflict: terminated by setWebhook request"
-    assert "webhook is active" in call(hooked, "getUpdates")["description"]
-    assert call(hooked, "deleteWebhook")["description"] == "Webhook was deleted"
-    assert call(hooked, "setWebhook", url="")["description"] == "Webhook is already deleted"
-    hooked.push(text_update("a"))
-    assert ids(call(hooked, "getUpdates")) == [1]
-    assert hook.got == []
-
-
-def test_a_bot_may_delete_its_webhook_from_inside_of_it(hook: Hook, hooked: OfflineBotAPI) -> None:
-    hook.on_update = lambda: call(hooked, "deleteWebhook")
-    call(hooked, "setWebhook", url=hook.url)
-    hooked.push(text_update("a"))
-    hooked.confirmed()
-    hooked.push(text_update("b"))
-    assert ids(call(hooked, "getUpdates")) == [2]
-
-
-def test_pending_updates_can_be_dropped(api: OfflineBotAPI) -> None:
-    api.push(text_update("old"))
-    call(api, "deleteWebhook", drop_pending_updates="True")
-    assert ids(call(api, "getUpdates")) == []
-
-
-@pytest.mark.parametrize("url", ["https://127.0.0.1/", "http://example.com/", "nonsense"])
-def test_a_webhook_elsewhere_is_refused(api: OfflineBotAPI, url: str) -> None:
-    answer = call(api, "setWebhook", url=url)
-    assert answer["description"].startswith("Bad Request: bad webhook: an offline server posts")
-
-
-def test_closing_does_not_wait_for_a_webhook_that_hangs(hook: Hook) -> None:
-    reached, released = threading.Event(), threading.Event()
-
-    def hang() -> None:
-        reached.set()
-        released.wait(30)
-
-    hook.on_update = hang
-    with OfflineBotAPI() as api:
-        call(api, "setWebhook", url=hook.url)
-        api.push(text_update("a"))
-        assert reached.wait(SOON)
-        start = time.monotonic()
-    assert time.monotonic() - start < SOON  # and not 30 s
-    released.set()
-
-
-# --- telebot ---
-
-
-@pytest.fixture
-def bot(api: OfflineBotAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A telebot that polls in a thread. Its requests sessions are kept by thread: ours goes."""
-    monkeypatch.setattr(apihelper, "API_URL", api.telebot_url)
-    bot = telebot.TeleBot(api.token)
-
-    @bot.message_handler(commands=["start"])
-    def start(message: Any) -> None:
-        markup = telebot_types.InlineKeyboardMarkup()
-        markup.add(telebot_types.InlineKeyboardButton("Yes", callback_data="vote:yes"))
-        bot.reply_to(message, f"Hello, {message.from_user.first_name}", reply_markup=markup)
-
-    @bot.callback_query_handler(func=lambda query: True)
-    def pressed(query: Any) -> None:
-        bot.answer_callback_query(query.id, "Thanks", show_alert=True)
-        place = {"chat_id": query.message.chat.id, "message_id": query.message.message_id}
-        bot.edit_message_text(f"You said {query.data}", **place)
-
-    @bot.message_handler(content_types=["text"])
-    def echo(message: Any) -> None:
-        bot.send_message(message.chat.id, message.text, message_thread_id=message.message_thread_id)
-
-    thread = threading.Thread(
-        target=bot.infinity_polling, kwargs={"timeout": 5, "long_polling_timeout": 1}
-    )
-    thread.start()
-    api.call("getUpdates")
-    yield bot
-    stop_telebot(bot)
-    thread.join()
-    telebot_util.per_thread("req_session", lambda: None, True)
-
-
-def test_telebot_polls_and_answers(api: OfflineBotAPI, bot: Any) -> None:
-    alex = api.user(1, first_name="Alex")
-    asked = alex.send("/start")
-    reply = alex.reply()
-    assert reply.text == "Hello, Alex"
-    assert reply.raw["reply_to_message"]["message_id"] == asked["message_id"]
-    press = alex.press(reply, "Yes")
-    assert press.answer()["text"] == "Thanks"
-    assert press.id
-    assert reply.edit().text == "You said vote:yes"
-    assert reply.edit().buttons == []
-    api.confirmed()
-
-
-def test_telebot_answers_in_groups_and_topics(api: OfflineBotAPI, bot: Any) -> None:
-    forum = api.group(-1001, title="Forum", is_forum=True)
-    alex = api.user(1)
-    alex.send("in topic 7", chat=forum, thread=7)
-    assert alex.reply(chat=forum, thread=7).text == "in topic 7"
-
-
-@pytest.fixture
-def caller(api: OfflineBotAPI, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A telebot that does not poll. telebot keeps a requests session by thread: close ours."""
-    monkeypatch.setattr(apihelper, "API_URL", api.telebot_url)
-    apihelper._get_req_session(reset=True)
-    yield telebot.TeleBot(api.token, threaded=False)
-    apihelper._get_req_session().close()
-    apihelper._get_req_session(reset=True)
-
-
-def test_telebot_reads_every_kind_of_answer(api: OfflineBotAPI, caller: Any) -> None:
-    assert caller.get_me().username == "offline_bot"
-    assert caller.send_photo(1, b"JPEG", caption="Cat").photo[-1].file_size == 4
-    assert caller.send_document(1, "file-1").document.file_id == "file-1"
-    assert caller.send_sticker(1, "sticker-1").sticker.file_id == "sticker-1"
-    media = [telebot_types.InputMediaPhoto("a", caption="A"), telebot_types.InputMediaPhoto("b")]
-    assert [message.message_id for message in caller.send_media_group(1, media)] == [4, 5]
-    assert caller.send_poll(1, "Q?", ["a", "b"]).poll.options[1].text == "b"
-    assert caller.send_location(1, 1.5, 2.5).location.latitude == 1.5
-    assert caller.send_chat_action(1, "typing") is True
-    assert caller.get_chat(1).type == "private"
-    assert caller.get_chat_member(-100, 1).status == "member"
-    assert caller.get_chat_member(-100, caller.get_me().id).user.is_bot
-    assert caller.get_chat_member_count(-100) == 2
-    assert caller.get_chat_administrators(-100) == []
-    prices = [telebot_types.LabeledPrice("Tea", 150), telebot_types.LabeledPrice("Milk", 50)]
-    invoice = caller.send_invoice(1, "Cart", "Tea", "payload", "", "EUR", prices).invoice
-    assert (invoice.title, invoice.currency, invoice.total_amount) == ("Cart", "EUR", 200)
-    assert caller.send_contact(1, "+1", "Alex").contact.first_name == "Alex"
-    assert caller.copy_message(2, 1, 1).message_id == 1
-    assert caller.delete_messages(1, [1, 2, 99]) is True
-    assert caller.set_my_commands([telebot_types.BotCommand("start", "Start")]) is True
-    assert caller.get_my_commands()[0].command == "start"
-    assert caller.create_forum_topic(-100, "Topic").name == "Topic"
-    assert caller.answer_inline_query("1", []) is True
-
-
-def test_telebot_raises_what_the_api_answers(api: OfflineBotAPI, caller: Any) -> None:
-    api.fail_next("sendMessage", 429, retry_after=7)
-    with pytest.raises(apihelper.ApiTelegramException) as caught:
-        caller.send_message(1, "x")
-    assert caught.value.error_code == 429
-    assert caught.value.result_json["parameters"]["retry_after"] == 7
-    assert caller.set_webhook("http://127.0.0.1:1/") is True
-    assert caller.get_webhook_info().url == "http://127.0.0.1:1/"
-    assert caller.remove_webhook() is True
-
-
-# --- python-telegram-bot ---
-
-
-def application(api: OfflineBotAPI) -> Any:
-    builder = telegram_ext.Application.builder().token(api.token).base_url(api.base_url)
-    app = builder.build()
-
-    async def start(update: Any, context: Any) -> None:
-        from telegram import InlineKeyboardButton, InlineKeyboardMarkup
-
-        markup = InlineKeyboardMarkup([[InlineKeyboardButton("Yes", callback_data="vote:yes")]])
-        name = update.effective_user.first_name
-        await update.message.reply_text(f"Hello, {name}", reply_markup=markup)
-
-    async def pressed(update: Any, context: Any) -> None:
-        await update.callback_query.answer("Thanks", show_alert=True)
-        await update.callback_query.edit_message_text(f"You said {update.callback_query.data}")
-
-    app.add_handler(telegram_ext.CommandHandler("start", start))
-    app.add_handler(telegram_ext.CallbackQueryHandler(pressed))
-    return app
-
-
-async def converse(api: OfflineBotAPI) -> None:
-    alex = api.user(1, first_name="Alex")
-    alex.send("/start")
-    reply = await alex.areply()
-    assert reply.text == "Hello, Alex"
-    press = alex.press(reply, "vote:yes")
-    assert await press.aanswer() == {
-        "callback_query_id": press.id,
-        "text": "Thanks",
-        "show_alert": True,
-    }
-    assert (await reply.aedit()).text == "You said vote:yes"
-    await api.aconfirmed()
-
-
-def test_ptb_polls_and_answers(patient: OfflineBotAPI) -> None:
-    async def main() -> None:
-        async with application(patient) as app:
-            await app.start()
-            await app.updater.start_polling()
-            await converse(patient)
-            await app.updater.stop()
-            await app.stop()
-
-    run_client(main())
-
-
-def test_ptb_serves_a_webhook(patient: OfflineBotAPI) -> None:
-    pytest.importorskip("tornado")
-
-    async def main() -> None:
-        async with application(patient) as app:
-            await app.start()
-            port = free_port()
-            await app.updater.start_webhook(
-                listen="127.0.0.1",
-                port=port,
-                url_path="hook",
-                webhook_url=f"http://127.0.0.1:{port}/hook",
-                secret_token="s3cret",
-                drop_pending_updates=True,
-            )
-            await converse(patient)
-            await app.bot.delete_webhook()
-            await app.updater.stop()
-            await app.stop()
-
-    run_client(main())
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def test_ptb_processes_an_update_by_hand(api: OfflineBotAPI) -> None:
-    async def main() -> None:
-        from telegram import Update
-
-        async with application(api) as app:
-            alex = api.user(1, first_name="Alex")
-            message = alex.send("/start")
-            await app.process_update(Update.de_json({"update_id": 1, "message": message}, app.bot))
-            assert alex.reply(timeout=0).text == "Hello, Alex"
-
-    asyncio.run(main())
-
-
-def test_ptb_reads_every_kind_of_answer(
-    api: OfflineBotAPI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PTB_TIMEDELTA", "1")  # else RetryAfter warns of a deprecation
-
-    async def main() -> None:
-        from telegram import BotCommand, InputMediaPhoto, error
-
-        async with application(api) as app:
-            bot = app.bot
-            assert bot.username == "offline_bot"
-            photo = await bot.send_photo(1, b"JPEG", caption="Cat")
-            assert (photo.photo[-1].file_size, photo.caption) == (4, "Cat")
-            for kind in ("audio", "document", "animation", "sticker", "video", "voice"):
-                sent = await getattr(bot, f"send_{kind}")(1, "file-1")
-                assert getattr(sent, kind).file_id == "file-1"
-            note = await bot.send_video_note(1, "file-1")
-            assert note.video_note.length == 1
-            album = [InputMediaPhoto(b"one"), InputMediaPhoto("file-2")]
-            sizes = [m.photo[0].file_size for m in await bot.send_media_group(1, album)]
-            assert sizes == [3, None]
-            assert (await bot.send_poll(1, "Q?", ["a", "b"])).poll.options[1].text == "b"
-            assert (await bot.send_dice(1)).dice.value == 1
-            assert (await bot.send_venue(1, 1.5, 2.5, "T", "A")).venue.location.longitude == 2.5
-            assert (await bot.send_contact(1, "+1", "Kim")).contact.first_name == "Kim"
-            assert (await bot.get_chat("@news")).type == "channel"
-            assert (await bot.get_chat_member(-100, 1)).user.id == 1
-            assert (await bot.forward_message(2, 1, photo.message_id)).forward_origin
-            assert await bot.set_my_commands([BotCommand("start", "Start")])
-            assert (await bot.get_my_commands())[0].command == "start"
-            assert (await bot.create_forum_topic(-100, "Topic")).name == "Topic"
-            api.fail_next("sendMessage", 429, retry_after=7)
-            with pytest.raises(error.RetryAfter):
-                await bot.send_message(1, "x")
-            api.fail_next("sendMessage", 403)
-            with pytest.raises(error.Forbidden, match="bot was blocked by the user"):
-                await bot.send_message(1, "x")
-
-    asyncio.run(main())

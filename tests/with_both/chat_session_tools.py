@@ -1,0 +1,35 @@
+"""What the tests of `chat_session` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from session_sync import MemoryStorage, Session, SessionManager, by_chat
+
+USER, CHAT = "user:1:chat:-100", "chat:-100"
+
+
+class Bag(Session):
+    count: int = 0
+
+
+class ChatBag(Session):
+    total: int = 0
+
+
+#: The parameters of the fixture `managers`.
+STORES = ["one store", "two stores"]
+
+
+def make_managers(
+    request: pytest.FixtureRequest,
+) -> tuple[SessionManager[Bag], SessionManager[ChatBag]]:
+    sessions = SessionManager(Bag)
+    storage = sessions.storage if request.param == "one store" else MemoryStorage()
+    return sessions, SessionManager(ChatBag, storage=storage, get_storage_key=by_chat)
+
+
+def locks(*managers: SessionManager[Any]) -> list[int]:
+    return [len(manager.locks) for manager in managers]
