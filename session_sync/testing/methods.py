@@ -1,16 +1,19 @@
 """The methods of the Bot API: which there are, how their parameters are typed, what they answer.
 
 An answer is a function of what Telegram remembers (`Chats`) and of the parameters. A method that
-only returns True needs none. The names are those of Bot API 10.1; `OfflineBotAPI.answer_next`
-makes room for a newer one.
+only returns True needs none. What is data, names and constant results, is in `bot_api.toml`, as of
+Bot API 10.1; `OfflineBotAPI.answer_next` makes room for a newer one. This module knows chats and
+parameters; it knows no server and no updates.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.resources import files
 from itertools import count
 from typing import Any, Final
 
@@ -20,48 +23,8 @@ from session_sync.testing.wire import Upload
 
 Answer = Callable[[Chats, JSON], Any]
 
-_NAMES: Final = """
-addStickerToSet answerCallbackQuery answerChatJoinRequestQuery answerGuestQuery answerInlineQuery
-answerPreCheckoutQuery answerShippingQuery answerWebAppQuery approveChatJoinRequest
-approveSuggestedPost banChatMember banChatSenderChat close closeForumTopic closeGeneralForumTopic
-convertGiftToStars copyMessage copyMessages createChatInviteLink createChatSubscriptionInviteLink
-createForumTopic createInvoiceLink createNewStickerSet declineChatJoinRequest declineSuggestedPost
-deleteAllMessageReactions deleteBusinessMessages deleteChatPhoto deleteChatStickerSet
-deleteEphemeralMessage deleteForumTopic deleteMessage deleteMessageReaction deleteMessages
-deleteMyCommands deleteMyProfilePhoto deleteStickerFromSet deleteStickerSet deleteStory
-deleteWebhook editChatInviteLink editChatSubscriptionInviteLink editEphemeralMessageCaption
-editEphemeralMessageMedia editEphemeralMessageReplyMarkup editEphemeralMessageText editForumTopic
-editGeneralForumTopic editMessageCaption editMessageChecklist editMessageLiveLocation
-editMessageMedia editMessageReplyMarkup editMessageText editStory editUserStarSubscription
-exportChatInviteLink forwardMessage forwardMessages getAvailableGifts getBusinessAccountGifts
-getBusinessAccountStarBalance getBusinessConnection getChat getChatAdministrators getChatGifts
-getChatMember getChatMemberCount getChatMenuButton getCustomEmojiStickers getFile
-getForumTopicIconStickers getGameHighScores getManagedBotAccessSettings getManagedBotToken getMe
-getMyCommands getMyDefaultAdministratorRights getMyDescription getMyName getMyShortDescription
-getMyStarBalance getStarTransactions getStickerSet getUpdates getUserChatBoosts getUserGifts
-getUserPersonalChatMessages getUserProfileAudios getUserProfilePhotos getWebhookInfo
-giftPremiumSubscription hideGeneralForumTopic leaveChat logOut pinChatMessage postStory
-promoteChatMember readBusinessMessage refundStarPayment removeBusinessAccountProfilePhoto
-removeChatVerification removeMyProfilePhoto removeUserVerification reopenForumTopic
-reopenGeneralForumTopic replaceManagedBotToken replaceStickerInSet repostStory restrictChatMember
-revokeChatInviteLink savePreparedInlineMessage savePreparedKeyboardButton sendAnimation sendAudio
-sendChatAction sendChatJoinRequestWebApp sendChecklist sendContact sendDice sendDocument sendGame
-sendGift sendInvoice sendLivePhoto sendLocation sendMediaGroup sendMessage sendMessageDraft
-sendPaidMedia sendPhoto sendPoll sendRichMessage sendRichMessageDraft sendSticker sendVenue
-sendVideo sendVideoNote sendVoice setBusinessAccountBio setBusinessAccountGiftSettings
-setBusinessAccountName setBusinessAccountProfilePhoto setBusinessAccountUsername
-setChatAdministratorCustomTitle setChatDescription setChatMemberTag setChatMenuButton
-setChatPermissions setChatPhoto setChatStickerSet setChatTitle setCustomEmojiStickerSetThumbnail
-setGameScore setManagedBotAccessSettings setMessageReaction setMyCommands
-setMyDefaultAdministratorRights setMyDescription setMyName setMyProfilePhoto setMyShortDescription
-setPassportDataErrors setStickerEmojiList setStickerKeywords setStickerMaskPosition
-setStickerPositionInSet setStickerSetThumbnail setStickerSetTitle setUserEmojiStatus setWebhook
-stopMessageLiveLocation stopPoll transferBusinessAccountStars transferGift unbanChatMember
-unbanChatSenderChat unhideGeneralForumTopic unpinAllChatMessages unpinAllForumTopicMessages
-unpinAllGeneralForumTopicMessages unpinChatMessage upgradeGift uploadStickerFile verifyChat
-verifyUser
-"""
-METHODS: Final = {name.lower(): name for name in _NAMES.split()}
+_API: Final = tomllib.loads(files(__package__).joinpath("bot_api.toml").read_text("utf-8"))
+METHODS: Final[dict[str, str]] = {name.lower(): name for name in _API["methods"].split()}
 
 _MEDIA_ID = count(1)
 _TRUE = ("true", "yes", "1")
@@ -85,43 +48,13 @@ def _structure(value: str) -> Any:
         return value
 
 
-_INTEGERS: Final = """
-active_period actor_chat_id cache_time chat_id close_date direct_messages_topic_id draft_id duration
-emoji_status_expiration_date expire_date from_chat_id from_story_id heading height icon_color length
-limit live_period max_connections max_tip_amount member_limit message_id message_thread_id
-month_count new_owner_chat_id offset open_period photo_height photo_size photo_width position
-proximity_alert_radius reply_to_message_id score send_date sender_chat_id star_count start_timestamp
-story_id subscription_period subscription_price timeout until_date user_id video_start_timestamp
-width
-"""
-_BOOLEANS: Final = """
-allow_adding_options allow_bot_chats allow_channel_chats allow_group_chats allow_paid_broadcast
-allow_sending_without_reply allow_user_chats allows_multiple_answers allows_revoting can_change_info
-can_delete_messages can_delete_stories can_edit_messages can_edit_stories can_invite_users
-can_manage_chat can_manage_direct_messages can_manage_tags can_manage_topics can_manage_video_chats
-can_pin_messages can_post_messages can_post_stories can_promote_members can_restrict_members
-creates_join_request disable_content_type_detection disable_edit_message disable_notification
-disable_web_page_preview drop_pending_updates exclude_from_blockchain exclude_limited_non_upgradable
-exclude_limited_upgradable exclude_saved exclude_unique exclude_unlimited exclude_unsaved
-for_channels force has_spoiler hide_results_until_closes is_access_restricted is_anonymous is_big
-is_canceled is_closed is_flexible is_personal is_public keep_original_details members_only
-need_email need_name need_phone_number need_shipping_address needs_repainting ok only_if_banned
-pay_for_upgrade post_to_chat_page protect_content remove_caption return_bots revoke_messages
-send_email_to_provider send_phone_number_to_provider show_alert show_caption_above_media
-show_gift_button shuffle_options sort_by_price supports_streaming use_independent_chat_permissions
-"""
-_STRUCTURES: Final = """
-accepted_gift_types added_user_ids allowed_updates areas button caption_entities checklist commands
-content correct_option_ids country_codes custom_emoji_ids description_entities emoji_list entities
-ephemeral_message_parameters errors explanation_entities explanation_media keywords
-link_preview_options mask_position media menu_button message_ids options permissions prices
-question_entities reaction reply_markup reply_parameters result results rich_message rights scope
-shipping_options stickers suggested_post_parameters suggested_tip_amounts text_entities
-"""
-_DECODERS: Final[dict[str, Callable[[str], Any]]] = {
-    **dict.fromkeys(_INTEGERS.split(), _integer),
-    **dict.fromkeys(_BOOLEANS.split(), _boolean),
-    **dict.fromkeys(_STRUCTURES.split(), _structure),
+_TYPES: Final[dict[str, Callable[[str], Any]]] = {
+    "integer": _integer,
+    "boolean": _boolean,
+    "structure": _structure,
+}
+_DECODERS: Final = {
+    name: _TYPES[kind] for kind, names in _API["parameters"].items() for name in names.split()
 }
 
 
@@ -164,17 +97,7 @@ def _file(value: object, params: JSON) -> JSON:
     return {"file_id": file_id, "file_unique_id": f"unique-{file_id}", **about}
 
 
-_SIZE: Final = {"width": 1, "height": 1}
-_MEDIA: Final[dict[str, JSON]] = {
-    "animation": {**_SIZE, "duration": 1},
-    "audio": {"duration": 1},
-    "document": {},
-    "photo": _SIZE,
-    "sticker": {**_SIZE, "type": "regular", "is_animated": False, "is_video": False},
-    "video": {**_SIZE, "duration": 1},
-    "video_note": {"length": 1, "duration": 1},
-    "voice": {"duration": 1},
-}
+_MEDIA: Final[dict[str, JSON]] = _API["media"]
 
 
 def _media(kind: str, source: JSON, params: JSON, field: str) -> JSON:
@@ -283,11 +206,6 @@ def _send_media_group(chats: Chats, params: JSON) -> Any:
     return [chats.post(chat, {**content, **group}, params, None) for content in contents]
 
 
-def _send_nothing(chats: Chats, params: JSON) -> Any:
-    chats.chat(params.get("chat_id"))
-    return True
-
-
 def _edit(change: Callable[[JSON], JSON]) -> Answer:
     def answer(chats: Chats, params: JSON) -> Any:
         changed = change(params)
@@ -363,15 +281,7 @@ def _pass_on_all(*, forward: bool) -> Answer:
 
 
 def _get_chat(chats: Chats, params: JSON) -> Any:
-    gifts = {
-        "unlimited_gifts": False,
-        "limited_gifts": False,
-        "unique_gifts": False,
-        "premium_subscription": False,
-        "gifts_from_channels": False,
-    }
-    full = {"accent_color_id": 0, "max_reaction_count": 11, "accepted_gift_types": gifts}
-    return {**chats.chat(params.get("chat_id")), **full}
+    return {**chats.chat(params.get("chat_id")), **_API["chat"]}
 
 
 def _get_chat_member(chats: Chats, params: JSON) -> Any:
@@ -382,16 +292,6 @@ def _get_chat_member(chats: Chats, params: JSON) -> Any:
     person = chats.chat(user_id)
     names = _picked(person, "first_name", "last_name", "username", "language_code")
     return {"status": "member", "user": {"id": person["id"], "is_bot": False, **names}}
-
-
-def _get_member_count(chats: Chats, params: JSON) -> Any:
-    chats.chat(params.get("chat_id"))
-    return 2
-
-
-def _get_chat_administrators(chats: Chats, params: JSON) -> Any:
-    chats.chat(params.get("chat_id"))
-    return []
 
 
 def _create_forum_topic(chats: Chats, params: JSON) -> Any:
@@ -431,23 +331,27 @@ def _getter(field: str) -> Answer:
     return answer
 
 
+def _always(result: Any) -> Answer:
+    return lambda chats, params: result
+
+
+def _always_in_a_chat(result: Any) -> Answer:
+    def answer(chats: Chats, params: JSON) -> Any:
+        chats.chat(params.get("chat_id"))
+        return result
+
+    return answer
+
+
 def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 _ANSWERS: Final[dict[str, Answer]] = {
     **{name: _send(_snake(name[4:])) for name in METHODS.values() if name.startswith("send")},
+    **{name: _always(result) for name, result in _API["results"].items()},
+    **{name: _always_in_a_chat(result) for name, result in _API["results_in_a_chat"].items()},
     "sendMediaGroup": _send_media_group,
-    **dict.fromkeys(
-        (
-            "sendChatAction",
-            "sendMessageDraft",
-            "sendRichMessageDraft",
-        ),
-        _send_nothing,
-    ),
-    "sendGift": lambda chats, params: True,
-    "sendChatJoinRequestWebApp": lambda chats, params: True,
     "editMessageText": _edit(_text),
     "editMessageCaption": _edit(_new_caption),
     "editMessageMedia": _edit(_new_media),
@@ -463,14 +367,7 @@ _ANSWERS: Final[dict[str, Answer]] = {
     "getMe": lambda chats, params: chats.me,
     "getChat": _get_chat,
     "getChatMember": _get_chat_member,
-    "getChatMemberCount": _get_member_count,
-    "getChatAdministrators": _get_chat_administrators,
-    "getChatMenuButton": lambda chats, params: {"type": "default"},
-    "getUserProfilePhotos": lambda chats, params: {"total_count": 0, "photos": []},
     "createForumTopic": _create_forum_topic,
-    "createInvoiceLink": lambda chats, params: "https://t.me/$offline",
-    "exportChatInviteLink": lambda chats, params: "https://t.me/+offline",
-    "answerWebAppQuery": lambda chats, params: {"inline_message_id": "offline"},
     "setMyCommands": _set_my_commands,
     "deleteMyCommands": _delete_my_commands,
     "getMyCommands": lambda chats, params: chats.settings.get(_command_key(params), []),
