@@ -7,8 +7,8 @@ for what several processes share.
 
 from session_sync.testing.bot_api import Call, OfflineBotAPI
 from session_sync.testing.conformance import StorageConformance
-from session_sync.testing.people import Button, OfflineChat, OfflineUser, Press, Reply
 from session_sync.testing.shared_conformance import SharedStorageConformance
+from session_sync.testing.users import Button, OfflineChat, OfflineUser, Press, Reply
 from session_sync.testing.wire import Upload
 
 __all__ = [

@@ -19,8 +19,8 @@ from typing import Any, Final, Self, TypeVar
 from session_sync.testing import methods
 from session_sync.testing.answers import BotAPIError, failed, succeeded
 from session_sync.testing.chats import JSON, Chats
-from session_sync.testing.people import OfflineChat, OfflineUser
 from session_sync.testing.updates import LONGEST_POLL, Updates
+from session_sync.testing.users import OfflineChat, OfflineUser
 from session_sync.testing.wire import HttpServer, Request
 
 T = TypeVar("T")

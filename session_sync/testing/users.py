@@ -1,4 +1,7 @@
-"""The people in a test: they write to the bot, press its buttons and read what it answers."""
+"""The users in a test: they write to the bot, press its buttons and read what it answers.
+
+This module knows what a user sees; it knows no HTTP.
+"""
 
 from __future__ import annotations
 
