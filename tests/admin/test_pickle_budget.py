@@ -14,6 +14,7 @@ import pytest
 
 from session_sync import SessionDecodeError
 from session_sync.admin.importers import IMPORTERS
+from session_sync.admin.importers.pickles import read_pickle
 
 MANY = 30_000  # values that are copied ...
 OFTEN = 1_000  # ... so many times: a quarter of a gigabyte
@@ -126,3 +127,26 @@ def test_one_long_number_is_not_read_for_each_decimal(tmp_path: Path) -> None:
     data = digits + b"}" + text("user_data") + b"}K\x01}" + text("a") + value + b"sss."
     ((_, error),) = sessions("ptb-pickle", b"\x80\x04" + data, tmp_path)
     assert "has more than 16 MB when it is written out" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "length"),
+    [
+        (pickle.BYTEARRAY8, "<Q"),
+        (pickle.BINBYTES8, "<Q"),
+        (pickle.BINUNICODE8, "<Q"),
+        (pickle.BINBYTES, "<I"),
+        (pickle.BINUNICODE, "<I"),
+        (pickle.FRAME, "<Q"),
+    ],
+)
+def test_an_announced_gigabyte_is_not_reserved(opcode: bytes, length: str) -> None:
+    """The file has a few bytes; Python's own reader makes room for what is announced."""
+    data = b"\x80\x05" + opcode + struct.pack(length, 2**30) + b"short."
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="cannot be read at byte"):
+            read_pickle(data)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # bytes
+    finally:
+        tracemalloc.stop()
