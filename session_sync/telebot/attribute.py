@@ -99,21 +99,20 @@ class _SessionAttribute:
     def __init__(self, place: int) -> None:
         self._place: Final = place
 
-    def __get__(self, update: Any, owner: type) -> Any:
-        return self if update is None else self._session_of(update)
-
-    def __set__(self, update: Any, fields: Mapping[str, Any] | None) -> None:
-        replace_fields(self._session_of(update), fields)
-
-    def _session_of(self, update: object) -> BaseSession:
-        binding = Binding.of(update)
-        if binding is None:
+    def __get__(self, update: Any, owner: type | None = None) -> Any:
+        if update is None:
+            return self
+        binding = bound.get(id(update))
+        if binding is None or binding() is not update:
             raise AttributeError(
                 f"this {type(update).__name__} is not the update that is being handled, so no "
                 f"session is open for it; the update itself has one (call.session, not "
                 f"call.message.session), and sessions.session_scope(...) opens one anywhere"
             )
         return binding.session_at(self._place)
+
+    def __set__(self, update: Any, fields: Mapping[str, Any] | None) -> None:
+        replace_fields(self.__get__(update), fields)
 
 
 def add_attributes() -> None:

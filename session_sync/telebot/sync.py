@@ -44,14 +44,13 @@ class Integration:
         """Only what is of one kind together: telebot sorts a batch by kind, so a button press
         could overtake the message that was sent before it. Without a pool one at a time, so that
         telebot fetches again what comes after one whose handler raises."""
-        batches: Iterable[list[Any]] = (
-            (list(alike) for _, alike in itertools.groupby(updates, kind_of))
-            if self._bot.threaded
-            else ([update] for update in updates)
-        )
         process = self._deliver if self._sessions.dedupes else self._process_new_updates
-        for batch in batches:
-            process(batch)
+        if self._bot.threaded:
+            for _, alike in itertools.groupby(updates, kind_of):
+                process(list(alike))
+        else:
+            for update in updates:
+                process([update])
 
     def _deliver(self, updates: Iterable[Any]) -> None:
         """As telebot's, in a context that knows of the delivery."""
