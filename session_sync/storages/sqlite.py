@@ -5,30 +5,30 @@ This module knows records and their bytes; it knows no session.
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final, Literal
 
-from ..errors import SessionDecodeError, SessionLockTimeoutError
-from . import files
-from .base import OpenRecord, Record, StoredEntry
-from .codec import Codec
-from .connections import (
-    TIMEOUT,
-    Connections,
-    in_transaction,
-    is_inside_transaction,
-    refuse_inside_transaction,
+from session_sync.errors import SessionLockTimeoutError
+from session_sync.storages import files
+from session_sync.storages.base import Record, StoredEntry
+from session_sync.storages.codec import Codec
+from session_sync.storages.connections import TIMEOUT, Connections, in_transaction
+from session_sync.storages.filelocks import FileLocks
+from session_sync.storages.locked_record import LockedRecord
+from session_sync.storages.ownership import OURS, VERSION, has_table
+from session_sync.storages.rows import (
+    RowStorage,
+    Statements,
+    key_of,
+    make_private,
+    refuse_row,
+    stored_key,
 )
-from .durations import life_time
-from .filelocks import FileLocks
-from .locked_record import LockedRecord
-from .ownership import OURS, VERSION, has_table, look
 
 _TABLE: Final = """
     CREATE TABLE IF NOT EXISTS sessions (
@@ -39,14 +39,18 @@ _INDEX: Final = """
     CREATE INDEX IF NOT EXISTS expiry ON sessions (expires) WHERE expires IS NOT NULL
 """
 _LIVE: Final = "key = ? AND (expires IS NULL OR expires > ?)"
-_SELECT: Final = f"SELECT value, expires FROM sessions WHERE {_LIVE}"
-_UPSERT: Final = """
-    INSERT INTO sessions VALUES (?, ?, ?)
-    ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires
-"""
-_SWEEP: Final = """
-    DELETE FROM sessions WHERE key IN (SELECT key FROM sessions WHERE expires <= ? LIMIT 100)
-"""
+_STATEMENTS: Final = Statements(
+    select=f"SELECT value, expires FROM sessions WHERE {_LIVE}",
+    upsert="""
+        INSERT INTO sessions VALUES (?, ?, ?)
+        ON CONFLICT (key) DO UPDATE SET value = excluded.value, expires = excluded.expires
+    """,
+    delete="DELETE FROM sessions WHERE key = ?",
+    touch=f"UPDATE sessions SET expires = ? WHERE {_LIVE}",
+    sweep="""
+        DELETE FROM sessions WHERE key IN (SELECT key FROM sessions WHERE expires <= ? LIMIT 100)
+    """,
+)
 _ROWS: Final = """
     SELECT key, typeof(key), length(CAST(value AS BLOB)), expires FROM sessions
     WHERE (expires IS NULL OR expires > ?) ORDER BY key LIMIT 1000
@@ -54,16 +58,12 @@ _ROWS: Final = """
 _MORE_ROWS: Final = _ROWS.replace(
     "WHERE", "WHERE key > CASE WHEN ? THEN CAST(? AS TEXT) ELSE ? END AND"
 )
-_TEXT: Final = b"text"
-_DELETE: Final = "DELETE FROM sessions WHERE key = ?"
 _PAGE: Final = 4096  # bytes that SQLite writes at least
 _PAGES: Final = 500  # written at once, until one write goes the other way and may wait
 _LARGE: Final = 16 * _PAGE  # bytes of a record that is not written at once
-_PAUSE: Final = 1.0  # seconds between two sweeps
-_log: Final = logging.getLogger("session_sync")
 
 
-class SQLiteStorage:
+class SQLiteStorage(RowStorage):
     """Sessions in the file `path`, one row for each: what to take on one machine.
 
     Any number of threads and processes on one machine may use the same file, each session open in
@@ -100,7 +100,7 @@ class SQLiteStorage:
     ({'counter': 1, 'seen': {7}}, ['user:1'])
     """
 
-    blocking: Final = True
+    _statements = _STATEMENTS
 
     def __init__(
         self,
@@ -112,20 +112,18 @@ class SQLiteStorage:
     ) -> None:
         if synchronous not in ("full", "normal", "off"):
             raise ValueError(f"synchronous must be 'full', 'normal' or 'off', not {synchronous!r}")
-        self._ttl: Final = None if ttl is None else life_time(ttl)
-        self._codec: Final = Codec() if codec is None else codec
-        self._swept = 0.0
+        super().__init__(ttl, codec)
         self._synchronous: Final[Literal["full", "normal", "off"]] = synchronous
         self._waits_for_disk: Final = synchronous == "full"
         self._pages = 0  # written at once since the last write that was not
         self._path: Final = _private(path)
         self.store: Final = f"sqlite:{self._path}"
-        self._file: Final = files.StoreFile(self._path)
+        self._file = files.StoreFile(self._path)
         pragma = f"synchronous = {synchronous}"
         # What is no text would be named in the error of who reads it as text, with its value.
-        self._connections: Final = Connections(self._file, pragma, text=bytes)
+        self._connections = Connections(self._file, pragma, text=bytes)
         self._prompt: Final = Connections(self._file, pragma, text=bytes, timeout=0)
-        self._locks: Final = FileLocks(f"{self._path}-locks", self._file.check)
+        self._locks = FileLocks(f"{self._path}-locks", self._file.check)
         if not self._connections.use(self._has_table):  # before a file of locks is made beside it
             handle = self._locks.acquire("$table", TIMEOUT)  # four workers may begin at once
             try:
@@ -144,163 +142,65 @@ class SQLiteStorage:
         )
         return make, ()
 
-    def get(self, key: str, /) -> dict[str, Any] | None:
-        """The fields stored under `key`, or None.
-
-        Raises `SessionDecodeError` if what lies there is not ours.
-        """
-        found = self._find(key)
-        return None if found is None else self._codec.decode(_bytes(found[0], key), key)
-
-    def check_value(self, value: Any, key: str, place: object, /) -> None:
-        """Raise SessionEncodeError if `value` cannot be kept at this place of a session."""
-        self._codec.check(value, key, place)
-
-    def set(self, key: str, value: Mapping[str, Any], /) -> None:
-        """Store `value` under `key`, in one transaction.
-
-        Raises `SessionEncodeError` if it holds something that the codec does not keep.
-        """
-        self.save(key, value)
-
-    def delete(self, key: str, /) -> None:
-        """Remove `key`; no error if there is none."""
-        refuse_inside_transaction(self._path)
-        self._run(_DELETE, stored_key(key))
-
     def has(self, key: str, /) -> bool:
         """Whether something is stored under `key`."""
         return bool(
-            self._run(f"SELECT 1 FROM sessions WHERE {_LIVE}", stored_key(key), time.time())
+            self._read(f"SELECT 1 FROM sessions WHERE {_LIVE}", stored_key(key), time.time())
         )
 
-    def touch(self, key: str, /) -> None:
-        """Start the life time of the record anew; no error if there is none."""
-        # A signal handler that only reads loses nothing but a part of the life time, and would wait
-        # for its own thread.
-        if self._ttl is not None and not is_inside_transaction(self._path):
-            now = time.time()
-            expires = now + self._ttl
-            self._run(
-                f"UPDATE sessions SET expires = ? WHERE {_LIVE}", expires, stored_key(key), now
-            )
+    def _row(self, key: str, data: bytes, now: float) -> tuple[object, ...]:
+        return stored_key(key), data, self._end_of(now)
 
-    def keys(self) -> Iterator[str]:
-        """Every stored key, in their order. Rows that nothing here has written, since their key is
-        no text, are passed over, with a warning in the log."""
-        for key, _size, _left in self._rows():
-            yield key
+    def _value(self, row: Any, key: str) -> tuple[bytes, float | None]:
+        value, expires = row
+        if not isinstance(value, bytes):
+            refuse_row(key, f"is of type {type(value).__name__}")
+        return value, expires
 
-    def entries(self) -> Iterator[StoredEntry]:
-        """Every stored key, in their order, with what is known of its record; none is read or
-        touched. Rows are passed over as in `keys`.
+    def _entries(self) -> Iterator[StoredEntry | None]:
+        """Every row, in the order of their keys.
 
-        The size is that of the fields as JSON. Only with a `ttl`, the one with which they were
-        stored, is it known how old they are: since when they were left alone.
+        Only with a `ttl`, the one with which they were stored, is it known how old they are: since
+        when they were left alone.
         """
-        for key, size, left in self._rows():
-            age = None if left is None or self._ttl is None else max(0.0, self._ttl - left)
-            yield StoredEntry(key, size, age, left)
-
-    def unknown_rows(self) -> int:
-        """How many rows have a key that is no text, so that nothing here can have written them."""
-        return sum(key_of(key, kind) is None for key, kind, *_ in self._all_rows())
-
-    def _rows(self) -> Iterator[tuple[str, int, float | None]]:
-        unknown = 0
-        for stored, kind, size, left in self._all_rows():
-            key = key_of(stored, kind)
-            if key is None:
-                unknown += 1
-            else:
-                yield key, size, left
-        warn_of_unknown_rows(unknown, self._path)
-
-    def _all_rows(self) -> Iterator[tuple[bytes, bytes, int, float | None]]:
-        rows = self._run(_ROWS, now := time.time())
+        rows = self._read(_ROWS, now := time.time())
         while rows:
-            for key, kind, size, expires in rows:
-                yield key, kind, size, None if expires is None else expires - now
-            key, kind, *_ = rows[-1]
-            rows = self._run(_MORE_ROWS, kind == _TEXT, key, key, now := time.time())
+            for stored, kind, size, expires in rows:
+                key = key_of(stored, kind)
+                left = None if expires is None else expires - now
+                age = None if left is None or self._ttl is None else max(0.0, self._ttl - left)
+                yield None if key is None else StoredEntry(key, size, age, left)
+            stored, kind, *_ = rows[-1]
+            rows = self._read(_MORE_ROWS, kind == b"text", stored, stored, now := time.time())
+
+    def _opened(
+        self, key: str, timeout: float, load: Callable[[str], Record | None] | None = None
+    ) -> _OpenRecord:
+        return _OpenRecord(self, key, self._locks.acquire(key, timeout), load)
 
     def close(self) -> None:
-        """Close all connections; the file alone is then the whole store, as far as nobody else
+        """Close all connections; the file alone is then the whole store, as far as nothing else
         uses it. The storage opens new ones when it is used again."""
         self._prompt.finish()
-        self._connections.finish()
-        self._locks.close()
-        self._file.forget()
-
-    def load(self, key: str, /) -> Record | None:
-        """The stored record, its life time started anew, or None."""
-        found = self._find(key)
-        if found is None:
-            return None
-        data, expires = found
-        record = self._codec.decode_record(_bytes(data, key), key)
-        if self._has_aged(expires):
-            self.touch(key)
-        return record
-
-    def save(self, key: str, record: Record, /) -> int:
-        """Store `record` whole, or raise and leave what was stored before; returns its bytes."""
-        data = self._codec.encode(record, key)
-        now = time.time()
-        expires = None if self._ttl is None else now + self._ttl
-        refuse_inside_transaction(self._path)
-        self._run(_UPSERT, stored_key(key), data, expires)
-        if self._is_sweeping_due(now):
-            self._swept = now
-            self._run(_SWEEP, now)
-        return len(data)
-
-    def open_record(self, key: str, timeout: float, /) -> _OpenRecord:
-        """Open `key` when no other process has it open; raises SessionLockTimeoutError."""
-        return _OpenRecord(self, key, self._locks.acquire(key, timeout))
-
-    def open_unread(self, key: str, timeout: float, /) -> OpenRecord:
-        """As `open_record`, whatever lies there: it can be removed, also if it cannot be read."""
-        return _OpenRecord(self, key, self._locks.acquire(key, timeout), lambda _key: None)
-
-    def save_all(self, records: Mapping[str, Record], opened: Mapping[str, _OpenRecord], /) -> bool:
-        """Store several records, in one transaction."""
-        data = {key: self._codec.encode(record, key) for key, record in records.items() if record}
-        expires = None if self._ttl is None else time.time() + self._ttl
-        for each in opened.values():
-            each.begin_to_write()
-
-        def write(cursor: sqlite3.Cursor) -> None:
-            for key in records:
-                if key in data:
-                    cursor.execute(_UPSERT, (stored_key(key), data[key], expires))
-                else:
-                    cursor.execute(_DELETE, (stored_key(key),))
-
-        self._connections.use(
-            lambda cursor: in_transaction(cursor.connection, self._path, lambda: write(cursor))
-        )
-        for key, each in opened.items():
-            each.has_written(len(data[key]) if key in data else None)
-        return True
+        super().close()
 
     # -- without waiting
 
     def open_nowait(self, key: str, /) -> _OpenRecord | None:
         """As `open_record`, if nothing in that has to wait; else None."""
         try:
-            return _OpenRecord(self, key, self._locks.acquire(key, 0), self._load_at_once)
+            return self._opened(key, 0, self._load_at_once)
         except (SessionLockTimeoutError, _WouldWaitError):
             return None
 
     def _load_at_once(self, key: str) -> Record | None:
-        rows = self._run_at_once(_SELECT, stored_key(key), time.time())
+        rows = self._run_at_once(_STATEMENTS.select, stored_key(key), time.time())
         if not rows:
             return None
-        ((data, expires),) = rows
+        data, expires = self._value(rows[0], key)
         if self._has_aged(expires):
             raise _WouldWaitError
-        return self._codec.decode_record(_bytes(data, key), key)
+        return self._codec.decode_record(data, key)
 
     def save_at_once(self, key: str, record: Record, /) -> int | None:
         """As `save`, or `delete` for an empty record; raises _WouldWaitError."""
@@ -313,15 +213,14 @@ class SQLiteStorage:
             self._pages = 0
             raise _WouldWaitError
         if record:
-            expires = None if self._ttl is None else now + self._ttl
-            self._run_at_once(_UPSERT, stored_key(key), data, expires)
+            self._run_at_once(_STATEMENTS.upsert, *self._row(key, data, now))
             return len(data)
-        self._run_at_once(_DELETE, stored_key(key))
+        self._run_at_once(_STATEMENTS.delete, stored_key(key))
         return None
 
     def _run_at_once(self, statement: str, *values: object) -> list[Any]:
         try:
-            return self._run(statement, *values, connections=self._prompt)
+            return self._prompt.use(lambda cursor: cursor.execute(statement, values).fetchall())
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # which has several kinds
                 raise
@@ -329,24 +228,8 @@ class SQLiteStorage:
 
     # -- besides
 
-    def _has_aged(self, expires: float | None) -> bool:
-        """Whether reading starts the life time anew: a write for each would cost more than all the
-        rest."""
-        return self._ttl is not None and (expires or 0) < time.time() + 0.99 * self._ttl
-
     def _is_sweeping_due(self, now: float) -> bool:
-        return self._ttl is not None and not self._swept <= now <= self._swept + _PAUSE
-
-    def _find(self, key: str) -> tuple[object, float | None] | None:
-        rows = self._run(_SELECT, stored_key(key), time.time())
-        return rows[0] if rows else None
-
-    def _run(
-        self, statement: str, *values: object, connections: Connections | None = None
-    ) -> list[Any]:
-        return (connections or self._connections).use(
-            lambda cursor: cursor.execute(statement, values).fetchall()
-        )
+        return self._ttl is not None and super()._is_sweeping_due(now)
 
     def _has_table(self, cursor: sqlite3.Cursor) -> bool:
         return has_table(cursor, self._path)
@@ -390,43 +273,6 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
         return True
 
 
-def warn_of_unknown_rows(number: int, path: str) -> None:
-    """Log that so many rows were passed over, if there were any."""
-    if number:
-        _log.warning(
-            "%s: rows whose key is no text were passed over: %d; session_sync has not written them",
-            path,
-            number,
-        )
-
-
-def stored_key(key: str) -> str | bytes:
-    """How a key is stored: as text, or as bytes if it has halves of surrogate pairs in it."""
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        return key.encode("utf-8", "surrogatepass")
-    return key
-
-
-def key_of(stored: bytes, kind: bytes) -> str | None:
-    """The key that is stored so; None if none is."""
-    try:
-        key = stored.decode("utf-8", "surrogatepass")
-    except UnicodeDecodeError:
-        return None
-    return key if isinstance(stored_key(key), str) == (kind == _TEXT) else None
-
-
-def _bytes(value: object, key: str) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    raise SessionDecodeError(
-        f"session {key!r} cannot be read: it is of type {type(value).__name__}, which was not "
-        f"written here. It is left as it is."
-    )
-
-
 def _private(path: str | os.PathLike[str]) -> str:
     """The absolute path of a file that is closed to everybody else; made, with its folders."""
     name = os.fspath(path)
@@ -441,14 +287,5 @@ def _private(path: str | os.PathLike[str]) -> str:
             f"{real} is a folder; SQLiteStorage takes the path of a file in it, say "
             f"{os.path.join(real, 'sessions.db')}"
         )
-    # SQLite gives new ones the mode of the file.
-    beside = [real + end for end in ("-locks", "-wal", "-shm", "-journal")]
-    for each in beside:
-        files.check_file(each)
-    if files.check_file(real):  # what is another program's keeps its modes
-        look(real, partial(has_table, path=real))
-    files.make_folder(os.path.dirname(real))
-    files.make_file(real)
-    for each in beside:
-        files.close_file(each)
+    make_private(real, f"{real}-locks", has_table)
     return real

@@ -29,7 +29,7 @@ from session_sync import (
 )
 from session_sync.lifecycle import entry, scope, transaction
 from session_sync.lifecycle import threads as pools
-from session_sync.storages import connections, disk, memory, sqlite
+from session_sync.storages import connections, disk, memory, rows, sqlite
 from session_sync.storages.base import record_of
 
 # Python only prints what interrupts a finaliser, and an interrupt may leave a coroutine unawaited.
@@ -86,8 +86,8 @@ def test_what_has_joined_does_not_undo_half_of_several_sessions(
     storages: dict[str, tuple[Callable[[], Any], list[Any]]] = {
         "memory": (MemoryStorage, [memory]),
         "lru": (LruMemoryStorage, [memory]),
-        "sqlite": (lambda: SQLiteStorage(tmp_path / "sessions.db"), [sqlite, connections]),
-        "disk": (lambda: storage_from_url(f"disk:///{tmp_path}/sessions"), [connections, disk]),
+        "sqlite": (lambda: SQLiteStorage(tmp_path / "sessions.db"), [sqlite, rows, connections]),
+        "disk": (lambda: storage_from_url(f"disk:///{tmp_path}/sessions"), [connections, rows, disk]),
     }
     make, modules = storages[name]
     storage, before = make(), None

@@ -29,7 +29,14 @@ from session_sync.lifecycle import backend, entry, scope
 from session_sync.lifecycle import threads as pools
 from session_sync.locks import lock
 from session_sync.session import session as session_module
-from session_sync.storages import connections, filelocks, locked_record, lockfile, sqlite
+from session_sync.storages import (
+    connections,
+    filelocks,
+    locked_record,
+    lockfile,
+    rows,
+    sqlite,
+)
 
 KEY = "user:1"
 
@@ -324,7 +331,7 @@ def test_a_session_that_is_cleared_after_an_interrupted_flush_is_removed(
 @raises_in_flows
 def test_what_an_interrupt_stops_in_a_store_that_is_shared_is_stored(tmp_path: Path) -> None:
     storage = SQLiteStorage(str(tmp_path / "sessions.db"))
-    stores = (sqlite, connections, filelocks, lockfile, locked_record)
+    stores = (sqlite, rows, connections, filelocks, lockfile, locked_record)
     places = everywhere(interrupt, scope, entry, *stores)
     for number, interruption in enumerate(places):
         key = f"user:{number}"

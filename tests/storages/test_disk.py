@@ -197,6 +197,14 @@ class TestNothingIsEvicted:
             assert len(list(storage.keys())) == 5
         assert sql(folder, "SELECT COUNT(*) FROM Cache") == [(5,)]
 
+    def test_also_by_a_storage_without_a_ttl(self, folder: Path, clock: Clock) -> None:
+        with closing(DiskStorage(folder, ttl=10)) as storage:
+            storage.set("old", {"n": 1})
+        clock.now += 11
+        with closing(DiskStorage(folder)) as storage:
+            storage.set("new", {"n": 1})
+        assert sql(folder, "SELECT COUNT(*) FROM Cache") == [(1,)]
+
 
 class TestLifeTime:
     @pytest.mark.parametrize("ttl", [10, 10.0, timedelta(seconds=10)])
@@ -270,7 +278,7 @@ class TestThreads:
             in_thread(lambda n=n: storage.set(f"user:{n}", {"n": n}))
             # The last reference goes when the thread itself is gone.
             gc.collect()
-        assert len(storage._cache._connections._made) <= 2
+        assert len(storage._connections._made) <= 2
         assert len(list(storage.keys())) == 50
 
     def test_that_go_on_are_cut_off_by_close_and_may_come_back(self, folder: Path) -> None:

@@ -25,7 +25,7 @@ from interruptions import OutsideError, everywhere, raise_outside
 from waiting import until
 
 from session_sync import SessionConflictError, SessionLockTimeoutError, SQLiteStorage
-from session_sync.storages import background, filelocks, locked_record, lockfile, sqlite
+from session_sync.storages import background, filelocks, locked_record, lockfile, rows, sqlite
 from session_sync.storages.base import record_of
 from session_sync.storages.filelocks import FileLockHandle, FileLocks
 
@@ -161,7 +161,7 @@ def test_a_record_that_is_not_there_yet_frees_its_key(tmp_path: Path) -> None:
     """An exception between the lock and the record, and in the loading."""
     storage, other = SQLiteStorage(tmp_path / "s.db"), SQLiteStorage(tmp_path / "s.db")
     storage.set("key", {"a": 1})
-    for interruption in everywhere(raise_outside, *HERE, locked_record, sqlite):
+    for interruption in everywhere(raise_outside, *HERE, locked_record, rows, sqlite):
         with contextlib.suppress(OutsideError), interruption:
             opened = storage.open_record("key", 0)
             opened.close(record_of({"a": 1}))

@@ -24,6 +24,7 @@ from session_sync.storages import (
     locked_record,
     lockfile,
     memory,
+    rows,
     sqlite,
 )
 from session_sync.storages.base import record_of
@@ -224,12 +225,12 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[]
 
 def here(storage: Any) -> tuple[Any, ...]:
     if isinstance(storage, SQLiteStorage):
-        return (sqlite, connections, filelocks, lockfile, locked_record)
+        return (sqlite, rows, connections, filelocks, lockfile, locked_record)
     import diskcache
 
     from session_sync.storages import disk
 
-    return (disk, connections, filelocks, lockfile, locked_record, diskcache.core)
+    return (disk, rows, connections, filelocks, lockfile, locked_record, diskcache.core)
 
 
 def update(storage: Any) -> None:
@@ -392,7 +393,7 @@ def test_a_statement_that_a_nested_fork_has_cut_off_is_done_again(tmp_path: Path
             os._exit(0)
         os.waitpid(child, 0)
 
-    for interruption in everywhere(nested, sqlite, connections):
+    for interruption in everywhere(nested, sqlite, rows, connections):
         storage.get("key")  # which has a connection
         with interruption:
             storage.set("key", {"a": 1})

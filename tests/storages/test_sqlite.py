@@ -178,9 +178,9 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("synchronous", ["full", "normal", "off"])
 def test_synchronous_is_what_was_asked_for(path: Path, synchronous: Any) -> None:
     with closing(SQLiteStorage(path, synchronous=synchronous)) as storage:
-        level = storage._run("PRAGMA synchronous")
+        level = storage._read("PRAGMA synchronous")
         assert level == [({"off": 0, "normal": 1, "full": 2}[synchronous],)]
-        assert storage._run("PRAGMA journal_mode") == [(b"wal",)]
+        assert storage._read("PRAGMA journal_mode") == [(b"wal",)]
 
 
 def test_bad_options_are_refused(path: Path) -> None:

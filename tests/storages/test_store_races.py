@@ -36,6 +36,7 @@ from session_sync.storages import (
     locked_record,
     lockfile,
     memory,
+    rows,
     sqlite,
 )
 from session_sync.storages.background import for_each
@@ -329,7 +330,7 @@ def test_a_close_that_is_interrupted_as_it_lets_others_in_stores_nothing_when_it
     storage: Any = storage_from_url(url)
     other: Any = storage_from_url(url)
     came_in = False
-    modules = (filelocks, lockfile, locked_record, connections, sqlite)
+    modules = (filelocks, lockfile, locked_record, connections, rows, sqlite)
     for interruption in everywhere(interrupt, *modules):
         storage.set("key", {})
         opened: Any = storage.open_record("key", SOON)

@@ -18,7 +18,7 @@ from ...errors import SessionDecodeError
 from ...storages.base import StoredEntry
 from ...storages.codec import Codec
 from ...storages.ownership import has_cache, has_table, look
-from ...storages.sqlite import key_of, stored_key, warn_of_unknown_rows
+from ...storages.rows import key_of, stored_key, warn_of_unknown_rows
 from .errors import Code, Failure
 
 T = TypeVar("T")
