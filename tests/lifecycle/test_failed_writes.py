@@ -87,7 +87,10 @@ def test_what_has_joined_does_not_undo_half_of_several_sessions(
         "memory": (MemoryStorage, [memory]),
         "lru": (LruMemoryStorage, [memory]),
         "sqlite": (lambda: SQLiteStorage(tmp_path / "sessions.db"), [sqlite, rows, connections]),
-        "disk": (lambda: storage_from_url(f"disk:///{tmp_path}/sessions"), [connections, rows, disk]),
+        "disk": (
+            lambda: storage_from_url(f"disk:///{tmp_path}/sessions"),
+            [connections, rows, disk],
+        ),
     }
     make, modules = storages[name]
     storage, before = make(), None
