@@ -49,7 +49,10 @@ class SessionScope(Scope[S]):
                 around = self.outer
                 if around is not None or not self.open_now(may_block=True):
                     run_flow(self._entering(around, may_block=True))
-            session = (self.joined or self).session()
+            scope = self.joined or self
+            session = scope.handed_out
+            if session is None:
+                session = scope.session()
             current.set(self.reference)
         except BaseException:
             self._has_not_entered()
@@ -85,7 +88,10 @@ class SessionScope(Scope[S]):
                 around = self.outer
                 if around is not None or not self.open_now(may_block=False):
                     await arun_flow(self._entering(around, may_block=False))
-            session = (self.joined or self).session()
+            scope = self.joined or self
+            session = scope.handed_out
+            if session is None:
+                session = scope.session()
             current.set(self.reference)
         except BaseException:
             self._has_not_entered()

@@ -57,13 +57,13 @@ class Members(Generic[S]):
         "_is_to_end",
         "_on_loop",
         "_refused",
-        "_session",
         "_stored",
         "_written",
         "call",
         "callers",
         "closed",
         "full_key",
+        "handed_out",
         "handle",
         "held",
         "is_loaded",
@@ -88,7 +88,7 @@ class Members(Generic[S]):
         self.key: Final = key
         self.full_key: Final = full_key
         self.update: Any = update  # until it closes
-        self._session: S | None = None  # from loading on; a lazy one, from the first look on
+        self.handed_out: S | None = None  # from loading on; a lazy one, from the first look on
         self.tracker: ChangeTracker | None = None  # from loading on
         self.is_loaded = not options.lazy  # whether the session may be touched once it is there
         self.closed = False

@@ -192,15 +192,15 @@ class Scope(Ending[S]):
         else:
             self.callers = handle.callers
             self.opener = handle.callers[0]
-            self._session = options.session_type(self.reference, self.key, self.tracker)
+            self.handed_out = options.session_type(self.reference, self.key, self.tracker)
 
     def session(self) -> S:
         """The session: one object, which knows this scope weakly; of a lazy scope, it is there
         before its fields are."""
-        session = self._session
+        session = self.handed_out
         if session is None:
             tracker = self.tracker if self.is_loaded else None
-            session = self._session = self.options.session_type(self.reference, self.key, tracker)
+            session = self.handed_out = self.options.session_type(self.reference, self.key, tracker)
         return session
 
     def _missing(self, record: Record) -> ChangeTracker:

@@ -61,7 +61,9 @@ class AsyncIntegration:
     def run_after_migration(self, update: Any, *args: Any) -> Coroutine[Any, Any, None]:
         """As `run_middlewares_and_handlers`; if the update says that a chat has migrated, move its
         sessions first."""
-        migration = self._sessions.migration_in(update)
+        migration = None
+        if getattr(update, "text", "") is None:  # no message of a user's
+            migration = self._sessions.migration_in(update)
         if migration is None:
             return self.run_middlewares_and_handlers(update, *args)
         return self._migrate(migration, update, *args)

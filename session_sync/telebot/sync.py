@@ -62,7 +62,9 @@ class Integration:
 
     def exec_task_after_migration(self, task: Callable[..., Any], *args: Any, **kw: Any) -> None:
         """As `exec_task`; if the update says that a chat has migrated, move its sessions first."""
-        migration = self._sessions.migration_in(args[0]) if args else None
+        migration = None
+        if args and getattr(args[0], "text", "") is None:  # no message of a user's
+            migration = self._sessions.migration_in(args[0])
         if migration is None:
             self.exec_task(task, *args, **kw)
         else:

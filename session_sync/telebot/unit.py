@@ -73,7 +73,7 @@ class LightUnit:
                 self._task(*self._args, **self._kwargs)
                 return
             with scope as session:
-                bind(self._args[0], (scope.target,), (session,))
+                bind(self._args[0], (scope.joined or scope,), (session,))
                 self._task(*self._args, **self._kwargs)
         finally:
             in_handler.reset(token)
