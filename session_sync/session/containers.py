@@ -14,6 +14,8 @@ session has closed must raise, and a container of another session goes in as a c
 
 Objects of other types are the same object before and after, whatever changed in them. So a field
 that has one is taken as changed whenever somebody had it in hand (`Owner.met_object`).
+
+This module knows containers and what a store keeps of them; it knows no field and no record.
 """
 
 from __future__ import annotations

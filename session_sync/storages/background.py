@@ -3,6 +3,8 @@ done to all objects of a kind, or when the process ends.
 
 Nothing here waits, has a mutex, or has to be given back: a signal handler, a finaliser or an
 exception may come between any two lines.
+
+This module knows threads and the end of the process; it knows no storage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Options that say for how long: a number of seconds, or a timedelta."""
+"""Options that say for how long: a number of seconds, or a timedelta.
+
+This module knows numbers; it knows no storage.
+"""
 
 from __future__ import annotations
 

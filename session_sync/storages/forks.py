@@ -2,6 +2,8 @@
 
 Python calls what is registered here around `os.fork()`. C code that forks (uWSGI, with its
 defaults) calls nothing, so whoever uses what a parent may have left calls `check()` before.
+
+This module knows functions to call; it does not know what they forget.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Sessions in this process's memory: as many as there are, or the most recently used ones."""
+"""Sessions in this process's memory: as many as there are, or the most recently used ones.
+
+This module knows records; it knows no other process.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Whose a SQLite file is: found out before anything of it is changed.
 
 A path may be mistyped, and the file be another program's, which other users read.
+
+This module knows the marks that programs leave in SQLite's files; it changes nothing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A value's own keys may be private, but they are how its owner finds it: keys may appear in messages,
 values never do.
+
+This module knows values and their places; it knows no session.
 """
 
 from __future__ import annotations

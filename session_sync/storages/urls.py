@@ -1,4 +1,7 @@
-"""A storage named by a URL, so that one environment variable moves a bot."""
+"""A storage named by a URL, so that one environment variable moves a bot.
+
+This module knows URLs and which storage each names; it knows nothing of what that does.
+"""
 
 from __future__ import annotations
 

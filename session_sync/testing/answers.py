@@ -1,4 +1,7 @@
-"""How the Bot API answers: a result, or an error with its code and description."""
+"""How the Bot API answers: a result, or an error with its code and description.
+
+This module knows the form of an answer; it knows no method.
+"""
 
 from __future__ import annotations
 

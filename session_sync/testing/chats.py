@@ -2,6 +2,8 @@
 
 Not thread-safe: `OfflineBotAPI` calls it under its lock. A message that has been handed out is
 never changed, an edit makes a new one; so it can be encoded after the lock is free again.
+
+This module knows chats and messages; it knows no bot and no connection.
 """
 
 from __future__ import annotations

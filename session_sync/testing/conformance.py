@@ -1,6 +1,8 @@
 """What any storage must do: a suite of tests for your own adapter.
 
 It needs no test framework; pytest finds its methods by their names.
+
+This module knows the four methods of a storage; it knows no test framework.
 """
 
 from __future__ import annotations

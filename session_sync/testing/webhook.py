@@ -1,4 +1,7 @@
-"""A bot's webhook, seen from Telegram's side: posts updates to it and reads what it answers."""
+"""A bot's webhook, seen from Telegram's side: posts updates to it and reads what it answers.
+
+This module knows requests to the bot; it knows no method of the Bot API.
+"""
 
 from __future__ import annotations
 

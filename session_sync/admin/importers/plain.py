@@ -2,6 +2,8 @@
 
 Which names stand for such a value is written in one table, and beside each what is made of its
 arguments. That is checked by types first, and done with public constructors that only compute.
+
+This module knows descriptions of values and what the codec keeps; it knows no library and no store.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 In one file there is a dict of all kinds of data. In several, whose names begin alike, there is one
 kind in each. `user_data` and `chat_data` are dicts of dicts, by id; a bot of PTB 13 wrote
 defaultdicts. The steps of conversations and PTB's cache of callback data are for PTB alone.
+
+This module knows what PTB's persistence stores; it knows no store of this library.
 """
 
 from __future__ import annotations

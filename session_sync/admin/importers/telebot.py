@@ -5,6 +5,8 @@ Until 4.22 a record was found by its chat, and in that by its user:
 `{chat: {user: {"state": ..., "data": {...}}}}`. Since 4.23 each has a name of its own,
 `prefix:bot:business:thread:chat:user`, of which the three in the middle may be missing. A bot that
 was updated between may have left both in one place, and reads the newer ones only.
+
+This module knows what telebot's states store; it knows no store of this library.
 """
 
 from __future__ import annotations

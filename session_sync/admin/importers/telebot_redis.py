@@ -1,6 +1,8 @@
 """What pyTelegramBotAPI's StateRedisStorage has written: until 4.22 a text of JSON for each chat,
 `prefix<chat>`, with all of its users; since 4.23 a hash for each record, with a state and the data
 as JSON. Nothing is changed, and nothing asks the server for all of its keys at once.
+
+This module knows the names and texts in telebot's Redis; it writes nothing.
 """
 
 from __future__ import annotations

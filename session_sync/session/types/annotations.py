@@ -1,4 +1,7 @@
-"""How a type is written, and which field type that is."""
+"""How a type is written, and which field type that is.
+
+This module knows annotations; what a field type does is known to the others.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 TypedDicts and pydantic models. Each is dumped as a dict of its parts.
 
 An object is made again by its class, so that what its `__post_init__` sets up is there.
+
+This module knows how objects of each library are made and read; it knows no annotation.
 """
 
 from __future__ import annotations

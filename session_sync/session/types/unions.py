@@ -1,4 +1,7 @@
-"""The field types of one of several types, and of types that have a name."""
+"""The field types of one of several types, and of types that have a name.
+
+This module knows field types by what they load and dump; it knows no annotation.
+"""
 
 from __future__ import annotations
 

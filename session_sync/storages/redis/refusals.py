@@ -1,4 +1,7 @@
-"""What a Redis server's refusals mean, and what can be done about them."""
+"""What a Redis server's refusals mean, and what can be done about them.
+
+This module knows Redis' errors and what an operator can do; it knows no connection.
+"""
 
 from __future__ import annotations
 
