@@ -133,6 +133,16 @@ def test_imports_point_down(file: str) -> None:
             assert not up, f"line {each.line} of {file} imports {each.name} from above"
 
 
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_a_module_says_what_it_is_for_and_what_it_does_not_know(file: str) -> None:
+    text = FILES[file].read_text(encoding="utf-8")
+    opening = ast.get_docstring(ast.parse(text)) or ""
+    assert opening
+    if not file.endswith(("__init__.py", "__main__.py")):
+        assert re.search(r"\bknows?\b", opening)
+    assert len(text.splitlines()) <= 500 or "is longer than others: " in " ".join(opening.split())
+
+
 def test_no_import_leads_back() -> None:
     """Within a folder, too."""
     graph = {
