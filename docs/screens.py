@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def make_store() -> None:
-    """A bot's store: some users, of whom one has filled a cart, and one session is damaged."""
+    """A bot's store: some users, one of them with a cart, and one session is damaged."""
     with SessionManager(storage=SQLiteStorage("sessions.db", ttl=30 * 86_400)) as sessions:
         for number in range(7, 240):
             with sessions.session_scope(StorageKey(user=number, chat=number)) as session:
@@ -95,7 +95,7 @@ def on_terminal(arguments: list[str], typed: str) -> str:
                     typed = ""
     os.close(master)
     lines = screen.decode().replace("\r\n", "\n")
-    # A bar that shows how far it is has been taken away again by the time somebody reads this.
+    # A progress bar has been taken away again when the command has ended.
     return re.sub(r"\x1b\[\?25l.*?\x1b\[\?25h|\r?\x1b\[(?:1A\x1b\[)?2K", "", lines, flags=re.S)
 
 

@@ -1,9 +1,9 @@
-"""Everybody's sessions, outside of any handler: a job for the night, an admin's tool.
+"""The sessions of all users, outside of any handler: a nightly job, an admin's tool.
 
 It runs by itself: python examples/cron_job.py
 
 A bot would call `give_coupons` in a thread of its own process. A session is locked for a moment
-only, and a user who writes in that moment is served right after it.
+only, and an update that comes in that moment is handled right after it.
 """
 
 from datetime import timedelta
@@ -14,7 +14,7 @@ A_WEEK = timedelta(days=7)
 
 
 def give_coupons(sessions: SessionManager[Session]) -> list[StorageKey]:
-    """Give a coupon for a week to everybody with three visits, and say who got one."""
+    """Give a coupon for a week to each user with three visits, and print which users got one."""
     storage = sessions.storage
     assert isinstance(storage, ListableStorage)
     lucky = []

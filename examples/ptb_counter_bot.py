@@ -38,9 +38,8 @@ async def count(update: Update, context: SessionContext[Session]) -> None:
 
 def make_application(builder: AnyBuilder, sessions: SessionManager[Session]) -> AnyApplication:
     """The bot, with a session for each of its users."""
-    # How many updates PTB takes on at a time; without this, one. A user's own are handled one after
-    # the other all the same, and each that waits for its turn takes one of these places. So this
-    # must be more than anybody sends in one go, or he holds up the others.
+    # How many updates PTB handles at a time; without this, one. A user's own are handled one after
+    # the other all the same, and those that wait for an earlier one do not count.
     builder = builder.concurrent_updates(256)
     application = install(builder, sessions).build()
     application.add_handler(CommandHandler("forget", forget))

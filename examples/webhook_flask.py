@@ -25,8 +25,8 @@ from session_sync import SessionManager, storage_from_url
 if "BOT_API" in os.environ:  # another Bot API server than Telegram's
     apihelper.API_URL = os.environ["BOT_API"]
 
-# The front end has threads already, so the bot needs none of its own: who posts an update waits
-# until it was handled, and Telegram sends no more of them at a time than set_webhook allows.
+# The front end has threads already, so the bot needs none of its own: a request waits until its
+# update was handled, and Telegram sends no more of them at a time than set_webhook allows.
 bot = telebot.TeleBot(os.environ["TOKEN"], threaded=False)
 sessions = SessionManager(
     storage=storage_from_url(os.environ.get("SESSION_SYNC_STORAGE", "sqlite:///sessions.db"))

@@ -86,7 +86,7 @@ def _lost(setting: Setting) -> Iterator[Table]:
         "threads_lost",
         title,
         f"Median (quartiles) of {rounds} rounds; lost ones are counted among the updates per "
-        f"second. With one lock for all users, everybody waits for everybody else's handler.",
+        f"second. With one lock for all users, each user waits for all users' handlers.",
         head,
         ((name, Spread.of(kept[name]), Spread.of(speed[name])) for name in stores),
     )
