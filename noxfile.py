@@ -28,7 +28,7 @@ SETUP = ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 EXTRAS = SETUP["options.extras_require"]
 
-# The tests that meet the libraries: those of the rooms and of the stores, and msgspec's.
+# The tests that meet the libraries: those of the integrations and of the stores, and msgspec's.
 MEET_LIBRARIES = [
     "tests/with_telebot",
     "tests/with_ptb",

@@ -19,7 +19,7 @@ from ..session.session import BaseSession, Session, replace_fields
 from .library import CallbackContext, ExtBot
 
 S = TypeVar("S", bound=BaseSession)
-if TYPE_CHECKING:  # SessionContext[Bag] is a SessionContext[Bag, Session]
+if TYPE_CHECKING:  # SessionContext[MySession] is a SessionContext[MySession, Session]
     from typing_extensions import TypeVar as TypeVarWithDefault
 
     C = TypeVarWithDefault("C", bound=BaseSession, default=Session)
@@ -78,10 +78,10 @@ class Binding:
 class SessionContext(CallbackContext[ExtBot[None], _Data, _Data, _Data], Generic[S, C]):
     """The context of a bot with sessions: PTB's own, and `session` and `chat_session`.
 
-    For annotations, `context: SessionContext[Bag]` or `SessionContext[Bag, ChatBag]`, and as the
-    base of a context class of one's own. Under `install`, a context class that is not based on it
-    gets it as one more base; it must have no `session` of its own then, and no `chat_session` if
-    that is installed.
+    For annotations, `context: SessionContext[MySession]` or `SessionContext[MySession,
+    MyChatSession]`, and as the base of a context class of one's own. Under `install`, a context
+    class that is not based on it gets it as one more base; it must have no `session` of its own
+    then, and no `chat_session` if that is installed.
 
     >>> from session_sync import Session
     >>> from telegram import Update

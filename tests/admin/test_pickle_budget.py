@@ -141,7 +141,7 @@ def test_one_long_number_is_not_read_for_each_decimal(tmp_path: Path) -> None:
     ],
 )
 def test_an_announced_gigabyte_is_not_reserved(opcode: bytes, length: str) -> None:
-    """The file has a few bytes; Python's own reader makes room for what is announced."""
+    """The file has a few bytes; Python's own reader reserves memory for what is announced."""
     data = b"\x80\x05" + opcode + struct.pack(length, 2**30) + b"short."
     tracemalloc.start()
     try:

@@ -152,7 +152,7 @@ def _in_handler(world: World, work: Callable[[World], None]) -> None:
 
 def _add_same(world: World) -> None:
     for key in sorted(world.keys) or ["k"]:
-        world.add(key, room=f"{key}, signal", joins=True)
+        world.add(key, group=f"{key}, signal", joins=True)
 
 
 def _add_other(world: World) -> None:

@@ -204,16 +204,16 @@ class World:
         key: str,
         body: Callable[[Any], object] | None = None,
         owner: str = "",
-        room: str = "",
+        group: str = "",
         joins: bool = False,
     ) -> None:
-        """A handler. `owner` is who has the key, if it joins a scope; `room` is for those who may
+        """A handler. `owner` is who has the key, if it joins a scope; `group` is for those who may
         not be in it at the same time."""
         attempt = _Attempt(self, key, joins)
         with attempt, self.sessions.session_scope(key) as session:
             attempt.has_begun = True
             session.get("n")  # a lazy one is locked from here on
-            with _Visit(self, room or key, owner or threading.current_thread().name):
+            with _Visit(self, group or key, owner or threading.current_thread().name):
                 self._note_open(session)
                 _count(session)
                 if body is not None:
@@ -224,7 +224,7 @@ class World:
         key: str,
         body: Callable[[Any], Awaitable[object]] | None = None,
         owner: str = "",
-        room: str = "",
+        group: str = "",
         joins: bool = False,
     ) -> None:
         """The same as a coroutine."""
@@ -234,7 +234,7 @@ class World:
                 attempt.has_begun = True
                 session = await session  # a lazy one is locked from here on
                 task = asyncio.current_task()
-                with _Visit(self, room or key, owner or (task.get_name() if task else "")):
+                with _Visit(self, group or key, owner or (task.get_name() if task else "")):
                     self._note_open(session)
                     _count(session)
                     if body is not None:
@@ -409,19 +409,19 @@ class _Attempt:
 class _Visit:
     """The time that a handler is inside a session."""
 
-    def __init__(self, world: World, room: str, owner: str) -> None:
-        self._world, self._room, self.owner = world, room, owner
+    def __init__(self, world: World, group: str, owner: str) -> None:
+        self._world, self._group, self.owner = world, group, owner
         self.thread = threading.get_ident()
 
     def __enter__(self) -> None:
         world = self._world
         with world._mutex:
-            inside = world._inside.setdefault(self._room, [])
+            inside = world._inside.setdefault(self._group, [])
             inside.append(self)
             owners = [visit.owner for visit in inside]
             if world.is_exclusive and len(set(owners)) > 1:
-                world.problems.append(f"{' and '.join(owners)} are in {self._room} together")
+                world.problems.append(f"{' and '.join(owners)} are in {self._group} together")
 
     def __exit__(self, *_: object) -> None:
         with self._world._mutex, suppress(ValueError):  # it was forgotten
-            self._world._inside[self._room].remove(self)
+            self._world._inside[self._group].remove(self)

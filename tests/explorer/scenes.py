@@ -192,8 +192,8 @@ def cancelled_waiter(w: World) -> None:
 @scene("a", modes=LINES, stores=EVERY)
 def nested(w: World) -> None:
     def again(session: Any) -> None:
-        w.add("k", room="inner", joins=True)
-        w.add("k", room="inner", joins=True)
+        w.add("k", group="inner", joins=True)
+        w.add("k", group="inner", joins=True)
 
     w.thread("a", lambda: w.add("k", again))
 
@@ -202,7 +202,7 @@ def _join(w: World, name: str) -> None:
     context = w.take("context", "handler")
     if context is not None:
         context = context.copy()
-        context.run(w.add, "k", lambda s: w.pause(), owner=name, room="joiners", joins=True)
+        context.run(w.add, "k", lambda s: w.pause(), owner=name, group="joiners", joins=True)
 
 
 @scene("handler one", others="two next", stores=EVERY)
@@ -212,7 +212,7 @@ def handler_leaves_before_joiners(w: World) -> None:
     def give(_session: object) -> None:
         w.give("context", contextvars.copy_context(), "one", "two")
 
-    w.thread("handler", lambda: w.add("k", give, room="outer"))
+    w.thread("handler", lambda: w.add("k", give, group="outer"))
     w.thread("one", lambda: _join(w, "one"))
     w.thread("two", lambda: _join(w, "two"))
     w.thread("next", lambda: w.add("k"))
@@ -227,7 +227,7 @@ def joiners_leave_before_handler(w: World) -> None:
         w.pause()
         w.pause()
 
-    w.thread("handler", lambda: w.add("k", body, room="outer"))
+    w.thread("handler", lambda: w.add("k", body, group="outer"))
     w.thread("one", lambda: _join(w, "one"))
     w.thread("two", lambda: _join(w, "two"))
     w.thread("next", lambda: w.add("k"))
@@ -236,7 +236,9 @@ def joiners_leave_before_handler(w: World) -> None:
 @scene("loop", tasks="task", modes=("stop", "raise", "cancel"), stores=("memory", "dict"))
 def joiners_in_gather(w: World) -> None:
     async def join(number: int) -> None:
-        await w.aadd("k", lambda s: asyncio.sleep(0), owner=str(number), room="joiners", joins=True)
+        await w.aadd(
+            "k", lambda s: asyncio.sleep(0), owner=str(number), group="joiners", joins=True
+        )
 
     async def body(session: Any) -> None:
         await asyncio.gather(*(join(number) for number in range(3)))
@@ -248,7 +250,7 @@ def joiners_in_gather(w: World) -> None:
 # -- flush, release, and the end
 
 
-def _handler(w: World, after: Callable[[Any], None] = lambda s: None, room: str = "") -> None:
+def _handler(w: World, after: Callable[[Any], None] = lambda s: None, group: str = "") -> None:
     """A handler that gives its session to a helper, which may not join it."""
 
     def body(session: Any) -> None:
@@ -256,7 +258,7 @@ def _handler(w: World, after: Callable[[Any], None] = lambda s: None, room: str 
         w.give("session", session, "helper")
         after(session)
 
-    w.thread("handler", lambda: w.add("k", body, room=room))
+    w.thread("handler", lambda: w.add("k", body, group=group))
 
 
 def _helper(w: World, work: Callable[[Any], None]) -> None:
@@ -282,7 +284,7 @@ def flush_and_end(w: World) -> None:
 @scene("helper handler", others="next", stores=EVERY)
 def release_and_end(w: World) -> None:
     """Another thread releases the session when the block ends."""
-    _handler(w, room="released")
+    _handler(w, group="released")
     _helper(w, lambda session: session.release())
     w.thread("next", lambda: w.add("k"))
 
@@ -308,7 +310,7 @@ def _paid_if_ended(w: World) -> None:
 
 @scene("helper handler", others="next", stores=EVERY, allowed=(SessionClosedError,))
 def flush_and_release(w: World) -> None:
-    _handler(w, lambda session: session.release(), room="released")
+    _handler(w, lambda session: session.release(), group="released")
     _helper(w, lambda session: session.flush())
     w.thread("next", lambda: w.add("k"))
 
@@ -504,7 +506,7 @@ def _bot(w: World, users: list[int], workers: int = 1) -> Callable[[], None]:
     @bot.message_handler(func=lambda message: True)
     def handle(message: Any) -> None:
         key = message.session.key
-        w.add(key, room="inner", owner="worker", joins=True)
+        w.add(key, group="inner", owner="worker", joins=True)
         handled.release()
 
     def process() -> None:

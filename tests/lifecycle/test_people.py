@@ -295,7 +295,7 @@ def test_async_code_forgets_in_a_thread(sessions: SessionManager[Any]) -> None:
 
 
 def test_sessions_of_every_kind_and_version_are_deleted(storage: Any) -> None:
-    class Bag(Session):
+    class MySession(Session):
         migrations = {2: lambda fields: pytest.fail("nobody looks at what goes")}
         lines: list[str] = field(default_factory=list)
 
@@ -303,7 +303,7 @@ def test_sessions_of_every_kind_and_version_are_deleted(storage: Any) -> None:
     storage.set("user:1:chat:2", {"lines": 5})
     storage.set("user:1:chat:3", {"code": 1, "$ttl": {"code": [1.0, 1.0]}})
     for lazy in (False, True):
-        sessions = SessionManager(Bag, storage=storage, lazy=lazy, migrate_eagerly=True)
+        sessions = SessionManager(MySession, storage=storage, lazy=lazy, migrate_eagerly=True)
         assert sessions.forget(user=1) == (0 if lazy else 3)
     assert list(storage.keys()) == []
 
@@ -360,11 +360,11 @@ def test_a_session_moves_as_it_is_stored_whatever_its_version(storage: Any) -> N
     record = {"lines": 5, "code": "1234", "$version": 9, "$ttl": {"code": [4e9, 300.0]}}
     storage.set("chat:-100", record)
 
-    class Bag(Session):
+    class MySession(Session):
         migrations = {2: lambda fields: pytest.fail("there is nothing to put together")}
         lines: list[str] = field(default_factory=list)
 
-    sessions = SessionManager(Bag, storage=storage, initial=lambda _: pytest.fail("nor here"))
+    sessions = SessionManager(MySession, storage=storage, initial=lambda _: pytest.fail("nor here"))
     assert sessions.migrate_chat(OLD, NEW) == 1
     assert storage.get("chat:-1001234") == record
     assert not storage.has("chat:-100")

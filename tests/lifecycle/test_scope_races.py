@@ -32,17 +32,17 @@ from session_sync.locks.lock import LockHandle
 def test_a_session_class_may_touch_its_fields_when_it_is_made(
     storage_type: type[Counting], lazy: bool
 ) -> None:
-    class Bag(Session):
+    class MySession(Session):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.setdefault("n", 0)
 
     storage = storage_type()
-    sessions = SessionManager(Bag, storage=storage, lazy=lazy, lock_timeout=SOON)
+    sessions = SessionManager(MySession, storage=storage, lazy=lazy, lock_timeout=SOON)
     for _ in range(2):
         with sessions.session_scope(KEY) as session:
             session.n += 1
-            assert type(session) is Bag
+            assert type(session) is MySession
     assert storage.values == {KEY: {"n": 2}}
     assert storage.calls == ["get", "set"] * 2
     assert is_free(sessions)

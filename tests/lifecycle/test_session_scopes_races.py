@@ -158,12 +158,12 @@ def test_one_that_is_released_meanwhile_is_not_written_again() -> None:
     }
 
 
-class Bag(Session):
+class MySession(Session):
     coins: int = 5
 
 
 def test_typed_sessions_are_typed() -> None:
-    sessions = SessionManager(Bag)
+    sessions = SessionManager(MySession)
     with sessions.session_scopes("user:1", "user:2") as (one, two):
         one.coins, two.coins = two.coins + 1, one.coins + 2
     assert [sessions.storage.get(f"user:{n}")["coins"] for n in (1, 2)] == [6, 7]

@@ -1,4 +1,4 @@
-"""The options of a manager, and its two doors."""
+"""The options of a manager, and its two ways in."""
 
 from __future__ import annotations
 
@@ -307,11 +307,11 @@ def test_closing_the_manager_closes_its_storage() -> None:
 
 
 def test_a_subclass_of_session_is_what_handlers_get() -> None:
-    class Bag(Session):
+    class MySession(Session):
         def total(self) -> int:
             return sum(self.get("items", ()))
 
-    sessions = SessionManager(Bag)
+    sessions = SessionManager(MySession)
     with sessions.session_scope(KEY) as session:
         session["items"] = [1, 2]
         assert session.total() == 3

@@ -247,25 +247,25 @@ class Cart(Session):
     bought: list[str]
 
 
-def _optional(message: Any, bag: Cart = None) -> None:  # type: ignore[assignment]
+def _optional(message: Any, basket: Cart = None) -> None:  # type: ignore[assignment]
     raise AssertionError
 
 
-def _first(bag: Session, message: Any) -> None:
+def _first(basket: Session, message: Any) -> None:
     raise AssertionError
 
 
-async def _async(update: Any, context: Any, *, bag: StrictSession) -> None:
+async def _async(update: Any, context: Any, *, basket: StrictSession) -> None:
     raise AssertionError
 
 
 class Shop:
     """A bot in a class."""
 
-    def buy(self, message: Any, bag: Cart) -> None:
+    def buy(self, message: Any, basket: Cart) -> None:
         raise AssertionError
 
-    def __call__(self, message: Any, bag: Cart) -> None:
+    def __call__(self, message: Any, basket: Cart) -> None:
         raise AssertionError
 
 
@@ -286,7 +286,7 @@ def test_a_session_under_another_name_is_refused_when_it_is_decorated(
 ) -> None:
     sessions: SessionManager[Any] = SessionManager()
     with pytest.raises(
-        TypeError, match=rf"`bag` is annotated as (Cart|Session|StrictSession); {RULE}"
+        TypeError, match=rf"`basket` is annotated as (Cart|Session|StrictSession); {RULE}"
     ):
         sessions.with_session(handler)
 
@@ -308,19 +308,19 @@ def test_a_session_that_the_caller_gives_may_have_any_name() -> None:
     assert [each[0] for each in seen] == [target, target]
 
 
-def _by_position(message: Any, bag: Any) -> None:
+def _by_position(message: Any, basket: Any) -> None:
     raise AssertionError
 
 
-def _by_name(message: Any, *, bag: Any) -> None:
+def _by_name(message: Any, *, basket: Any) -> None:
     raise AssertionError
 
 
-def _unknown(message: Any, bag: OnlyForTypeCheckers) -> None:  # type: ignore[name-defined] # noqa: F821
+def _unknown(message: Any, basket: OnlyForTypeCheckers) -> None:  # type: ignore[name-defined] # noqa: F821
     raise AssertionError
 
 
-async def _awaited(message: Any, bag: Any, page: int = 1) -> None:
+async def _awaited(message: Any, basket: Any, page: int = 1) -> None:
     raise AssertionError
 
 
@@ -332,7 +332,7 @@ def test_a_missing_argument_is_told_with_the_rule_for_sessions(handler: Any) -> 
     async def call() -> None:
         await decorated(UPDATE)
 
-    with pytest.raises(TypeError, match=rf"{handler.__name__}.* without bag; {RULE}") as raised:
+    with pytest.raises(TypeError, match=rf"{handler.__name__}.* without basket; {RULE}") as raised:
         asyncio.run(call()) if handler is _awaited else decorated(UPDATE)
     assert "required" in str(raised.value.__cause__)  # Python's own words
     assert len(sessions.locks) == 0
@@ -347,7 +347,7 @@ def test_what_a_handler_raises_itself_is_left_as_it_is() -> None:
     def supply(handler: Any) -> Any:
         @functools.wraps(handler)
         def call(message: Any) -> None:
-            handler(message, "a bag" + message)
+            handler(message, "a basket" + message)
 
         return call
 
@@ -357,7 +357,7 @@ def test_what_a_handler_raises_itself_is_left_as_it_is() -> None:
 
     @sessions.with_session
     @supply
-    def supplied(message: Any, bag: Any) -> None:
+    def supplied(message: Any, basket: Any) -> None:
         raise AssertionError
 
     @sessions.with_session

@@ -446,20 +446,20 @@ def test_an_eager_save_that_fails_leaves_a_lazy_session_unloaded(
     monkeypatch: pytest.MonkeyPatch, storage: Any
 ) -> None:
     people = SessionManager(Person, storage=storage, lazy=True, migrate_eagerly=True)
-    door = people.scopes.options.backend
+    backend = people.scopes.options.backend
     with people.session_scope("user:1") as session:
         with monkeypatch.context() as broken:
-            broken.setattr(door, "save", _full)
+            broken.setattr(backend, "save", _full)
             broken.setattr(storage, "save", _full)
             with pytest.raises(OSError, match="disk full"):
                 session.first  # noqa: B018
-        assert len(door.locks) == 0
+        assert len(backend.locks) == 0
         assert session.first == "Alex"  # loaded again, under its lock
-        assert len(door.locks) == 1
+        assert len(backend.locks) == 1
     assert storage.get("user:1") == NEW
     storage.set("user:1", OLD)
     with monkeypatch.context() as broken:
-        broken.setattr(door, "save", _full)
+        broken.setattr(backend, "save", _full)
         broken.setattr(storage, "save", _full)
         with pytest.raises(OSError, match="disk full"), people.session_scope("user:1") as session:
             session.first  # noqa: B018

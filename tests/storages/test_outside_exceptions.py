@@ -238,12 +238,12 @@ class Name(str):
     [(Kind, "late"), (Address, {"city": "late"}), (Name, "late")],
 )
 def test_a_time_out_in_a_class_of_the_program(cls: Any, stored: Any) -> None:
-    class Bag(Session):
+    class MySession(Session):
         value: cls | None = None  # type: ignore[valid-type]
 
     storage = MemoryStorage()
     storage.set("key", {"value": stored})
-    sessions = SessionManager(Bag, storage=storage, lock_timeout=2)
+    sessions = SessionManager(MySession, storage=storage, lock_timeout=2)
     for _ in range(2):
         with pytest.raises(TimeoutError, match="the handler's time is up"):
             with sessions.session_scope("key") as session:
@@ -267,12 +267,12 @@ def test_a_time_out_in_a_validator_of_pydantic() -> None:
                 ring()
             return value
 
-    class Bag(Session):
+    class MySession(Session):
         value: Model | None = None
 
     storage = MemoryStorage()
     storage.set("key", {"value": {"city": "late"}})
-    sessions = SessionManager(Bag, storage=storage, lock_timeout=2)
+    sessions = SessionManager(MySession, storage=storage, lock_timeout=2)
     with pytest.raises(TimeoutError, match="the handler's time is up"):
         with sessions.session_scope("key") as session:
             session.value  # noqa: B018 # it is read
@@ -289,12 +289,12 @@ def test_a_time_out_in_a_migration(tmp_path: Path) -> None:
             acts.pop()()
         fields["version"] = 2
 
-    class Bag(Session):
+    class MySession(Session):
         migrations = {2: second}
 
     storage = SQLiteStorage(tmp_path / "s.db")
     storage.set("key", {"a": 1})
-    sessions = SessionManager(Bag, storage=storage, lock_timeout=2)
+    sessions = SessionManager(MySession, storage=storage, lock_timeout=2)
     with pytest.raises(TimeoutError, match="the handler's time is up") as raised:
         with sessions.session_scope("key"):
             pass

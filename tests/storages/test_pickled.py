@@ -28,7 +28,7 @@ Make: TypeAlias = Callable[..., Any]
 UPDATE = {"update_id": 1, "message": {"from": {"id": 1}, "chat": {"id": 2}}}
 
 
-class Bag(Session):
+class MySession(Session):
     """What is to be imported in the other process."""
 
     n: int = 0
@@ -56,7 +56,7 @@ def observe(_event: SessionEvent) -> None:
     pass
 
 
-def work(sessions: SessionManager[Bag], times: int) -> None:
+def work(sessions: SessionManager[MySession], times: int) -> None:
     for _ in range(times):
         with sessions.session_scope("user:1") as session:
             session.n += 1
@@ -82,7 +82,7 @@ def make(request: pytest.FixtureRequest) -> Make:
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_manager_is_given_to_processes(make: Make, method: str, tmp_path: Path) -> None:
     context: Any = multiprocessing.get_context(method)
-    with SessionManager(Bag, storage=make(tmp_path), lock_timeout=120) as sessions:
+    with SessionManager(MySession, storage=make(tmp_path), lock_timeout=120) as sessions:
         processes = [context.Process(target=work, args=(sessions, 20)) for _ in range(2)]
         for process in processes:
             process.start()
@@ -120,8 +120,8 @@ def test_a_storage_keeps_its_options_and_its_place(
 
 def test_a_manager_keeps_its_options(tmp_path: Path) -> None:
     storage = SQLiteStorage(tmp_path / "s.db", synchronous="full")
-    made: SessionManager[Bag] = SessionManager(
-        Bag,
+    made: SessionManager[MySession] = SessionManager(
+        MySession,
         storage=storage,
         get_storage_key=by_user,
         initial=initial,

@@ -11,11 +11,11 @@ from session_sync import MemoryStorage, Session, SessionManager, by_chat
 USER, CHAT = "user:1:chat:-100", "chat:-100"
 
 
-class Bag(Session):
+class MySession(Session):
     count: int = 0
 
 
-class ChatBag(Session):
+class MyChatSession(Session):
     total: int = 0
 
 
@@ -25,10 +25,10 @@ STORES = ["one store", "two stores"]
 
 def make_managers(
     request: pytest.FixtureRequest,
-) -> tuple[SessionManager[Bag], SessionManager[ChatBag]]:
-    sessions = SessionManager(Bag)
+) -> tuple[SessionManager[MySession], SessionManager[MyChatSession]]:
+    sessions = SessionManager(MySession)
     storage = sessions.storage if request.param == "one store" else MemoryStorage()
-    return sessions, SessionManager(ChatBag, storage=storage, get_storage_key=by_chat)
+    return sessions, SessionManager(MyChatSession, storage=storage, get_storage_key=by_chat)
 
 
 def locks(*managers: SessionManager[Any]) -> list[int]:

@@ -1,4 +1,5 @@
-"""`chat_session` beside `session`: both rooms of telebot and the one of PTB, with real bots."""
+"""`chat_session` beside `session`: both integrations of telebot and the one of PTB, with real
+bots."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import chat_session_tools
 import pytest
 from bots import BOTS, Group, Work, ext, telebot
-from chat_session_tools import CHAT, USER, Bag, ChatBag, locks
+from chat_session_tools import CHAT, USER, MyChatSession, MySession, locks
 from conftest import Counting, Threads, callback_query, message, poll
 from telebot.handler_backends import BaseMiddleware
 
@@ -31,12 +32,12 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def test_each_update_has_the_session_of_its_user_and_that_of_its_chat(
-    kind: str, managers: tuple[SessionManager[Bag], SessionManager[ChatBag]]
+    kind: str, managers: tuple[SessionManager[MySession], SessionManager[MyChatSession]]
 ) -> None:
     sessions, chats = managers
 
     def count(at: Any) -> None:
-        assert (type(at.session), type(at.chat_session)) == (Bag, ChatBag)
+        assert (type(at.session), type(at.chat_session)) == (MySession, MyChatSession)
         at.session.count += 1
         at.chat_session.total += 1
 
@@ -51,7 +52,7 @@ def test_each_update_has_the_session_of_its_user_and_that_of_its_chat(
 
 
 def test_both_can_be_replaced_and_emptied(
-    kind: str, managers: tuple[SessionManager[Bag], SessionManager[ChatBag]]
+    kind: str, managers: tuple[SessionManager[MySession], SessionManager[MyChatSession]]
 ) -> None:
     sessions, chats = managers
     todo: list[Work] = []
@@ -296,13 +297,13 @@ def test_one_session_may_be_lazy_under_one_of_its_names(kind: str, lazy: tuple[b
 
 
 def test_one_session_cannot_be_of_two_types(kind: str) -> None:
-    sessions = SessionManager(Bag)
-    others = SessionManager(ChatBag, storage=sessions.storage)
+    sessions = SessionManager(MySession)
+    others = SessionManager(MyChatSession, storage=sessions.storage)
     group = Group(kind, sessions=sessions, chat_session=others)
     group.play(lambda at: pytest.fail("ran"), message())
     (error,) = group.errors
     assert isinstance(error, TypeError)
-    assert "cannot be a Bag and a ChatBag: give one of them a prefix" in str(error)
+    assert "cannot be a MySession and a MyChatSession: give one of them a prefix" in str(error)
     assert locks(sessions) == [0]
 
 
@@ -319,11 +320,11 @@ def test_one_manager_twice_is_refused() -> None:
 
 
 def test_a_handler_that_raises_rolls_both_back_each_as_its_manager_says(
-    kind: str, managers: tuple[SessionManager[Bag], SessionManager[ChatBag]]
+    kind: str, managers: tuple[SessionManager[MySession], SessionManager[MyChatSession]]
 ) -> None:
     sessions, discards = managers
     flushes = SessionManager(
-        ChatBag, storage=discards.storage, get_storage_key=by_chat, on_error="flush"
+        MyChatSession, storage=discards.storage, get_storage_key=by_chat, on_error="flush"
     )
 
     def fail(at: Any) -> None:

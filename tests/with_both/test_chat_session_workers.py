@@ -12,7 +12,7 @@ from typing import Any
 import chat_session_tools
 import pytest
 from bots import SOON, Work, ext, stop, telebot, telegram
-from chat_session_tools import CHAT, USER, Bag, ChatBag, locks
+from chat_session_tools import CHAT, USER, MyChatSession, MySession, locks
 from conftest import message
 
 import session_sync.ptb
@@ -385,18 +385,18 @@ def test_a_context_of_ones_own_with_a_chat_session_is_refused_only_beside_anothe
 
 
 def test_the_second_type_of_a_context_can_be_left_out() -> None:
-    class Own(SessionContext[Bag]):
+    class Own(SessionContext[MySession]):
         pass
 
-    class Both(SessionContext[Bag, ChatBag]):
+    class Both(SessionContext[MySession, MyChatSession]):
         pass
 
-    assert SessionContext[Bag].__args__ == (Bag, Session)
-    assert SessionContext[Bag, ChatBag].__args__ == (Bag, ChatBag)
+    assert SessionContext[MySession].__args__ == (MySession, Session)
+    assert SessionContext[MySession, MyChatSession].__args__ == (MySession, MyChatSession)
     with pytest.raises(TypeError):
-        SessionContext[Bag, ChatBag, Bag]
+        SessionContext[MySession, MyChatSession, MySession]
     for context in (Own, Both):
         types = ext.ContextTypes(context=context)
         builder = ext.Application.builder().token("1:token").context_types(types)
-        app = session_sync.ptb.install(builder, SessionManager(Bag)).build()
+        app = session_sync.ptb.install(builder, SessionManager(MySession)).build()
         assert issubclass(app.context_types.context, context)

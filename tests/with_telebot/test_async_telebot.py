@@ -1,4 +1,4 @@
-"""telebot's room for AsyncTeleBot: real objects, fed with Bot API JSON or by polling a local
+"""telebot's integration for AsyncTeleBot: real objects, fed with Bot API JSON or by polling a local
 Bot API through aiohttp."""
 
 from __future__ import annotations

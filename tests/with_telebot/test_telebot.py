@@ -1,4 +1,5 @@
-"""telebot's room: real TeleBot objects, fed with Bot API JSON or by polling a local Bot API."""
+"""telebot's integration: real TeleBot objects, fed with Bot API JSON or by polling a local Bot
+API."""
 
 from __future__ import annotations
 
