@@ -37,8 +37,8 @@ class Backend:
 
     One that may wait for a disk or a network (`blocking`) is opened for each session: `open` gives
     an OpenRecord, after waiting for other processes if it is `shared`. One that never waits needs
-    no such object: `load`, `save` (a whole record), `delete` and `unload`. What a `prompt` one has
-    to be asked for can often be done at once (`open_nowait`, `close_nowait`).
+    no such object: `load`, `save` (a whole record), `delete` and `unload`. The calls of a `prompt`
+    one can often be done without waiting (`open_nowait`, `close_nowait`).
     """
 
     def __init__(self, storage: KVStorage[Any]) -> None:
@@ -137,8 +137,8 @@ _tables: WeakValueDictionary[str, StoreLocks] = WeakValueDictionary()
 
 
 def _locks_of(store: str | None) -> StoreLocks:
-    """The table of all storage objects of this store in the process; a new one if nobody says which
-    store that is."""
+    """The table of all storage objects of this store in the process; a new one if the storage does
+    not name its store."""
     if store is None:
         return StoreLocks()
     return _tables.get(store) or _tables.setdefault(store, StoreLocks())

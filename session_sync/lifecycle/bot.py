@@ -1,4 +1,4 @@
-"""What `install` was given, of both integrations: whose sessions the updates of one bot have.
+"""The managers that `install` was given for the updates of one bot, in both integrations.
 
 This module knows managers and updates; it knows no framework.
 """
@@ -42,12 +42,12 @@ class BotSessions:
         return UpdateScope(self.managers, update, delivery)
 
     def migration_in(self, message: Any) -> Migration | None:
-        """What a message says of its chat's ID, if sessions are moved for that."""
+        """The change of its chat's ID that a message reports, if sessions are moved for that."""
         return migration_in(message) if self.migrates else None
 
     def migrate(self, migration: Migration) -> None:
-        """Move the sessions of a chat. To be done before the scopes of the update are opened that
-        says so, since they are among them."""
+        """Move the sessions of a chat. To be done before the scopes of the update that reports it
+        are opened, since they are among them."""
         migrate_chat(self._moving, migration)
 
     async def amigrate(self, migration: Migration) -> None:

@@ -1,5 +1,5 @@
 """All stored sessions, one after the other, while bots may be running on the store: those of a user
-or a chat are found, forgotten, and moved to a chat's new number.
+or a chat are found, forgotten, and moved to a chat's new ID.
 
 This module knows stored keys and the scopes that open them one by one; it knows no updates.
 """
@@ -33,7 +33,7 @@ def stored_keys(storage: KVStorage[Any], prefix: str = "") -> Iterator[str]:
     if not isinstance(storage, ListableStorage):
         raise TypeError(
             f"{type(storage).__name__} cannot list its keys: it has no method keys(). Give it one "
-            f"that answers every stored key (see ListableStorage)."
+            f"that returns every stored key (see ListableStorage)."
         )
     keys = storage.keys()
     if isinstance(keys, Collection):  # perhaps a view, which would not outlive a change
@@ -48,12 +48,13 @@ def for_each_key(
     progress: Callable[[str], None] | None,
     prefix: str = "",
 ) -> int:
-    """Call `act` with every key that begins with `prefix`; returns how often it answered True, for
+    """Call `act` with every key that begins with `prefix`; returns how often it returned True, for
     which `done` is the word.
 
     `progress` is called with each key that was dealt with, without the prefix. Raises TypeError if
     the storage cannot list its keys. What `act` raises of this library's errors is kept, and the
-    others have their turn: an ExceptionGroup at the end has them, and they name the keys.
+    other keys are dealt with all the same: an ExceptionGroup at the end has the errors, and they
+    name the keys.
     """
     keys = stored_keys(storage, prefix)
     count = 0
@@ -107,8 +108,8 @@ def forget(options: Options[Any], prefix: str, user: int | None, chat: int | Non
     """Delete what `find` finds; returns how many there were."""
     if user is None and chat is None:
         raise TypeError(
-            "forget() deletes the sessions of somebody: forget(user=...), forget(chat=...), or "
-            "both for those of one user in one chat"
+            "forget() needs a user, a chat or both: forget(user=...), forget(chat=...), or both "
+            "for the sessions of one user in one chat"
         )
     key_in = _keys_of(StorageKey(user=user, chat=chat))
 
@@ -125,10 +126,10 @@ def forget(options: Options[Any], prefix: str, user: int | None, chat: int | Non
 
 
 def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
-    """Move the sessions of a chat to its new number; returns how many there were."""
+    """Move the sessions of a chat to its new ID; returns how many there were."""
     wanted, moved = StorageKey(chat=old), StorageKey(chat=new)
     if wanted == moved:
-        raise ValueError(f"migrate_chat({old}, {new}): a chat that moves has another number then")
+        raise ValueError(f"migrate_chat({old}, {new}): a chat that moves has another ID then")
     key_in = _keys_of(wanted)
 
     def move(full_key: str) -> bool:
@@ -139,7 +140,7 @@ def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
         # The goal first: a crash between the two leaves both, and nothing is lost.
         with _opened(options, prefix, "migrate_chat", target, full_key) as (goal, source):
             record, existing = _record(source), _record(goal)
-            if not record:  # somebody else has moved it meanwhile
+            if not record:  # another caller has moved it meanwhile
                 return False
             if existing:
                 record = _merged(options, source, goal)
@@ -151,7 +152,7 @@ def migrate_chat(options: Options[Any], prefix: str, old: int, new: int) -> int:
 
 
 def _keys_of(wanted: StorageKey) -> Callable[[str], StorageKey | None]:
-    """What answers the key that a text is, if it is one of the wanted user and chat."""
+    """A function that returns the key that a string is, if it is of the wanted user and chat."""
     numbers = [str(number) for number in (wanted.user, wanted.chat) if number is not None]
 
     def read(text: str) -> StorageKey | None:
@@ -162,7 +163,7 @@ def _keys_of(wanted: StorageKey) -> Callable[[str], StorageKey | None]:
             key = StorageKey.parse(text)
         except ValueError:
             return None
-        # A private chat has its user's number, so a key without a user is that of his chat.
+        # A private chat has the ID of its user, so a key without a user is that user's.
         user = key.chat if key.user is None else key.user
         found = wanted.user in (None, user) and wanted.chat in (None, key.chat)
         return key if found else None
@@ -255,8 +256,8 @@ def _merged(
 ) -> Record:
     """The old session with the new one put over it, field by field.
 
-    What both have is the new one's, being the last that somebody has written. But what a session
-    begins with was written by nobody: it does not win over what the old one has.
+    Of what both have, the new one's is taken: it was written last. But what a session begins with
+    was never written by a handler: it does not win over what the old one has.
     """
     older = _current(options, source.key, _record(source))
     newer = _current(options, goal.key, _record(goal))
@@ -304,7 +305,7 @@ def _beginning(options: Options[Any], key: str) -> Mapping[str, Any]:
 
 
 def _lasting(key: str, record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields whose time is not up, and the timers of those that have one."""
+    """The fields that have not expired, and the timers of those that have one."""
     timers = Timers(record, key)
     expired = timers.all_expired()
     fields = {n: value for n, value in record.items() if is_field(n) and n not in expired}

@@ -20,7 +20,7 @@ def copy_storage(
     """Copy every session of `source` into `target`, over what is there under the same key.
 
     Each session is locked in both stores while it is copied, timers and versions included, so what
-    bots do meanwhile is either copied or comes after. Life times begin anew: they are the target's.
+    bots do meanwhile is either copied or comes after. Lifetimes begin anew: they are the target's.
 
     Arguments:
         source: a storage that can list its keys.
@@ -28,8 +28,8 @@ def copy_storage(
         progress: called with each key after it was copied, or found to be gone.
 
     Returns how many sessions were copied. Raises TypeError if `source` cannot list its keys, and
-    what the storages raise. What `source` cannot decode, `target` cannot keep, or a bot does not
-    let go of, is left out, as is a session whose lock was lost while it was copied
+    what the storages raise. What `source` cannot decode, `target` cannot keep, or a bot keeps
+    locked, is left out, as is a session whose lock was lost while it was copied
     (SessionConflictError: a lease that ran out, say), and one of `target` that is open around the
     call: an ExceptionGroup at the end has the errors, which name the keys.
 

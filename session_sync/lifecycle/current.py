@@ -21,8 +21,8 @@ in_handler: Final[ContextVar[bool]] = ContextVar("session_sync_in_handler", defa
 class Around(weakref.ref["SessionScope[Any]"]):
     """An entry that code runs inside, and the one around it.
 
-    It keeps the entry not alive: only the `with` statement does, so that an entry whose end was
-    interrupted is collected, which unlocks its key, and no later code takes it for open.
+    It does not keep the entry alive: only the `with` statement does, so that an entry whose end
+    was interrupted is collected, which unlocks its key, and no later code takes it for open.
     """
 
     __slots__ = ("outer",)

@@ -25,12 +25,12 @@ class Ending(Writing[S]):
     """The flushes of a scope, and its end.
 
     What was interrupted. A scope writes its handle and its open record down before it uses them,
-    and forgets them after they were given up; and what it has done so far stands in them. So all of
-    it can be repeated. Who is interrupted as it ends the scope leaves the rest to a thread that
-    nobody interrupts (`close_soon`), since others may have changed something before. Who is thrown
-    away leaves nothing to be written (`abandon`), nor does one that never left: then the finaliser
-    gives up what is left. The store's lock (`opened`) and the key's (`handle`) are given up inside
-    of the write lock.
+    and forgets them after they were given up; and what it has done so far is in them. So all of it
+    can be repeated. A caller that is interrupted as it ends the scope leaves the rest to a thread
+    that nothing interrupts (`close_soon`), since others may have changed something before. A caller
+    that is thrown away leaves nothing to be written (`abandon`), nor does one that never left: then
+    the finaliser gives up what is left. The store's lock (`opened`) and the key's (`handle`) are
+    given up inside of the write lock.
     """
 
     __slots__ = ()
@@ -112,7 +112,7 @@ class Ending(Writing[S]):
         if self.held.get(WRITE) is handle:
             del self.held[WRITE]
         if self.queues:
-            self.write_guard().release()  # which hands it on
+            self.write_guard().release()  # which gives it to the next one
 
     def closing(self, may_block: bool) -> Flow:
         """Write and unlock."""
@@ -159,7 +159,7 @@ class Ending(Writing[S]):
         if handle is None:
             return
         # Else a record that blocks is closed, or the key is not of this scope any more; then only a
-        # store with locks of its own has let nobody in.
+        # store with locks of its own has kept all others out.
         backend = self.options.backend
         if handle.is_held or backend.shared:
             if self.opened is not None or not backend.blocking:
@@ -219,8 +219,8 @@ class Ending(Writing[S]):
 
     def _close_unsaved(self) -> None:
         """Close what is open, and write nothing; to be called again after an interrupt. A record is
-        never closed by two at a time, so this has a lock; whoever finds it taken leaves it to the
-        one that has it."""
+        never closed by two callers at a time, so this has a lock; a caller that finds it taken
+        leaves the record to the holder."""
         lock = Guard(self, GIVE_UP)
         run_flow(lock.around(self._closing_unsaved(lock.handle)))
 
@@ -248,7 +248,9 @@ class Ending(Writing[S]):
             return
         handle.by_note = True  # to others, it may have no owner any more
         self._take_over(handle)
-        self.closed = True  # what is to give it up keeps it alive: nobody is to join it meanwhile
+        self.closed = (
+            True  # what is to give it up keeps it alive: no caller is to join it meanwhile
+        )
         self._is_left_too_late()
         try:
             is_given_up = self._is_alone() and self.held.setdefault(WRITE, handle) is handle
@@ -273,7 +275,7 @@ class Ending(Writing[S]):
             self.tracker.lost = self.tracker.lost or _NOT_LEFT
 
     def _is_alone(self) -> bool:
-        """Whether nothing waits for it, and no store has to be asked."""
+        """Whether nothing waits for it, and no store has to be called."""
         backend = self.options.backend
         has_record = self.opened is not None or self.call is not None or backend.unload is not None
         return not has_record and not self.held and self.full_key not in backend.locks.queues
@@ -294,8 +296,9 @@ class Ending(Writing[S]):
     def _end_soon(self, handle: LockHandle, end: Callable[[], None]) -> None:
         """Call `end` in another thread."""
         self._take_over(handle)
-        # To a collection, the weak reference to this scope is dead by now. So that nobody takes
-        # the key before the store is closed, its owner is this call, for as long as it exists.
+        # To a collection, the weak reference to this scope is dead by now. So that the key is not
+        # given to a waiter before the store is closed, its owner is this call, for as long as it
+        # exists.
         handle.owner = weakref.ref(end)
         self._ends_soon = True
         try:
@@ -315,7 +318,7 @@ class Ending(Writing[S]):
         handle = self.handle
         if handle is None or self._ends_soon or not self.is_loaded:
             return
-        if self.tracker is None:  # nobody can have changed anything
+        if self.tracker is None:  # nothing can have been changed
             self.abandon()
             return
         self._end_soon(handle, self._close_for_others)
@@ -324,7 +327,7 @@ class Ending(Writing[S]):
         self._end_unasked(self._closing_in_turn(is_last_try=True))  # some other one may end it, too
 
     def _end_unasked(self, flow: Flow) -> None:
-        """In a thread that nobody interrupts. If none can be started, it is in the middle of any
+        """In a thread that nothing interrupts. If none can be started, it is in the middle of any
         code; and if that is a flush of this scope, it fails."""
         handle = self.handle
         if handle is None:
@@ -362,6 +365,6 @@ class Ending(Writing[S]):
         handle.by_note = True
         is_open = self.tracker is not None and self.tracker.open
         if (self._is_owed and is_open) or (was_left and not self.closed):
-            self.close_soon()  # whoever opened it has left it to one that was lost, or owes it
+            self.close_soon()  # its opener has left it to a member that was lost, or owes it
         else:
             self.abandon()

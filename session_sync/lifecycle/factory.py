@@ -71,8 +71,8 @@ class ScopeFactory(Generic[S]):
         self._is_closed = self._is_special = True
 
     def refuse_closed(self, what: str) -> None:
-        """Raise RuntimeError, which says that this is what cannot be done, if it was closed: the
-        store would open again, and stay open."""
+        """Raise RuntimeError, whose message begins with `what`, if it was closed: the store would
+        open again, and stay open."""
         if self._is_closed:
             raise RuntimeError(
                 f"{what}: its SessionManager was closed, by close() or at the end of a `with`. "

@@ -125,8 +125,8 @@ async def insist(wait: Callable[[], Awaitable[None]]) -> asyncio.CancelledError 
         cancelled = error
     else:
         return None
-    # anyio (which Starlette and FastAPI run on) cancels a task anew in each turn of the event loop,
-    # as long as it goes on; but not inside of such a scope.
+    # anyio (which Starlette and FastAPI run on) cancels a task anew in each iteration of the event
+    # loop, as long as it goes on; but not inside of such a scope.
     anyio = sys.modules.get("anyio")
     shield = None if anyio is None else anyio.CancelScope(shield=True)
     if shield is not None:

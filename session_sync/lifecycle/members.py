@@ -31,7 +31,8 @@ GIVE_UP: Final = "give up"
 OPEN: Final = object()
 FIRST: Final = object()
 _DESERTED: Final = {OPEN: None}
-# And this in a lazy one that has ended: whoever takes it out closes it, if it is loaded by then.
+# And this in a lazy one that has ended: the caller that takes it out closes the scope, if that is
+# loaded by then.
 TO_CLOSE: Final = object()
 
 
@@ -40,9 +41,9 @@ class Members(Generic[S]):
 
     Each member puts a token of its own into `members`, where `OPEN` is for as long as the scope may
     be joined. To join is to put the token in and then to look for `OPEN`; to leave is to take the
-    token out and then, if only `OPEN` is left, that as well. Whoever takes out `OPEN` has ended the
-    scope, so it ends once. One that finds a token there afterwards, of a member that came in
-    between and saw `OPEN`, puts it back.
+    token out and then, if only `OPEN` is left, that as well. The caller that takes out `OPEN` has
+    ended the scope, so it ends once. One that finds a token there afterwards, of a member that came
+    in between and saw `OPEN`, puts it back.
     """
 
     reference: Any  # a weak one to itself, from the beginning on
@@ -110,7 +111,7 @@ class Members(Generic[S]):
         return self.full_key
 
     def locks_to_end(self) -> list[LockHandle]:
-        """See Inside. Whoever ends it does not wait for those that have joined."""
+        """See Inside. The caller that ends it does not wait for those that have joined."""
         return [handle for name, handle in list(self.held.items()) if name != JOIN]
 
     @property
@@ -147,7 +148,7 @@ class Members(Generic[S]):
             self.callers.remove(caller)
 
     def leave(self, token: object = FIRST, caller: Caller | None = None) -> bool:
-        """One less, and the end of the scope if that was the last one: True if whoever leaves now
+        """One less, and the end of the scope if that was the last one: True if the caller of this
         has to close it. To leave again completes what was interrupted."""
         members = self.members
         members.pop(token, None)  # none: it has left, or was interrupted before it came any further
@@ -174,7 +175,7 @@ class Members(Generic[S]):
         return any(token is not TO_CLOSE for token in list(self.members))
 
     def end(self, caller: Ender) -> bool:
-        """The end of the scope, whoever is still in it; True as in `leave`."""
+        """The end of the scope, whatever members are still in it; True as in `leave`."""
         self.arrive(caller)  # first: a signal handler may want the key when this has ended it
         self._is_to_end = True  # first: one that leaves may just have it in hand, and ends it then
         if not self._takes(OPEN):

@@ -68,7 +68,7 @@ Observer: TypeAlias = Callable[[SessionEvent], object]
 
 
 class Observers(NamedTuple):
-    """Who wants to know."""
+    """The functions that are told what happens to the sessions of a manager."""
 
     on_open: Observer | None = None
     on_close: Observer | None = None
@@ -89,7 +89,7 @@ class Observers(NamedTuple):
         _tell(self.on_close, event)
 
     def waited(self, event: SessionEvent) -> None:
-        """Somebody has waited for a session, and has it now; or could not have it."""
+        """A caller has waited for a session, and has it now; or could not have it."""
         if event.error is not None:
             end = type(event.error).__name__
             logger.debug("not opened %r: waited %.6f s, %s", event.key, event.waited, end)

@@ -14,7 +14,7 @@ from .backend import Backend
 
 S = TypeVar("S", bound=BaseSession)
 
-#: How many seconds a scope waits for its key, where nothing else is said.
+#: How many seconds a scope waits for its key, where nothing else is set.
 LOCK_TIMEOUT: Final = 30.0
 
 

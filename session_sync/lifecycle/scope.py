@@ -187,7 +187,7 @@ class Scope(Ending[S]):
         handle = self.handle
         assert handle is not None
         handle.inside = self.reference
-        if options.lazy:  # from here on, whatever waits for the key waits for all who are in it
+        if options.lazy:  # from here on, whatever waits for the key waits for all callers in it
             handle.callers = self.callers
         else:
             self.callers = handle.callers
@@ -218,7 +218,7 @@ class Scope(Ending[S]):
         tracker.initial_record = tracker.flushed
         return tracker
 
-    # -- a lazy session, loaded once, by whatever asks first
+    # -- a lazy session, loaded once, by what uses it first
 
     def begin_lazily(self) -> None:
         """Begin with a session that is not loaded yet."""
@@ -277,7 +277,7 @@ class Scope(Ending[S]):
         self.update = None
         return self._takes(TO_CLOSE)
 
-    # -- what the session asks (session.Lifecycle)
+    # -- what the session calls (session.Lifecycle)
 
     def load(self) -> None:
         if self._on_event_loop():

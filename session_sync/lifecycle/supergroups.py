@@ -14,7 +14,7 @@ from .update import Managers, raise_all
 
 
 class Migration(NamedTuple):
-    """The numbers of a group and of the supergroup that it has become."""
+    """The IDs of a group and of the supergroup that it has become."""
 
     old: int
     new: int
@@ -46,8 +46,9 @@ def moving_of(managers: Managers, wanted: bool | None) -> Managers:
 
 
 def migration_in(message: Any) -> Migration | None:
-    """What a message of telebot's or PTB's says of its chat's number; None of all that is none."""
-    if getattr(message, "text", "") is not None:  # no message, or one that somebody has written
+    """The change of its chat's ID that a message of telebot's or PTB's reports; None if it reports
+    none, or is no message."""
+    if getattr(message, "text", "") is not None:  # no message, or one that has a text
         return None
     new, old = (getattr(message, name, None) for name in _NUMBERS)  # never raises, while polling
     if new is not None:

@@ -30,7 +30,7 @@ _LONG: Final = 0.002  # seconds that a call in place should not take
 _PAUSE: Final = 1.0  # seconds for which there is none after one that did
 _VERY_LONG: Final = 1e6  # seconds
 _LAST_WAIT: Final = 120.0  # seconds for which the end of the process waits: SQLite may for 60
-# What CPython says.
+# CPython's messages.
 _NO_THREAD: Final = "can't start new thread", "can't create new thread at interpreter shutdown"
 
 
@@ -52,7 +52,7 @@ class CallBlocking:
     `nowait` does the same in the coroutine itself, if nothing has to be waited for, and returns
     whether it did. For a second after it has taken long all the same, it is not called.
 
-    `deadline` is for a call that may stand in the pool's queue for long: if it has not begun when
+    `deadline` is for a call that may be in the pool's queue for long: if it has not begun when
     so many seconds are over, it is withdrawn, and SessionLockTimeoutError is raised.
 
     A coroutine that is cancelled waits for the call to end all the same: the lock must not be
@@ -132,7 +132,7 @@ class _ThreadedCall:
 
     Why the coroutine is always woken. It writes down its future and then looks whether the call has
     ended; the thread notes that it has ended and then looks for a future. Whichever comes second
-    sees the other. Whether a call begins or is withdrawn is decided by who comes first in `_fate`:
+    sees the other. Whether a call begins or is withdrawn is decided by what comes first in `_fate`:
     one atomic step, and one that can be repeated after an interrupt.
     """
 
@@ -149,8 +149,8 @@ class _ThreadedCall:
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
-        # Weakly: whoever throws away the loop throws the coroutine away, and not only when a thread
-        # that is on its way has ended.
+        # Weakly: when the loop is thrown away, the coroutine goes with it, and not only when a
+        # thread that is on its way has ended.
         self._loop: Final = weakref.ref(asyncio.get_running_loop())
         self._future: Callable[[], asyncio.Future[None] | None] = _nothing
         self._error: BaseException | None = None
@@ -220,7 +220,7 @@ class _ThreadedCall:
             loop = asyncio.get_running_loop()
             future = loop.create_future()
             self._future = weakref.ref(future)
-            keeper = loop.call_later(_VERY_LONG, future.cancelled)  # a task that nobody else keeps
+            keeper = loop.call_later(_VERY_LONG, future.cancelled)  # a task that nothing else keeps
             try:
                 if not self.has_ended:
                     await future
@@ -314,7 +314,7 @@ class _Workers:
     mutex, and threads are started without `threading.Thread`, whose `start` has one, and waits for
     the new thread. There are about `size` of them: of two that start at once, one may be too many.
 
-    Why no call is forgotten when the process ends: the first call of a thread stands in `_starting`
+    Why no call is forgotten when the process ends: the first call of a thread is in `_starting`
     until that has begun, and is made by whichever takes it out of its list first, the thread or
     `finish`. A thread notes that it is alive before it takes it.
     """

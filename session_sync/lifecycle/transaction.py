@@ -261,12 +261,12 @@ class AtomicFlush:
 class SessionScopes(Generic[S]):
     """One `with` or `async with` around several sessions, made by `SessionManager.session_scopes`.
 
-    Why it never waits in a circle. Whoever takes several keys of a store in this way takes them in
-    the order of their names, so of all who wait, the one whose key has the last name waits for
-    somebody who waits for nobody of them. (Blocks that are nested by hand have no such order; a
-    circle of those raises SessionDeadlockError, within one process.)
+    Why it never waits in a circle. Every caller that takes several keys of a store in this way
+    takes them in the order of their names, so of all that wait, the one that waits for the key with
+    the last name waits for a holder that waits for none of these keys. (Blocks that are nested by
+    hand have no such order; a circle of those raises SessionDeadlockError, within one process.)
 
-    What the block has changed is written before any key is let go: in one step where the storage
+    What the block has changed is written before any key is unlocked: in one step where the storage
     can, else one session after the other. A session that is open around the block is joined: it is
     written with the scope that it belongs to.
     """
@@ -347,8 +347,8 @@ class SessionScopes(Generic[S]):
 
 
 def _raise_first(failures: Sequence[BaseException]) -> NoReturn:
-    """Raise the first one, or who interrupts the program; what else has failed stands in its notes:
-    most often that is the same store."""
+    """Raise the first one, or one that interrupts the program; what else has failed is in its
+    notes: most often that is the same store."""
     first = next((each for each in failures if not isinstance(each, Exception)), failures[0])
     for other in failures:
         if other is not first:

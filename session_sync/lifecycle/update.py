@@ -23,7 +23,7 @@ from .transaction import ScopeStack
 if TYPE_CHECKING:
     from ..manager import SessionManager
 
-#: What `install` got: whose sessions the updates of a bot have, `session` first.
+#: The managers that `install` was given for a bot's updates, that of `session` first.
 Managers: TypeAlias = "tuple[SessionManager[Any], ...]"
 
 
@@ -31,8 +31,9 @@ class UpdateScope(ScopeStack):
     """The scopes of one update as one `with` or `async with`.
 
     Why two updates never wait for each other in a circle. Of one store, they take their keys in the
-    order of their full names, as everybody does who takes several; of two stores, the `session`
-    first. So whoever waits for the last of its keys waits for somebody who has all of his.
+    order of their full names, as every caller does that takes several; of two stores, that of
+    `session` first. So of all updates that wait, the one whose key is the last in this order waits
+    for a holder that waits for none of these keys.
 
     What fails when one of them is closed is neither an error of the other's, which is saved, nor
     lost: it is raised when both are closed, two errors as an ExceptionGroup.
@@ -53,7 +54,7 @@ class UpdateScope(ScopeStack):
         self.tickets: Tickets | None = None  # while it waits, until it begins
         #: As `scopes`, from entering on; also after they have closed.
         self.sessions: Sequence[BaseSession | None] = ()
-        self._delivery: Final = delivery  # None: nobody remembers updates
+        self._delivery: Final = delivery  # None: no session remembers updates
         #: Whether the update is to be handled, from entering on: not if it comes again.
         self.is_new = True
 
@@ -225,7 +226,7 @@ NOT_CLOSED: Final = "neither session nor chat_session could be closed"
 
 
 def raise_all(failures: list[BaseException], what: str) -> None:
-    """Raise what failed, if anything did; who interrupts the program is not put into a group."""
+    """Raise what failed, if anything did; what interrupts the program is not put into a group."""
     for failure in failures:
         if len(failures) == 1 or not isinstance(failure, Exception):
             raise failure

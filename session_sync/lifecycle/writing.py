@@ -22,8 +22,8 @@ _OWN_FAULTS: Final = (SessionEncodeError, SessionTypeError)
 class Writing(Members[S]):
     """The writes of a scope.
 
-    Who may write: the one that holds the write lock of the scope, the end of the scope included. So
-    no flush overtakes a later one, and none comes after the end.
+    Only the holder of the scope's write lock may write, the end of the scope included. So no flush
+    overtakes a later one, and none comes after the end.
     """
 
     __slots__ = ()
@@ -127,7 +127,7 @@ class Writing(Members[S]):
         if last:
             try:
                 opened.close(record)
-            except Exception:  # it has let others in all the same; of an interrupt nobody knows
+            except Exception:  # others are let in all the same (an interrupt: perhaps)
                 self.opened = None
                 raise
         elif record is not None:

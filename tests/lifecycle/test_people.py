@@ -173,9 +173,9 @@ def test_numbers_that_are_no_ids_are_refused_and_not_just_not_found() -> None:
                 call(chat=wrong)  # type: ignore[operator]
         with pytest.raises(TypeError, match="takes an int"):
             sessions.migrate_chat(OLD, wrong)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="deletes the sessions of somebody"):
+    with pytest.raises(TypeError, match="needs a user, a chat or both"):
         sessions.forget()
-    with pytest.raises(ValueError, match="has another number"):
+    with pytest.raises(ValueError, match="has another ID"):
         sessions.migrate_chat(OLD, OLD)
 
 
