@@ -88,7 +88,7 @@ __all__ = [
 ]
 
 
-# Imported when they are asked for, because they bring in what not everybody has or wants.
+# Imported at the first use, because they import what not every program has or needs.
 _STORAGES = {
     "DiskStorage": ".storages.disk",
     "RedisStorage": ".storages.redis",

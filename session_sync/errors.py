@@ -2,7 +2,7 @@
 
 Each error is also the builtin that a caller would expect, so that code which knows nothing of this
 library (`except TimeoutError`) still does the right thing. A message names the session's key, the
-cause and the way out; it never contains a value out of a session.
+cause and the remedy; it never contains a value out of a session.
 """
 
 
@@ -23,7 +23,7 @@ class SessionAwaitError(SessionError, RuntimeError):
 
 
 class SessionLockTimeoutError(SessionError, TimeoutError):
-    """Somebody else held the session for longer than `lock_timeout` seconds."""
+    """Another caller or process held the session for longer than `lock_timeout` seconds."""
 
 
 class SessionDeadlockError(SessionError, RuntimeError):
@@ -31,7 +31,8 @@ class SessionDeadlockError(SessionError, RuntimeError):
 
 
 class SessionConflictError(SessionError, RuntimeError):
-    """Somebody else may have had the session meanwhile; nothing was written over what they did."""
+    """Another caller or process may have had the session meanwhile; its changes were not written
+    over."""
 
 
 class SessionEncodeError(SessionError, TypeError):

@@ -1,6 +1,7 @@
-"""The options, and the ways in: `session_scope`, `session_scopes` and `with_session`.
+"""The options, and the entry points: `session_scope`, `session_scopes` and `with_session`.
 
-This module knows what a user can say; how a scope is made and what it does is `lifecycle`'s.
+This module knows what a program can set and call; how a scope is made and what it does is
+`lifecycle`'s.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _SHORTEST_PATIENCE: Final = 0.1
 
 
 class SessionManager(Generic[S]):
-    """Sessions of one kind: where they are kept, whose they are, and how they are locked.
+    """Opens, locks and saves the sessions of one type in one storage.
 
     Arguments:
         session_type: `Session` or `StrictSession`, or a subclass with declared fields.
@@ -59,20 +60,20 @@ class SessionManager(Generic[S]):
             changes; what it raises propagates.
         lazy: lock and load at the first access instead of at the beginning.
         lock_timeout: how many seconds (or a timedelta) a scope waits for its key before it raises
-            SessionLockTimeoutError; None waits for ever.
+            SessionLockTimeoutError; None waits forever.
         on_error: "discard": a handler that raises leaves the stored session as it was at the last
             flush; "flush": save anyway.
         prefix: goes before every key, for several bots on one store.
         dedupe: how many updates a session remembers, so that one that Telegram sends again (a
             webhook was answered too late, say) is skipped. Under `install` only. They are stored
             with the session, in one step; one whose handler failed is forgotten if its changes are
-            (see `on_error`). 0: none. A lazy session cannot be asked.
+            (see `on_error`). 0: none. Not available with `lazy=True`.
         migrations: how stored sessions of an older version become those of this program: for each
             version from 2 on a function that gets the fields of the version before, as they are
             stored, in a dict that it may change (or returns another one). By default those that the
             class has under this name. They run in order when a session is loaded, under its lock,
             and what comes out is stored with whatever is written next.
-        migrate_eagerly: store a migrated session at once. By default as the class says: False.
+        migrate_eagerly: store a migrated session at once. By default as the class sets it: False.
         on_open, on_close, on_wait: observers, called with a SessionEvent when a session was loaded,
             when it was saved and unlocked (or could not be saved), and when a caller has waited for
             one, or could not have it; `on_wait` also while callers still wait, for the first time
@@ -184,7 +185,7 @@ class SessionManager(Generic[S]):
         )
         return make, ()
 
-    # -- the ways in
+    # -- the entry points
 
     def session_scope(self, update_or_key: Any) -> SessionScope[S]:
         """The session of an update or a key (`str`, `StorageKey`), for `with` or `async with`.
@@ -218,12 +219,13 @@ class SessionManager(Generic[S]):
         """The sessions of several updates or keys at once, for `with` or `async with`: a transfer
         from one user to another, say.
 
-        They are locked in one fixed order, whatever the order in which they are asked for, so two
+        They are locked in one fixed order, whatever the order in which they are given, so two
         transfers never wait for each other in a circle. A block that raises leaves all of them as
         they were (see `on_error`). At its end all are written or, if that fails, none, where the
         storage can write several in one step: those in memory, SQLiteStorage, DiskStorage and
         RedisStorage can, but for a cluster, and an adapter may (see AtomicStorage). Another one
-        gets them one by one; if that fails half-way, a note on the exception says which it has.
+        gets them one by one; if that fails half-way, a note on the exception names those that it
+        has.
 
         A key that is given twice, or is open around the block, is one session; the latter is saved
         with the scope around it. All are loaded at the beginning, also by a lazy manager.
@@ -301,7 +303,7 @@ class SessionManager(Generic[S]):
 
         Only those under the manager's prefix are looked at; without one, all of the store. A
         session that is up to date costs one read; so when this was interrupted, calling it again
-        goes on. Reading starts the life time anew that a storage's `ttl` gives. In async code:
+        goes on. Reading restarts the lifetime that a storage's `ttl` gives. In async code:
         `await asyncio.to_thread(sessions.migrate_all)`.
 
         Arguments:
@@ -339,20 +341,20 @@ class SessionManager(Generic[S]):
 
         return bulk.for_each_key(self.storage, migrate, "migrated", progress, self.prefix)
 
-    # -- those of somebody
+    # -- those of one user or chat
 
     def find(self, *, user: int | None = None, chat: int | None = None) -> Iterator[str]:
         """The keys (without the prefix) of all stored sessions of a user, of a chat, or of a user
         in a chat; with neither, of all that the manager has.
 
-        A key without a user is taken for that of the private chat whose number it has: of a manager
-        with `by_chat`, `user=7` finds `chat:7`. Sessions that a group shares (`chat:-100`) are
-        nobody's: only `chat=` finds them. Keys that are not texts of a `StorageKey` have neither
-        user nor chat. All keys are read, not the sessions, and nothing is locked: a session may be
-        gone when its key comes, and one that comes meanwhile may be missed.
+        A key without a user is taken for that of the private chat whose ID it has: of a manager
+        with `by_chat`, `user=7` finds `chat:7`. Sessions that a group shares (`chat:-100`) belong
+        to no user: only `chat=` finds them. Keys that are not strings of a `StorageKey` have
+        neither user nor chat. All keys are read, not the sessions, and nothing is locked: a session
+        may be gone when its key comes, and one that comes meanwhile may be missed.
 
-        Raises TypeError if the storage cannot list its keys, and what StorageKey raises for a
-        number that is no id.
+        Raises TypeError if the storage cannot list its keys, and what StorageKey raises for what
+        is no ID.
 
         >>> from session_sync import SessionManager
         >>> sessions = SessionManager()
@@ -376,14 +378,15 @@ class SessionManager(Generic[S]):
         `find` finds, which does not find what a group shares by its user.
 
         Each is deleted under its lock: a handler that runs in it ends first, and what it saves is
-        deleted as well. One that comes afterwards begins a new session, as somebody's does who was
-        never there. Call it outside of handlers; in one, `session.release()` before. In async code:
-        `await asyncio.to_thread(sessions.forget, user=...)`.
+        deleted as well. A later update begins a new session, as that of a new user does. Call it
+        outside of handlers; in one, `session.release()` before. In async code: `await
+        asyncio.to_thread(sessions.forget, user=...)`.
 
         Returns how many sessions were deleted. Raises TypeError with neither user nor chat, and as
-        `find` does; and what the storage raises. Sessions that somebody keeps for longer than
-        `lock_timeout`, that are open around the call, or that cannot be decoded stay as they are:
-        an ExceptionGroup at the end has the errors, which name the keys. Calling it again goes on.
+        `find` does; and what the storage raises. Sessions that another caller keeps locked for
+        longer than `lock_timeout`, that are open around the call, or that cannot be decoded stay as
+        they are: an ExceptionGroup at the end has the errors, which name the keys. Calling it again
+        goes on.
 
         >>> from session_sync import SessionManager
         >>> sessions = SessionManager()
@@ -396,8 +399,8 @@ class SessionManager(Generic[S]):
         return bulk.forget(self.scopes.options, self.prefix, user, chat)
 
     def migrate_chat(self, old: int, new: int) -> int:
-        """Move all sessions of a group to the number that it has as a supergroup: of every user,
-        topic, business connection and `key`. `install` does this by itself, see `migrate_chats`.
+        """Move all sessions of a group to the ID that it has as a supergroup: of every user, topic,
+        business connection and `key`. `install` does this by itself, see `migrate_chats`.
 
         Each is moved under its lock and that of its new key, with its timers and its version; a
         handler that runs in one of them ends first. Both are written in one step, where the storage
@@ -411,7 +414,7 @@ class SessionManager(Generic[S]):
         it, which does not win over the old one's. Both are brought to the current version before.
 
         Arguments:
-            old: the number of the group: `message.chat.id` beside `migrate_to_chat_id`.
+            old: the ID of the group: `message.chat.id` beside `migrate_to_chat_id`.
             new: that of the supergroup: `message.chat.id` beside `migrate_from_chat_id`.
 
         Returns how many sessions were moved. Raises ValueError if both are the same, and otherwise
@@ -462,7 +465,7 @@ def _check_dedupe(dedupe: object, lazy: bool) -> None:
         raise ValueError(f"dedupe must be 0 or more updates, not {dedupe}")
     if dedupe and lazy:
         raise ValueError(
-            "dedupe and lazy exclude each other: whether an update was handled before is asked of "
+            "dedupe and lazy exclude each other: whether an update was handled before is read from "
             "its session before its handler runs, and a lazy one is not loaded then; leave "
             "lazy=True away"
         )
@@ -472,6 +475,6 @@ def no_key(update: Any) -> str:
     """Why there is no session, and what to do."""
     return (
         f"this {type(update).__name__} belongs to no session: it has neither a user nor a chat (a "
-        f"poll, say), or get_storage_key answered None. Give the manager a get_storage_key that "
+        f"poll, say), or get_storage_key returned None. Give the manager a get_storage_key that "
         f"knows it, or open a session by its key: session_scope(StorageKey(user=...))."
     )

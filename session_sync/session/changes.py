@@ -22,7 +22,7 @@ from .ttl import Deadline, Ttl, deadline_in, is_over
 from .types.base import FieldType, MismatchError
 
 _NO_NAMES: Final[frozenset[str]] = frozenset()
-_NOTHING: Final[dict[str, Any]] = {}  # nobody changes it
+_NOTHING: Final[dict[str, Any]] = {}  # never changed
 
 
 class ChangeTracker:
@@ -30,7 +30,7 @@ class ChangeTracker:
 
     `committed` is what the store has, and `flushed` what it should have had since the last flush:
     the same one, unless that flush failed or the session was just migrated. Of its fields only
-    those that a handler asked for are loaded, into `loaded`; there is also what it has assigned,
+    those that a handler has read are loaded, into `loaded`; there is also what it has assigned,
     and for what it has deleted a FieldState that says so. So a session of a thousand fields costs
     what its handler touches, not a thousand.
 
@@ -51,19 +51,19 @@ class ChangeTracker:
     what another thread has brought in meanwhile: `setdefault`, `append`, or a flag that is never
     taken back.
 
-    `opaque` are the values with an object in them whose changes nobody would notice, as far as that
-    was found at a flush, so that they are always saved; `tainted` the names of fields with objects
-    that a failed handler may have changed, which are saved only if they are assigned. `timers` are
-    the deadlines that `record` has; None, as long as there was none.
+    `opaque` are the values with an object in them whose changes would not be noticed, as far as
+    that was found at a flush, so that they are always saved; `tainted` the names of fields with
+    objects that a failed handler may have changed, which are saved only if they are assigned.
+    `timers` are the deadlines that `record` has; None, as long as there was none.
 
-    `check` is what the store says of a value that is assigned.
+    `check` is the store's check of a value that is assigned.
 
-    `lost` says what kept the last changes from being stored, if anything did.
+    `lost` names what kept the last changes from being stored, if anything did.
 
-    `updates` are the numbers of updates that are to be stored at the end, if any, with whatever the
+    `updates` are the IDs of updates that are to be stored at the end, if any, with whatever the
     handler has changed. `initial_record` is the record of a session that has only what `initial`
     gave it: as long as the fields are still those, nothing of it is stored. What the class declares
-    stands in `schema`; a default that a factory has made is stored together with whatever changes
+    is in `schema`; a default that a factory has made is stored together with whatever changes
     first."""
 
     __slots__ = (
@@ -115,7 +115,7 @@ class ChangeTracker:
 
     @property
     def owner(self) -> Owner:
-        """Whom the containers belong to that these fields hand out."""
+        """The owner of the containers that these fields hand out."""
         owners = self._owners
         if not owners:
             owners.append(Owner(self.key, self.check, _PlaceOf(self)))
@@ -179,7 +179,7 @@ class ChangeTracker:
         return self.loaded.setdefault(name, FieldState())
 
     def _default(self, name: str, gone: FieldState | None) -> Any:
-        """The default of a field that is not there (`gone`, if that stands in `loaded`)."""
+        """The default of a field that is not there (`gone`, if that is in `loaded`)."""
         default = self.schema.defaults.get(name)
         if default is None:
             raise KeyError(name)
@@ -309,7 +309,7 @@ class ChangeTracker:
             self._validated(checked_name(self.key, name), value)
 
     def _validated(self, name: str, value: Any) -> tuple[Any, float | None]:
-        """A value that is to be assigned, and its life time, once it has been looked at."""
+        """A value that is to be assigned, and its lifetime, once it has been looked at."""
         if not self.open:
             raise self.owner.refuse()
         field_type = self.schema.field_types.get(name, self.schema.other)
@@ -435,12 +435,12 @@ class ChangeTracker:
     # -- the scope's side
 
     def has_had(self, number: int) -> bool:
-        """Whether the update of this number was handled before."""
+        """Whether the update with this ID was handled before."""
         return number in updates_of(self.flushed, self.key)
 
     def remember(self, number: int, limit: int) -> None:
-        """Store the number of an update at the end, unless its handler fails, and with it those
-        that came before, at most `limit` in all."""
+        """Store the ID of an update at the end, unless its handler fails, and with it those that
+        came before, at most `limit` in all."""
         had = updates_of(self.flushed, self.key) if self.updates is None else self.updates
         self.updates = [*(each for each in had if each != number), number][-limit:]
 
@@ -552,8 +552,8 @@ class ChangeTracker:
         return dumped if is_sure or is_opaque or dumped is not stored else MISSING
 
     def _dump(self, name: str, value: Any, stored: Any, field_type: FieldType) -> tuple[Any, bool]:
-        """What a value would be stored as, and whether an object was met in it whose changes nobody
-        would notice."""
+        """What a value would be stored as, and whether an object was met in it whose changes would
+        not be noticed."""
         owner = self.owner
         begun = owner.begin()
         try:
@@ -625,7 +625,7 @@ def _marks_after(
 
 
 class _PlaceOf:
-    """Where a container lies that these fields have handed out: it knows them, and not they it."""
+    """Where a container is that these fields have handed out: it knows them, and not they it."""
 
     __slots__ = ("_tracker",)
 

@@ -12,8 +12,7 @@ from .ttl import Deadline
 
 
 class FieldState:
-    """What stands in `ChangeTracker.loaded` for a field of which more is to be known than its
-    value.
+    """What is in `ChangeTracker.loaded` for a field of which more is to be known than its value.
 
     `value` is what the handler has of it, and `dumped` what that would be stored as if it had not
     been touched, where the record has something else: a field of an old form, or a default, which
@@ -21,7 +20,7 @@ class FieldState:
     made it). `deadline` is when the field disappears. `is_deleted`: it was deleted, or its time is
     up; a default that was read since then is in `defaults`, of which the first one counts,
     whichever thread has brought it. `ready` is what a handler gets without a further look, if it is
-    known. `is_opaque`: there is an object in it whose changes nobody would notice, so that it is
+    known. `is_opaque`: there is an object in it whose changes would not be noticed, so that it is
     always saved, or (False) never for that reason; None: if one is found in it later.
 
     What changes of this changes once and for good, so that no thread can undo what another one has

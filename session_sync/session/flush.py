@@ -58,7 +58,7 @@ class Flush(NamedTuple):
                 self.changes.setdefault(name, current.dumped)
 
     def _take_timers(self, timers: Mapping[str, Deadline]) -> Iterable[str]:
-        """Add the timers to the changes; returns the names of the fields whose time is up, and
+        """Add the timers to the changes; returns the names of the fields that have expired, and
         takes them out of the changes."""
         loaded, states = self.loaded, self.states
         gone = {name for name, at in timers.items() if name not in loaded and is_over(at)}

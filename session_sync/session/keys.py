@@ -30,8 +30,8 @@ __all__ = ["StorageKey", "by_chat", "by_topic", "by_user", "default_storage_key"
 _LOWEST: Final = -(2**63)
 _HIGHEST: Final = 2**63 - 1
 
-# `key` comes last and runs to the end of the text, whatever is in it; the colons and per cent signs
-# of a business id are escaped, so that it ends where the next part begins.
+# `key` comes last and runs to the end of the string, whatever is in it; the colons and per cent
+# signs of a business id are escaped, so that it ends where the next part begins.
 _TEXT: Final = re.compile(
     r"(?:user:(?P<user>-?[0-9]{1,19}))?"
     r"(?::?chat:(?P<chat>-?[0-9]{1,19}))?"
@@ -47,8 +47,8 @@ class StorageKey:
     """The name of one session: any of a user, a chat, a thread, a business connection and a free
     `key`, at least one of them.
 
-    `str()` gives the text under which a storage keeps the session, `parse()` reads it back, and two
-    different keys never have the same text.
+    `str()` gives the string under which a storage keeps the session, `parse()` reads it back, and
+    two different keys never have the same string.
 
     Args:
         user: id of the user.
@@ -129,13 +129,13 @@ class StorageKey:
             text: for example one of the keys that a storage lists.
 
         Raises:
-            ValueError: no StorageKey has this text.
+            ValueError: no StorageKey has this string.
 
         >>> StorageKey.parse("chat:-100:thread:4").thread
         4
         >>> StorageKey.parse("user:007")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: 'user:007' is not the text of a StorageKey, ...
+        ValueError: 'user:007' is not the string of a StorageKey, ...
         """
         match = _TEXT.fullmatch(text)
         if match is not None and text:
@@ -151,11 +151,11 @@ class StorageKey:
             except ValueError:
                 pass
             else:
-                # Prints the same text: so no "-0", no leading zero or colon, no needless escape.
+                # Prints the same: so no "-0", no leading zero or colon, no needless escape.
                 if str(key) == text:
                     return key
         raise ValueError(
-            f"{text!r} is not the text of a StorageKey, "
+            f"{text!r} is not the string of a StorageKey, "
             "which reads user:<id>:chat:<id>:thread:<id>:business:<id>:key:<value>, parts left out"
         )
 
@@ -196,23 +196,24 @@ _DRAFT: Final = ("draft_id",)
 _THREAD: Final = ("message_thread_id",)
 _DIRECT_TOPIC: Final = ("direct_messages_topic", "topic_id")
 
-# Telegram's stand-ins for who does not show himself: linked channel, anonymous admin, channel.
+# Telegram's stand-ins for anonymous senders: linked channel, anonymous admin, channel.
 _STAND_INS: Final = frozenset({777000, 1087968824, 136817688})
 
 
 def default_storage_key(update: object) -> StorageKey | None:
     """The session of a user in a chat: what a manager uses unless it is told otherwise.
 
-    The user is who acted: the presser of a button, not the bot whose message it is under. An update
-    that has a user and no chat (an inline query, a checkout, a poll answer) takes the user's
-    private chat; one that comes out of a private chat and names no user (deleted business messages,
-    a stopped draft) takes the user whose chat it is: the ids are the same. What comes through a
-    business connection adds the connection; the `business_connection` update itself does not, since
-    it belongs to the owner's chat with the bot.
+    The user is the one that acted: the presser of a button, not the bot whose message it is under.
+    An update that has a user and no chat (an inline query, a checkout, a poll answer) takes the
+    user's private chat; one that comes out of a private chat and names no user (deleted business
+    messages, a stopped draft) takes the user whose chat it is: the ids are the same. What comes
+    through a business connection adds the connection; the `business_connection` update itself does
+    not, since it belongs to the owner's chat with the bot.
 
-    Who does not show himself is the user that Telegram puts in his place (`message.from_user`), as
-    in telebot, PTB and aiogram: the anonymous admins of a group share one session in that group,
-    and so do the channels that write in it. A channel's post has a chat and, mostly, no user.
+    For an anonymous sender, the user is the account that Telegram gives instead
+    (`message.from_user`), as in telebot, PTB and aiogram: the anonymous admins of a group share one
+    session in that group, and so do the channels that write in it. A channel's post has a chat and,
+    mostly, no user.
 
     Args:
         update: an object that telebot hands to a handler, telebot's or PTB's `Update` or what is in
@@ -231,7 +232,7 @@ def default_storage_key(update: object) -> StorageKey | None:
 
 
 def default_key_text(update: object) -> str | None:
-    """The text of `default_storage_key(update)`, sooner where the update is an ordinary message."""
+    """`str(default_storage_key(update))`, sooner where the update is an ordinary message."""
     try:
         message: Any = update if type(update) in message_types else _message_in(update)
         user, chat = message.from_user.id, message.chat.id
@@ -270,10 +271,10 @@ def _message_in(update: Any) -> Any:
 
 
 def by_user(update: object) -> StorageKey | None:
-    """One session per user, in whatever chat he is, business chats included.
+    """One session per user, in whatever chat, business chats included.
 
-    The accounts that stand in for anonymous admins and for channels are nobody's own; with them the
-    chat stays in the key, lest the anonymous admins of all groups share one session.
+    The accounts that stand in for anonymous admins and for channels belong to no user; with them
+    the chat stays in the key, lest the anonymous admins of all groups share one session.
 
     Args:
         update: as in `default_storage_key`.
@@ -290,7 +291,7 @@ def by_user(update: object) -> StorageKey | None:
 
 
 def by_chat(update: object) -> StorageKey | None:
-    """One session per chat, shared by all who write in it; a business chat is a chat of its own.
+    """One session per chat, shared by all its users; a business chat is a chat of its own.
 
     A private chat in which the bot is only a guest has the id of another chat of the bot's (one of
     the two people's own); there the user who called the bot stays in the key.
@@ -309,7 +310,7 @@ def by_chat(update: object) -> StorageKey | None:
 
 
 def by_topic(update: object) -> StorageKey | None:
-    """One session per topic, shared by all who write in it; elsewhere one per chat, as `by_chat`.
+    """One session per topic, shared by all its users; elsewhere one per chat, as `by_chat`.
 
     A topic is one of a forum, of a private chat with topics, or of a channel's direct messages.
     Replies in an ordinary group form a thread but no topic. The general topic of a forum, and all
@@ -354,7 +355,7 @@ def _topic(user: int | None, chat: int, at: Reader, message: object) -> StorageK
 
 
 def _caller(user: int | None, chat: int, at: Reader, message: object) -> int | None:
-    """The user, if this is a private chat into which he called the bot as a guest."""
+    """The user, if this is a private chat into which the bot was called as a guest."""
     return user if chat > 0 and at(message, _GUEST) is not None else None
 
 
@@ -393,7 +394,7 @@ def _read(kind: UpdateKind, payload: object, make_key: _MakeKey) -> StorageKey |
 
 
 def text_of(key: Any) -> str | None:
-    """The text of what get_storage_key has answered."""
+    """The key that get_storage_key has returned, as a string."""
     if key is None or isinstance(key, str):
         return key
     if isinstance(key, StorageKey):

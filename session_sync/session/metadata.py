@@ -20,12 +20,12 @@ VERSION: Final = "$version"
 #: The timers of fields: `{field: [expires_at, seconds]}`, in Unix time.
 TIMERS: Final = "$ttl"
 
-#: The numbers (`update_id`) of the last updates that a session has had, the newest last.
+#: The IDs (`update_id`) of the last updates that a session has had, the newest last.
 UPDATES: Final = "$updates"
 
 
 class _Metadata(NamedTuple):
-    """`read` returns what is stored (or what stands for nothing), given the record and the
+    """`read` returns what is stored (or what is the same as nothing), given the record and the
     session's key; it raises SessionDecodeError for what was not written here. `outlives`: it is
     stored, too, when all fields have gone. `merge` makes one of what an older and a newer session
     have."""
@@ -65,7 +65,7 @@ def version_of(record: Record, key: str) -> int:
 
 
 def updates_of(record: Record, key: str) -> list[int]:
-    """The numbers of updates that a session remembers."""
+    """The IDs of the updates that a session remembers."""
     numbers: Any = record.get(UPDATES, [])
     if numbers.__class__ is not list or any(number.__class__ is not int for number in numbers):
         raise _unknown(key, UPDATES, "no list of updates")
@@ -90,7 +90,7 @@ class Timers:
         return bool(self._deadlines)
 
     def all_expired(self) -> list[str]:
-        """The names whose time is up."""
+        """The names of the fields that have expired."""
         now = time.time()
         return [name for name, (at, _) in self._deadlines.items() if at <= now]
 

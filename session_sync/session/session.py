@@ -27,7 +27,7 @@ from .types.base import ANY, FieldType
 
 
 class Lifecycle(Protocol):
-    """What a session asks of its scope."""
+    """What a session calls of its scope."""
 
     @property
     def is_loaded(self) -> bool: ...
@@ -243,9 +243,9 @@ class BaseSession(MutableMapping[str, Any]):
             self._tracker.check_not_lost()
 
     def release(self) -> None:
-        """Write what has changed and end the scope now, so that this user's next update may come
-        in: for a handler that goes on for long. The session can be read afterwards, not changed;
-        a new scope may be opened. In async code, use `await session.arelease()`.
+        """Write what has changed and end the scope now, so that this user's next update can be
+        handled: for a handler that goes on for long. The session can be read afterwards, not
+        changed; a new scope may be opened. In async code, use `await session.arelease()`.
         """
         lifecycle = self._lifecycle()
         if lifecycle is not None:
@@ -293,8 +293,7 @@ class BaseSession(MutableMapping[str, Any]):
 
 def _reserved_name(session: BaseSession, name: str) -> AttributeError:
     return AttributeError(
-        f"{name!r} is a name of {type(session).__name__} itself; as a field it is reached with "
-        f"brackets: session[{name!r}]",
+        f"{name!r} is reserved in {type(session).__name__}; use session[{name!r}]",
         name=name,
         obj=session,
     )
@@ -318,7 +317,8 @@ class _Attribute(property):
 
 def _no_attribute(session: BaseSession, name: str) -> AttributeError:
     return AttributeError(
-        f"session {session.key!r} has no field {name!r}; session.get({name!r}) answers None",
+        f"session {session.key!r} has no field {name!r}; use session.get({name!r}, default), or "
+        f"declare the field with a default",
         name=name,
         obj=session,
     )
@@ -344,11 +344,11 @@ class StrictSession(BaseSession):
 
 
 class Session(BaseSession):
-    """The state of one user (or chat, or whatever the key says), for the time of one update.
+    """The state of one user (or chat, or whatever the key names), for the time of one update.
 
     It reads and writes like a dict, and like an object: `session["counter"]` and `session.counter`
-    are the same field. What is changed is saved when the scope ends; nobody else has the session
-    meanwhile. Dicts, lists and sets in it are followed to any depth.
+    are the same field. What is changed is saved when the scope ends; no other handler has the
+    session meanwhile. Dicts, lists and sets in it are followed to any depth.
 
     A name that a method has (`items`, `flush`, ...) or that begins with an underscore is reached
     with brackets. Names that begin with `$` are the library's own.

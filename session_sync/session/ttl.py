@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 from ..storages.durations import seconds_of
 
 #: When a field disappears, in Unix time, and how many seconds after its last assignment that is.
-#: Nobody changes one: an assignment makes a new one.
+#: It is never changed: an assignment makes a new one.
 Deadline: TypeAlias = list[float]
 
 
@@ -27,7 +27,7 @@ def is_over(deadline: Deadline | None) -> bool:
 
 
 class Ttl:
-    """A value with a life time, on its way into a session. Made by `ttl()`."""
+    """A value with a lifetime, on its way into a session. Made by `ttl()`."""
 
     __slots__ = ("seconds", "value")
     # So that it gets into no set and is no dict's key: Python's way to say so, though to type

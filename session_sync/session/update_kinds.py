@@ -25,7 +25,7 @@ _MESSAGE: Final = UpdateKind("Message", ("message_id", "date", "chat"))
 _MEMBER: Final = UpdateKind("ChatMemberUpdated", ("old_chat_member", "new_chat_member"))
 
 # The frequent ones come first. `business_connection` is news about a connection, not something that
-# came through it: it belongs to the owner's chat with the bot, where he sets the bot up.
+# came through it: it belongs to the owner's chat with the bot, where the bot is set up.
 _KINDS: Final = {
     "message": _MESSAGE,
     "callback_query": UpdateKind(
@@ -79,7 +79,7 @@ _OBJECT_KINDS: Final = {
     for name, kind in _KINDS.items()
 }
 UPDATE: Final = UpdateKind("Update", ("update_id",))
-# What PTB gives to a job's callback instead of an update: the job knows whom it is for.
+# What PTB gives to a job's callback instead of an update: the job knows its user and its chat.
 _JOB: Final = UpdateKind("CallbackContext", (), user=("job", "user_id"), chat=("job", "chat_id"))
 _OBJECT_TYPES: Final = {kind.type: kind for kind in (UPDATE, _JOB, *_OBJECT_KINDS.values())}
 MESSAGE_OBJECT: Final = _OBJECT_TYPES["Message"]

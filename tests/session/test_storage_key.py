@@ -86,7 +86,7 @@ class TestStorageKey:
         ],
     )
     def test_parse_refuses_any_other_text(self, text: str) -> None:
-        with pytest.raises(ValueError, match="is not the text of a StorageKey"):
+        with pytest.raises(ValueError, match="is not the string of a StorageKey"):
             StorageKey.parse(text)
 
     def test_a_key_needs_a_part(self) -> None:

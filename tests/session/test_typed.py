@@ -311,7 +311,7 @@ def test_class_variables_constants_and_private_names_are_no_fields() -> None:
         assert list(session) == []
         assert (session.rate, session.quoted, session.limit, session.label) == (4, 5, 6, "shop")
         assert session._cache == 7
-        with pytest.raises(AttributeError, match="'rate' is a name of Shop itself"):
+        with pytest.raises(AttributeError, match="'rate' is reserved in Shop; use session"):
             session.rate = 5
         session["rate"] = "a field all the same"
     assert Shop.rate == 4
@@ -570,7 +570,7 @@ def test_errors_of_a_strict_session_say_what_there_is() -> None:
             session.countre = 1  # type: ignore[attr-defined]
         with pytest.raises(KeyError, match="Profiled declares counter, name"):
             session["countre"] = 1
-        with pytest.raises(AttributeError, match="is a name of Profiled itself"):
+        with pytest.raises(AttributeError, match="'flush' is reserved in Profiled"):
             session.flush = 5  # type: ignore[assignment, method-assign]
     assert not hasattr(session, "__dict__") or not session.__dict__
 
