@@ -355,7 +355,7 @@ def test_rm_asks_where_somebody_can_answer(url: str, storage: Any) -> None:
         lambda: on_terminal("rm", "user:7:chat:7", url=url, typed="\x04"),
     )
     assert (nobody.code, nobody.out) == (2, "")
-    assert "say --yes" in nobody.err
+    assert "use --yes" in nobody.err
     assert (refused.code, ended.code) == (1, 130)
     assert "Delete 1 session (user:7:chat:7)? [y/N]" in refused.out
     assert "nothing was deleted" in refused.out

@@ -475,7 +475,7 @@ def test_a_backup_takes_the_place_of_no_store(tmp_path: Path) -> None:
     assert [each.code for each in (itself, by_link, in_use, folder)] == [2, 2, 1, 2]
     assert "is the store itself" in itself.err
     assert "is the store itself" in by_link.err
-    assert "other.db-wal lies beside it" in in_use.err
+    assert "other.db-wal is beside it" in in_use.err
     assert "give the name of the file" in folder.err
     for storage in storages:
         assert storage.get("user:1") == {"n": 1}

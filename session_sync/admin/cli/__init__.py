@@ -1,4 +1,4 @@
-"""The command line: `session-sync`, for whoever looks after a store while bots run on it.
+"""The command line: `session-sync`, for the operator of a store while bots run on it.
 
 It is an extra, and the only place that knows click and rich; nothing imports it but
 `session_sync.__main__`.

@@ -22,14 +22,14 @@ from .transfer import copy, export, import_
 from .watch import watch
 
 _EPILOG: Final = (
-    "Exit codes: 0 fine, 1 not found or not all done, 2 wrong usage, 3 somebody keeps a session "
-    "locked, 4 the store cannot be reached."
+    "Exit codes: 0 success, 1 not found or not all done, 2 wrong usage, 3 session locked "
+    "(timeout), 4 store not found, unreachable or refused."
 )
 
 
 class _App(click.Group):
     """A group whose commands end with one sentence and an exit code, and never with a traceback
-    for what whoever has called can put right."""
+    for what the user can put right."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

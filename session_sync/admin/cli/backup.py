@@ -36,7 +36,7 @@ def backup(place: Place, target: str) -> None:
     DST is a store of one moment, complete in that file, and readable by you alone. It takes the
     place of an older backup when it is complete. Nothing is locked: bots go on writing meanwhile.
     """
-    with opened_to_read(place.url):  # which says what is wrong with it
+    with opened_to_read(place.url):  # which raises what is wrong with it
         pass
     files = named_files(place.url)
     if files is None or files.is_disk:
@@ -67,7 +67,7 @@ def _check_target(files: Files, target: str) -> None:
     for end in ("-wal", "-journal"):
         if os.path.exists(target + end):
             raise Failure(
-                f"{target} is a database in use: {target}{end} lies beside it, and SQLite would "
+                f"{target} is a database in use: {target}{end} is beside it, and SQLite would "
                 f"read that into the copy. Give another name, or remove both files if no program "
                 f"uses them"
             )

@@ -46,9 +46,9 @@ class Finding(NamedTuple):
 def doctor(place: Place, as_json: bool) -> None:
     """Look for what is wrong with a store.
 
-    That is: who may read the files, sessions that cannot be decoded, locks that were left behind,
-    space, versions. Exits with 1 if something is wrong. Every session is read; nothing is locked,
-    changed or repaired.
+    That is: the permissions of the files, sessions that cannot be decoded, locks that were left
+    behind, space, versions. Exits with 1 if something is wrong. Every session is read; nothing is
+    locked, changed or repaired.
     """
     findings: list[Finding] = []
     files = named_files(place.url)
@@ -183,8 +183,8 @@ def _server(storage: Any) -> Iterator[Finding]:
             )
         used, most = node["used_memory"], node["maxmemory"]
         full = bool(most) and used > 0.9 * most
-        room = f"{size(used)} of {size(most) if most else 'what the machine has'} are in use"
-        yield Finding("wrong" if full else "ok", "space", room)
+        usage = f"{size(used)} of {size(most) if most else 'what the machine has'} are in use"
+        yield Finding("wrong" if full else "ok", "space", usage)
         if not node.get("aof_enabled"):
             yield Finding(
                 "note", "persistence", "appendonly is off: a crash of the server takes writes"
@@ -223,7 +223,7 @@ def _trouble(lock: Any) -> str:
     if lock.left is None:
         return f"the lock of {key} never ends, so another program has set it; delete it"
     if lock.pid is None:
-        return f"what lies in the lock of {key} was not written here; free in {lock.left:.0f} s"
+        return f"what is in the lock of {key} was not written here; free in {lock.left:.0f} s"
     return f"process {lock.pid}, which had {key} open, is gone; free in {lock.left:.0f} s"
 
 

@@ -24,8 +24,8 @@ class Code(IntEnum):
     BROKEN_PIPE = 141
 
 
-class Failure(Exception):  # noqa: N818 (named after what the caller sees)
-    """What ends a command: a sentence for whoever has called it, and the exit code."""
+class Failure(Exception):  # noqa: N818 (named after what the user sees)
+    """What ends a command: a sentence for the user, and the exit code."""
 
     def __init__(self, message: str, code: Code = Code.FAILED) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class Failure(Exception):  # noqa: N818 (named after what the caller sees)
 
 
 def say(text: str) -> None:
-    """What the caller is told beside the output: a sentence, or several lines."""
+    """What the user is told beside the output: a sentence, or several lines."""
     lines = "\n".join(map(plain, text.split("\n")))
     click.echo(f"session-sync: {lines}", err=True)
 
@@ -45,7 +45,7 @@ def code_of(errors: Iterable[BaseException]) -> Code:
 
 
 def failure_of(error: Exception) -> Failure | None:
-    """The end that `error` means; None if it is nothing that a caller could put right."""
+    """The end that `error` means; None if it is nothing that the user could put right."""
     if isinstance(error, Failure):
         return error
     if isinstance(error, ExceptionGroup):

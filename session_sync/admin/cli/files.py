@@ -1,6 +1,6 @@
-"""The files of a store that lies on this machine: where they are, and who may use them.
+"""The files of a store that is on this machine: where they are, and whether this user may use them.
 
-A command says what is in its way before it makes, locks or opens anything.
+A command reports what is in its way before it makes, locks or opens anything.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _denied(path: str, what: str) -> Failure:
 @contextmanager
 def new_file(path: str) -> Iterator[str]:
     """The name of an empty file of mode 0600, which takes the place of `path` when it is written
-    without an error; also of a link that somebody plants there meanwhile. Raises Failure for one
-    that is there."""
+    without an error; also of a link that another user plants there meanwhile. Raises Failure for
+    one that is there."""
     refuse_link(path)
     folder = os.path.realpath(os.path.dirname(path))
     number, unfinished = tempfile.mkstemp(dir=folder, prefix=".session-sync-")
@@ -109,8 +109,8 @@ def new_file(path: str) -> Iterator[str]:
 
 
 def refuse_link(path: str) -> None:
-    """Raise Failure if a link has the place of a file to write: whoever made it would choose which
-    file that is."""
+    """Raise Failure if a link has the place of a file to write: the user that made it would choose
+    which file that is."""
     if os.path.islink(path):
         raise Failure(
             f"{path} is a link, to {os.readlink(path)}, and is not followed: another user may have "
@@ -120,7 +120,7 @@ def refuse_link(path: str) -> None:
 
 
 def user_name(number: int) -> str:
-    """A user by his name, or by his number if he has none."""
+    """The name of a user of this machine, or the number of one without a name."""
     try:
         import pwd
 

@@ -1,16 +1,16 @@
-"""`forget`: every session of a person, or of a chat, deleted."""
+"""`forget`: every session of a user, or of a chat, deleted."""
 
 from __future__ import annotations
 
 import click
 
 from .output import json_option, print_json, print_rows, text
-from .sessions import named, somebody
+from .sessions import named, user_and_chat
 from .store import Place, at_place, confirm
 
 
 @click.command()
-@somebody
+@user_and_chat
 @click.option("--dry-run", is_flag=True, help="List what would be deleted, and delete nothing.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @json_option
@@ -25,7 +25,7 @@ def forget(
     through, nor what the bot keeps elsewhere.
     """
     if user is None and chat is None:
-        raise click.UsageError("say whose sessions: --user ID, --chat ID, or both")
+        raise click.UsageError("give --user ID, --chat ID, or both")
     with place.look() as view:
         keys = list(view.find(user, chat))
     if dry_run:

@@ -52,7 +52,7 @@ def to_line(key: str, fields: dict[str, Any]) -> bytes:
     >>> to_line("user:1", {"seen": {7}})
     b'{"key":"user:1","fields":{"seen":{"$set":[7]}}}\n'
     """
-    # The key as a value, since it may be a text that UTF-8 cannot hold.
+    # The key as a value, since it may be a string that UTF-8 cannot hold.
     return b'%b,"fields":%b}\n' % (CODEC.encode({"key": key})[:-1], CODEC.encode(fields, key))
 
 
@@ -68,7 +68,7 @@ def from_line(line: bytes) -> tuple[str, dict[str, Any]]:
         raise SessionDecodeError(f"it is no line of an export: {error}") from None
     key = CODEC.decode_field("key", parts.key, None)
     if not isinstance(key, str):
-        raise SessionDecodeError("it is no line of an export: the key is no text")
+        raise SessionDecodeError("it is no line of an export: the key is no string")
     fields = CODEC.decode(bytes(parts.fields), key)
     check_metadata(fields, key)
     return key, fields

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import click
 
-#: The columns of a table, and how each value looks to somebody who reads it.
+#: The columns of a table, and how each value looks in a table.
 Columns: TypeAlias = Mapping[str, Callable[[Any], str]]
 
 _AT_ONCE: Final = 500  # rows of a table, which has to know them all
@@ -64,7 +64,7 @@ def size(number: float) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether somebody reads what is printed."""
+    """Whether a terminal shows what is printed."""
     return sys.stdout.isatty()
 
 
@@ -130,8 +130,8 @@ def text(value: Any) -> str:
 def progress(
     what: str, total: Callable[[], int] | None = None, *, hidden: bool = False
 ) -> Generator[Callable[[], None], None, None]:
-    """A bar for something that takes long, where somebody looks; what is yielded is to be called
-    after each piece. `total` counts them, and is called only if the bar is seen. `hidden`: none."""
+    """A bar for something that takes long, on a terminal; what is yielded is to be called after
+    each piece. `total` counts them, and is called only if the bar is shown. `hidden`: none."""
     if hidden or not sys.stderr.isatty():
         yield lambda: None
         return

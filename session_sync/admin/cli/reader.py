@@ -1,7 +1,7 @@
 """The sessions in a SQLite file, SQLiteStorage's or diskcache's, only read.
 
-A storage makes the files that it lacks, and closes them to other users. Who only looks must not do
-that: he may be another user, and the file another program's.
+A storage makes the files that it lacks, and closes them to other users. A command that only looks
+must not do that: it may be run by another user, and the file may be another program's.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def refuse_another_programs(path: str, is_disk: bool) -> None:
     """Raise ValueError if the file is another program's database, beside which nothing may be made:
     not even the index of a log that is left there, which SQLite makes as it reads that."""
     has = has_cache if is_disk else has_table
-    with suppress(sqlite3.Error):  # who reads it will say what is wrong
+    with suppress(sqlite3.Error):  # the read that follows raises what is wrong
         look(os.path.realpath(path), lambda cursor: has(cursor, path))
 
 
@@ -161,13 +161,13 @@ class FileReader:
         ((data,),) = found
         if not isinstance(data, bytes):
             raise SessionDecodeError(
-                f"session {key!r} cannot be read: what lies there was not written by session_sync. "
+                f"session {key!r} cannot be read: what is there was not written by session_sync. "
                 f"It is left as it is."
             )
         return self._codec.decode(data, key)
 
     def keys(self) -> Iterator[str]:
-        """Every stored key. Rows whose key is no text are passed over, with a warning."""
+        """Every stored key. Rows whose key is no string are passed over, with a warning."""
         for key, _row in self._known():
             yield key
 
@@ -182,7 +182,7 @@ class FileReader:
             yield StoredEntry(key, row.size or 0, age, left)
 
     def unknown_rows(self) -> int:
-        """How many rows have a key that is no text, so that nothing here can have written them."""
+        """How many rows have a key that is no string, which nothing here can have written."""
         return self._foreign() + sum(key_of(row.key, row.kind) is None for row in self._all())
 
     def _foreign(self) -> int:

@@ -23,14 +23,14 @@ _PARTS: Final = ("user", "chat", "thread", "business")
 _NAMED: Final = 10  # keys that a question names
 
 
-def somebody(command: Any) -> Any:
-    """The options that say whose sessions are meant."""
+def user_and_chat(command: Any) -> Any:
+    """The options that select sessions by their user and chat."""
     command = click.option("--chat", type=int, metavar="ID", help="Those of a chat.")(command)
     return click.option("--user", type=int, metavar="ID", help="Those of a user.")(command)
 
 
 @click.command()
-@somebody
+@user_and_chat
 @click.option("--limit", type=click.IntRange(min=0), metavar="N", help="No more than N.")
 @json_option
 @with_view
@@ -54,7 +54,7 @@ def _parts(key: str) -> dict[str, Any]:
 
 @click.command()
 @click.argument("key", required=False)
-@somebody
+@user_and_chat
 @click.option("--values", is_flag=True, help="Show what is in the fields, too.")
 @json_option
 @with_view
@@ -67,9 +67,7 @@ def show(
     all sessions of a user, of a chat, or of a user in a chat.
     """
     if (key is None) != (user is not None or chat is not None):
-        raise click.UsageError(
-            "say which sessions: a KEY, or --user ID, --chat ID, or both of them"
-        )
+        raise click.UsageError("give a KEY, or --user ID, --chat ID, or both of them")
     if key is not None:
         if not _show(view, key, values, as_json):
             raise _not_there(key)
@@ -111,7 +109,7 @@ def _show(view: View, key: str, values: bool, as_json: bool, *, named: bool = Fa
 
 
 def fields_of(key: str, stored: dict[str, Any], values: bool) -> Iterator[dict[str, Any]]:
-    """What there is to say of each field whose time is not up."""
+    """What is shown of each field that has not expired."""
     timers = Timers(stored, key)
     deadlines, now, expired = timers.to_store(), time.time(), timers.all_expired()
     for name, value in stored.items():
@@ -131,7 +129,7 @@ def _not_there(key: str) -> Failure:
 @click.argument("key")
 @click.argument("field")
 @click.argument("value", required=False)
-@click.option("--text", "is_text", is_flag=True, help="VALUE is a text as it stands, not JSON.")
+@click.option("--text", "is_text", is_flag=True, help="VALUE is a plain string, not JSON.")
 @click.option("--delete", is_flag=True, help="Delete the field instead.")
 @click.option(
     "--ttl",
@@ -157,8 +155,8 @@ def set_(
     VALUE is JSON as in an export: 7, '"text"', [1, 2], '{"$set": [1]}'. A VALUE that is - is read
     from the standard input, where no list of processes shows it.
 
-    With a store that has a ttl, give its URL the same one: the session is stored with that life
-    time.
+    With a store that has a ttl, give its URL the same one: the session is stored with that
+    lifetime.
     """
     if (value is None) != delete:
         raise click.UsageError("give a VALUE, or --delete")
@@ -190,7 +188,7 @@ def _typed_in(value: str, is_text: bool) -> Any:
         return value_of(value)
     except SessionDecodeError as error:
         raise click.UsageError(
-            f"VALUE: {error}. Of a text, write the quotes, too ('\"text\"'), or say --text."
+            f"VALUE: {error}. Of a string, write the quotes, too ('\"text\"'), or use --text."
         ) from None
 
 

@@ -39,7 +39,7 @@ _BAR: Final = 40  # characters
 @json_option
 @with_view
 def stats(view: View, limit: int, as_json: bool) -> None:
-    """Count the sessions, and say how large and how old they are.
+    """Count the sessions, and show how large and how old they are.
 
     None is read or touched.
     """
@@ -93,8 +93,8 @@ def _has_age(entry: StoredEntry) -> bool:
 
 
 def _age(entry: StoredEntry) -> tuple[float, float]:
-    """By age; and where nobody has noted it: who has the least time left has been left alone for
-    the longest, since all are given the same."""
+    """By age; and where the store does not note it, by the time that is left: the session with the
+    least was not used for the longest, since all are given the same."""
     return entry.age or 0.0, -(entry.left or 0.0)
 
 

@@ -32,7 +32,7 @@ from .jsonl import CODEC
 from .reader import FileReader, refuse_another_programs
 
 P = ParamSpec("P")
-_SOME: Final = 100  # sessions, of which one shows whether they have life times
+_SOME: Final = 100  # sessions, of which one shows whether they have lifetimes
 _SECRET: Final = re.compile("pass|secret|token|credential", re.I)
 _USERINFO: Final = re.compile(r"://\S*@")
 _SECRETS: Final = f"{__name__}.secrets"
@@ -59,8 +59,8 @@ class OperatorsStorage(ReadStorage, Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """One bot's sessions in a storage, to be looked at: nothing is locked, and no life time
-    renewed. Keys are without the prefix."""
+    """One bot's sessions in a storage, to be looked at: nothing is locked, and no lifetime renewed.
+    Keys are without the prefix."""
 
     storage: ReadStorage
     prefix: str
@@ -122,14 +122,14 @@ class Store(View):
         return True
 
     def warn_of_life_times(self) -> None:
-        """Before something is stored: say so if sessions live for a while, and this one would not,
-        because the URL lacks the bot's ttl."""
+        """Before something is stored: warn if sessions have a lifetime, and this one would have
+        none, because the URL lacks the bot's ttl."""
         if self.has_ttl:
             return
         with suppress(SessionDecodeError):
             if any(entry.left is not None for entry in islice(self.entries(), _SOME)):
                 say(
-                    "warning: sessions in this store have a life time, and what is stored now has "
+                    "warning: sessions in this store have a lifetime, and what is stored now has "
                     "none until the bot opens it: give the URL the same ?ttl= as the bot's"
                 )
 
@@ -156,7 +156,7 @@ class Place:
 
 
 def place_options(command: Callable[P, None]) -> Callable[P, None]:
-    """The options that say which store: of the group, and of each command."""
+    """The options that name the store: of the group, and of each command."""
     for option in (
         click.option(
             "--lock-timeout",
@@ -177,7 +177,7 @@ def place_options(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def at_place(command: Callable[Concatenate[Place, P], None]) -> Callable[P, None]:
-    """The options that say which store; the command gets its place as the first argument."""
+    """The options that name the store; the command gets its place as the first argument."""
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -195,7 +195,7 @@ def _place(own: dict[str, Any]) -> Place:
     url = given["storage"] or os.environ.get("SESSION_SYNC_STORAGE")
     if not url:
         raise click.UsageError(
-            "say which store: --storage URL (-s), or SESSION_SYNC_STORAGE in the environment"
+            "name the store: --storage URL (-s), or SESSION_SYNC_STORAGE in the environment"
         )
     timeout = given["lock_timeout"]
     return Place(url, given["prefix"] or "", 30.0 if timeout is None else timeout)
@@ -302,7 +302,7 @@ def _generated(url: str) -> OperatorsStorage:
         raise _refusal(url, error) from None
     if not isinstance(storage, OperatorsStorage):
         raise Failure(
-            f"{shown(url)} is the memory of one process, which nobody else can look into",
+            f"{shown(url)} is the memory of one process, which no other process can read",
             Code.USAGE,
         )
     return storage
@@ -356,7 +356,7 @@ def shown(url: str) -> str:
 
 
 def remember_secrets(url: str) -> None:
-    """What of `url` no message may contain, whoever words it."""
+    """What of `url` no message may contain, wherever it comes from."""
     meta = click.get_current_context().meta
     known = meta.setdefault(_SECRETS, set())
     rest = url.partition("://")[2]
@@ -375,12 +375,10 @@ def without_secrets(ctx: click.Context, text: str) -> str:
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask before something is deleted; `yes`: it was said beforehand."""
+    """Ask before something is deleted; `yes`: the user has confirmed it beforehand."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError(
-            "nobody is there to be asked: say --yes to delete without a question"
-        )
+        raise click.UsageError("stdin is not a terminal; use --yes to skip the confirmation")
     if not click.confirm(question, err=True):
         raise Failure("nothing was deleted")

@@ -23,7 +23,7 @@ from .errors import Failure, code_of, say
 from .files import new_file
 from .jsonl import from_line, to_line
 from .output import progress
-from .sessions import somebody
+from .sessions import user_and_chat
 from .store import (
     Place,
     Store,
@@ -43,7 +43,7 @@ Incoming: TypeAlias = tuple[str, str, dict[str, Any] | SessionError]
 
 @click.command()
 @click.argument("file", default="-")
-@somebody
+@user_and_chat
 @with_view
 def export(view: View, file: str, user: int | None, chat: int | None) -> None:
     """Write all sessions, or those of a user, as lines of JSON.
@@ -117,9 +117,9 @@ def _harmless(line: bytes) -> bytes:
 def import_(place: Place, source: str, kind: str, skip_existing: bool, dry_run: bool) -> None:
     """Store the sessions of an export, or of a bot without session_sync.
 
-    SOURCE is a file, the standard input, or what --from says; for telebot-redis it is the URL of a
-    server. The store is made if there is none. Each session is stored under its lock, over what is
-    there under its key. What cannot be read is named, and the rest is stored.
+    SOURCE is a file or the standard input, of the kind that --from names; for telebot-redis it is
+    the URL of a server. The store is made if there is none. Each session is stored under its lock,
+    over what is there under its key. What cannot be read is named, and the rest is stored.
     """
     done = skipped = 0
     errors: list[SessionError] = []

@@ -37,7 +37,7 @@ def watch(view: View, key: str, values: bool, interval: float, as_json: bool) ->
     """Print what changes in a session, until Ctrl-C.
 
     The session KEY need not be stored yet. It is looked at as it was last saved: nothing is locked,
-    and no life time renewed. What comes and goes between two looks is not seen.
+    and no lifetime renewed. What comes and goes between two looks is not seen.
     """
     before: State = {}
     trouble = ""
