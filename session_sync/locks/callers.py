@@ -53,8 +53,8 @@ class Caller:
         return self.task is other.task
 
     def again(self) -> Caller:
-        """The same one as another object, so that where it stands in a list it can be told from
-        the first one."""
+        """The same caller as another object, so that in a list of callers it can be told from the
+        first one."""
         return Caller(self.thread, self.loop)
 
     def ending(self) -> Ender:

@@ -26,7 +26,7 @@ class Place(Protocol):
 class Wait(Protocol):
     """A caller that waits for a lock, in the middle of its work."""
 
-    number: int  # under which it stands in Waits
+    number: int  # under which Waits keeps it
 
     @property
     def caller(self) -> Caller:
@@ -73,8 +73,8 @@ class Waits:
 
     There are two exceptions, of callers that are given a lock and cannot go on: a coroutine whose
     loop stands still, because the loop's thread waits; and a thread whose wait was interrupted by a
-    signal handler that waits in its turn. While there is one of them, those that wait for a lock
-    ahead of a caller count as its holders do: the circle that such a one will close is seen before.
+    signal handler that waits, too. While there is one of them, those that wait for a lock ahead of
+    a caller count as its holders do: the circle that such a one will close is seen before.
     """
 
     def __init__(self) -> None:
@@ -151,8 +151,8 @@ class Waits:
 class _Ahead:
     """The callers that wait for the same locks as others, ahead of them.
 
-    Each is given once: whoever has asked about one that waits need not be told of its queue again
-    for the next one, and with a thousand of them that would take long.
+    Each is given once: a search that has seen what is ahead of one wait need not see it again for
+    the next one, and with a thousand of them that would take long.
     """
 
     def __init__(self) -> None:

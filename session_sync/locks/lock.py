@@ -59,8 +59,8 @@ def _nothing() -> None:
 class LockHandle:
     """One caller's claim to one key: nothing yet, a place in the queue, or the lock itself.
 
-    What it is stands in the table alone: the lock belongs to the handle that the table has under
-    `held`, and those that wait stand in the key's queue. So there is nothing else that could
+    Which of these it is, the table alone knows: the lock belongs to the handle that the table has
+    under `held`, and those that wait are in the key's queue. So there is nothing else that could
     disagree with it, and a caller that wakes up looks there.
 
     Why no lock is lost. An owner writes its handle down before it acquires it, and calls `release`
@@ -70,15 +70,17 @@ class LockHandle:
     the watch finds that the owner has been gone for a while, and takes the handle out (not at once:
     a finaliser may be about to have others close what it was locked for).
 
-    Why two callers never have one key. Free and not waited for, it goes to the handle that enters
-    `held` first, by `setdefault`: one atomic step. Only its owner takes that handle out again. With
-    a queue, all happens under the mutex, in which the next handle takes the place of the old one.
-    Under the mutex, too, handles are taken out that others than their owner may take out: what has
-    waited (its event loop may be closed as it is given the lock), and what is being collected.
+    Why two callers never have one key. Unlocked and not waited for, it goes to the handle that
+    enters `held` first, by `setdefault`: one atomic step. Only its owner takes that handle out
+    again. With a queue, all happens under the mutex, in which the next handle takes the place of
+    the old one. Under the mutex, too, handles are taken out that others than their owner may take
+    out: what has waited (its event loop may be closed as it is given the lock), and what is being
+    collected.
 
-    Why nobody waits for a key that is free. A caller that waits enters the queue, and then looks
-    whether the key is held; a caller that lets go takes its handle out, and then looks whether
-    there is a queue. Whichever comes second sees the other, and hands the key on.
+    Why no caller waits for a key that is unlocked. A caller that waits enters the queue, and then
+    looks whether the key is held; a caller that releases takes its handle out, and then looks
+    whether there is a queue. Whichever comes second sees the other, and gives the key to the first
+    that can take it.
     """
 
     __slots__ = (
@@ -104,15 +106,15 @@ class LockHandle:
         self.callers = [caller]  # more than one where a session was joined
         self.since = 0.0  # time.monotonic(), from which on it is held
         self.waiter: _Waiter | None = None  # from the first wait on, until it is released
-        #: A weak reference to the owner, if nothing else is to be asked for.
+        #: A weak reference to the owner, which tells `is_orphaned` whether that is gone.
         self.owner: Callable[[], object] | None = None
         #: What has locks for which the owner may have to wait before it can release this one;
         #: weak, since it knows this handle.
         self.inside: Callable[[], Inside | None] = _nothing
         #: What is not to be collected before the lock is released, though its owner is.
         self.keeps: object = None
-        #: Whether only those who work off the notes take it out: from a release on that was noted,
-        #: and where its owner is being collected, so that others may take it for orphaned.
+        #: Whether it is taken out only as the notes are worked off: from a release on that was
+        #: noted, and where its owner is being collected, so that others may take it for orphaned.
         self.by_note = False
 
     # -- the owner's side
@@ -133,10 +135,10 @@ class LockHandle:
     def acquire(
         self, timeout: float | None, passes: bool = False, patience: Patience | None = None
     ) -> None:
-        """Wait in this thread, at most `timeout` seconds (None: for ever).
+        """Wait in this thread, at most `timeout` seconds (None: forever).
 
         `passes`: the caller runs inside a handler, and passes tasks that have not begun.
-        `patience`: after what time somebody is told that it still waits.
+        `patience`: after what time a wait that goes on is reported, and what is called then.
 
         Raises SessionLockTimeoutError, and SessionDeadlockError where the wait could never end.
         """
@@ -269,7 +271,7 @@ class _Waiter(Protocol):
         ...
 
     def wake(self) -> bool:
-        """Tell it, perhaps once more; False if it is gone for ever."""
+        """Tell it, perhaps once more; False if it is gone forever."""
         ...
 
 
@@ -351,8 +353,8 @@ class TaskWaiter(_BegunWaiter):
     after its waiter was given the lock keeps it, as if it had stopped a moment later, inside the
     session; and as there, the key is unlocked when the task is collected.
 
-    It keeps neither the task nor the loop alive: whoever throws them away throws the place in the
-    queue away with them.
+    It keeps neither the task nor the loop alive: when they are thrown away, its place in the queue
+    goes with them.
     """
 
     __slots__ = ("_asked", "_future", "_loop")
@@ -491,8 +493,9 @@ def locked(step: Callable[..., R], *args: object) -> R:
 
 
 def settle() -> None:
-    """Do what was noted: release, hand on, wake. If a section is busy, of this thread or another
-    one, that does it: it looks for such notes when it is not busy any more."""
+    """Do what was noted: release, give locks to the next waiters, wake them. If a section is busy,
+    of this thread or another one, that does it: it looks for such notes when it is not busy any
+    more."""
     try:
         _settle()
     except BaseException:  # an interrupt; others have left it to this thread to go on
@@ -620,7 +623,7 @@ def _give(
 
 
 def describe_holder(table: Table, key: str) -> str:
-    """Who has a key and since when, in words."""
+    """The holder of a key and since when, in words."""
     holder = table.held.get(key)
     if holder is None:
         return "no caller holds it, and those that wait for it belong to event loops that stopped"

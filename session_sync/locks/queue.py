@@ -1,4 +1,4 @@
-"""Where those wait that want one key.
+"""The queue of the callers and tickets that wait for one key.
 
 This module knows the order in which they come; it does not know what they wait for.
 """
@@ -15,7 +15,7 @@ from .watch import Patience
 
 
 class Waiting(Protocol):
-    """Something that may stand in a queue."""
+    """Something that may be in a queue."""
 
     @property
     def begun(self) -> bool:
@@ -32,9 +32,9 @@ class KeyQueue(Generic[W]):
     A ticket stands for a task that has not begun, and may need the very worker thread that a
     running handler occupies. So a running handler passes it: what it waits with is entered with
     `passes`. Hence two queues. `front` has those that come next; `back` begins with a ticket and
-    has everybody that may not pass it.
+    has all waiters that may not pass it.
 
-    Both are ordered dicts, since anybody can leave them at no more cost than the first one; the
+    Both are ordered dicts, since any waiter can leave them at no more cost than the first one; the
     first one of a plain dict is found by walking over all that have left.
     """
 
@@ -43,7 +43,7 @@ class KeyQueue(Generic[W]):
     def __init__(self) -> None:
         self.front: Final[OrderedDict[W, float]] = OrderedDict()  # with the time when each came
         self.back: Final[OrderedDict[W, float]] = OrderedDict()
-        self.patience: Patience | None = None  # who is told when this takes too long ...
+        self.patience: Patience | None = None  # what is called when this takes too long ...
         self.due = inf  # ... and when; see watch.py
 
     def __len__(self) -> int:

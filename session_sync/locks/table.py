@@ -1,6 +1,6 @@
 """The locks of one store, by key.
 
-This module knows what stands in a table; how locks change hands is in lock.py.
+This module knows what is in a table; how locks change hands is in lock.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .watch import watch
 
 
 class LockTable:
-    """Who holds which key, and who waits for it.
+    """Which handle holds a key, and which ones wait for it.
 
     Nothing is left behind: a key is in `held` only while a handle has it, and in `queues` only
     while something waits for it. There is no mutex around the table: with one, 64 threads on 64
@@ -63,7 +63,7 @@ class StoreLocks(LockTable):
 
 
 class LockHolder(NamedTuple):
-    """Who holds a session.
+    """The thread or task that holds a session.
 
     Arguments:
         name: the thread or task, in words: `thread 'WorkerThread1'`; those that have joined it
@@ -111,7 +111,7 @@ class Locks:
         return sum(not handle.is_held for handle in list(queue))
 
     def holder(self, key: str) -> LockHolder | None:
-        """Who has the session of `key`, and for how long; None if no handler has it.
+        """The holder of the session of `key`, and for how long; None if no handler has it.
 
         >>> from session_sync import SessionManager
         >>> sessions = SessionManager()

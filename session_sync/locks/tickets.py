@@ -17,13 +17,13 @@ class Tickets:
     """The places of one task in the queues of all its keys.
 
     When every key is unlocked for it, `call` is called (it must neither block nor raise: it puts
-    the task into a pool, say), and whoever then runs the task asks `redeem()`. Until that moment
-    the task holds none of them; those that have not begun, either, wait behind it.
+    the task into a pool, say), and the caller that then runs the task calls `redeem()`. Until that
+    moment the task holds none of them; those that have not begun, either, wait behind it.
 
     Why no tasks wait in a circle. Tasks enter all of their queues in one step, so of two tasks the
-    same one is ahead in every queue that both are in: the one that came first of all waits for
-    nobody but those that hold a key. What holds a key has begun, and passes all that have not, so
-    it does not wait for a task either.
+    same one is ahead in every queue that both are in: the one that came first of all waits only
+    for callers that hold a key. What holds a key has begun, and passes all that have not, so it
+    does not wait for a task either.
     """
 
     __slots__ = ("_call", "_called", "handles")

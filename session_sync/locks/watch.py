@@ -1,7 +1,7 @@
 """Tells when callers wait for a key for longer than they should: its holder may hang.
 
 One thread of the process looks at all tables, when the time of the next report has come. This
-module knows times and queues; it does not know to whom reports go.
+module knows times and queues; it does not know where reports go.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class WaitReport:
     """A key that is waited for, and has been for too long.
 
     Arguments:
-        key: the key, as it stands in the table.
+        key: the key, as the table has it.
         waiters: how many callers and updates wait for it.
         waited: how many seconds the first of them has waited.
         holder: the thread or task that holds it, in words; None: a task that has not begun.
@@ -86,7 +86,7 @@ class Watch:
         self._tables.append(weakref.ref(table, self._tables.remove))
 
     def begin(self, queue: _Queue, patience: Patience) -> None:
-        """A wait in `queue` begins; the first one says how patient all of them are."""
+        """A wait in `queue` begins; the first one sets the patience of all of them."""
         if queue.patience is not None:
             return
         queue.due = queue.since + patience.seconds
