@@ -61,14 +61,14 @@ class Backend:
         )
         self._save_all: Final = storage.save_all if isinstance(storage, AtomicStorage) else None
 
-    def open(self, key: str, timeout: float) -> OpenRecord:
-        """Open what is stored under `key`; raises SessionLockTimeoutError after `timeout`
+    def open(self, full_key: str, timeout: float) -> OpenRecord:
+        """Open what is stored under `full_key`; raises SessionLockTimeoutError after `timeout`
         seconds."""
-        return _Alone(self, key) if self._open is None else self._open(key, timeout)
+        return _Alone(self, full_key) if self._open is None else self._open(full_key, timeout)
 
-    def open_nowait(self, key: str) -> OpenRecord | None:
+    def open_nowait(self, full_key: str) -> OpenRecord | None:
         """The same, if that can be done without waiting; else None."""
-        return None if self._open_nowait is None else self._open_nowait(key)
+        return None if self._open_nowait is None else self._open_nowait(full_key)
 
     def save_all(self, records: Mapping[str, Record], opened: Mapping[str, OpenRecord]) -> bool:
         """Save several records, all or none; False if the storage cannot, and nothing was done."""
@@ -83,20 +83,20 @@ class Backend:
 class _Alone:
     """A record of a storage that knows of no other processes."""
 
-    def __init__(self, backend: Backend, key: str) -> None:
+    def __init__(self, backend: Backend, full_key: str) -> None:
         self._backend: Final = backend
-        self._key: Final = key
+        self._full_key: Final = full_key
         try:
-            self.record: Final = backend.load(key)
+            self.record: Final = backend.load(full_key)
         except BaseException:
             self.close(None)
             raise
 
     def save(self, record: Record) -> None:
         if record:
-            self._backend.save(self._key, record)
+            self._backend.save(self._full_key, record)
         else:
-            self._backend.delete(self._key)
+            self._backend.delete(self._full_key)
 
     def close(self, record: Record | None) -> None:
         try:
@@ -104,7 +104,7 @@ class _Alone:
                 self.save(record)
         finally:
             if self._backend.unload is not None:
-                self._backend.unload(self._key)
+                self._backend.unload(self._full_key)
 
 
 class _WholeMapping:
@@ -115,22 +115,22 @@ class _WholeMapping:
         self._touch: Final = storage.touch if isinstance(storage, TtlStorage) else None
         self.delete: Final = storage.delete
 
-    def load(self, key: str) -> Record | None:
-        value = self._storage.get(key)
+    def load(self, full_key: str) -> Record | None:
+        value = self._storage.get(full_key)
         if value is None:
             return None
         if not isinstance(value, Mapping):
             raise SessionDecodeError(
-                f"what {type(self._storage).__name__} has under {key!r} is not a mapping of "
+                f"what {type(self._storage).__name__} has under {full_key!r} is not a mapping of "
                 f"fields but {type(value).__name__}; it was left as it is. If another program uses "
                 f"this key, give the manager a prefix."
             )
         if self._touch is not None:
-            self._touch(key)
+            self._touch(full_key)
         return record_of(value)
 
-    def save(self, key: str, record: Record) -> None:
-        self._storage.set(key, dict(record))
+    def save(self, full_key: str, record: Record) -> None:
+        self._storage.set(full_key, dict(record))
 
 
 _tables: WeakValueDictionary[str, StoreLocks] = WeakValueDictionary()

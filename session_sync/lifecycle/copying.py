@@ -1,4 +1,7 @@
-"""From one store to another, while bots may be running on both."""
+"""From one store to another, while bots may be running on both.
+
+This module knows stores and the scopes that lock a key in both; it knows no manager.
+"""
 
 from __future__ import annotations
 

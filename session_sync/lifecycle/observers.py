@@ -1,6 +1,8 @@
 """What observers are told of the sessions of a manager, and what is written to the log.
 
 A manager without observers makes plain scopes, in which none of this is.
+
+This module knows times, sizes and errors of sessions; it knows no value of one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What all scopes of one manager have in common."""
+"""What all scopes of one manager have in common.
+
+This module knows what can be chosen; it does nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The commands together, and what becomes of their errors."""
+"""The commands together, and what becomes of their errors.
+
+This module knows the commands by name; it knows nothing of what they do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`backup`: a copy of a SQLite store, of one moment, while bots run on it."""
+"""`backup`: a copy of a SQLite store, of one moment, while bots run on it.
+
+This module knows SQLite's backup; it knows no session.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`doctor`: what is wrong with a store, and what to do about it."""
+"""`doctor`: what is wrong with a store, and what to do about it.
+
+This module knows what each kind of store can tell; it changes nothing.
+"""
 
 from __future__ import annotations
 

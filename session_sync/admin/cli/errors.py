@@ -1,4 +1,7 @@
-"""How a command ends: exit codes, and an error in one sentence."""
+"""How a command ends: exit codes, and an error in one sentence.
+
+This module knows errors and exit codes; it knows no command.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """The files of a store that is on this machine: where they are, and whether this user may use them.
 
 A command reports what is in its way before it makes, locks or opens anything.
+
+This module knows paths and modes; it does not know what is in a file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""`forget`: every session of a user, or of a chat, deleted."""
+"""`forget`: every session of a user, or of a chat, deleted.
+
+This module knows the options of the command; how sessions are found and deleted is known to
+`lifecycle/bulk.py`.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 What JSON has not is written as the codec does it, `{"$tuple": [1, 2]}`. Types of a bot's own, which
 a Codec with hooks has written, are kept as they are found, since the hooks are the bot's.
+
+This module knows values and lines; it knows no store.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What a command prints: a table where a terminal looks, plain lines or JSON where a pipe does.
 
 Keys and names may hold anything, so they are never taken for a terminal's or rich's commands.
+
+This module knows terminals; it knows no store and no session.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A storage makes the files that it lacks, and closes them to other users. A command that only looks
 must not do that: it may be run by another user, and the file may be another program's.
+
+This module knows tables and rows; it takes no lock, and writes nothing.
 """
 
 from __future__ import annotations

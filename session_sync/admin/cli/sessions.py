@@ -1,4 +1,7 @@
-"""One session, or a list of them: `ls`, `show`, `set`, `rm`."""
+"""One session, or a list of them: `ls`, `show`, `set`, `rm`.
+
+This module knows fields and keys; how a store is opened is known to `store.py`.
+"""
 
 from __future__ import annotations
 

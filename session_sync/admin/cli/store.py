@@ -1,6 +1,8 @@
 """The store that a command is for: named by a URL, opened, and never made by mistake.
 
 A URL may have a password in it, which must not come out again in any message.
+
+This module knows URLs, options and managers; it knows no command.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Many sessions at once, out of a store and into one: `export`, `import`, `copy`."""
+"""Many sessions at once, out of a store and into one: `export`, `import`, `copy`.
+
+This module knows lines, records and stores; what another library has written is known to the
+importers.
+"""
 
 from __future__ import annotations
 

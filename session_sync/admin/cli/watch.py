@@ -1,4 +1,7 @@
-"""`watch`: what happens to one session, as it happens."""
+"""`watch`: what happens to one session, as it happens.
+
+This module knows what is stored at one moment and the next; it takes no lock.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """The field types of values that have nothing of a session inside: numbers, texts, times, members
-of an Enum, instances of classes of which nothing is known."""
+of an Enum, instances of classes of which nothing is known.
+
+This module knows values that hold no others; it knows no annotation.
+"""
 
 from __future__ import annotations
 
