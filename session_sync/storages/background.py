@@ -92,5 +92,5 @@ class Slots:
         return slot if len(self._taken) <= self._limit else None
 
     def clear(self) -> None:
-        """Forget who has one: in a forked child, where no thread of the parent goes on."""
+        """Forget all that are taken: in a forked child, no other thread of the parent goes on."""
         self._taken.clear()

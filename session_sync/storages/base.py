@@ -19,7 +19,7 @@ class KVStorage(Protocol[V]):
     """The four methods that make a storage. A user's own adapter needs no base class.
 
     `V` is what the storage keeps under a key; for sessions, a mapping of fields
-    (`dict[str, object]`). Errors propagate to whoever opened or closed the session.
+    (`dict[str, object]`). Errors propagate to the code that opened or closed the session.
     """
 
     def get(self, key: str, /) -> V | None:
@@ -42,7 +42,7 @@ class TtlStorage(KVStorage[V], Protocol[V]):
     """A storage whose records expire when they are left alone: `touch` is called on every read."""
 
     def touch(self, key: str, /) -> None:
-        """Start the life time of the record anew; no error if there is none."""
+        """Start the lifetime of the record anew; no error if there is none."""
 
 
 @runtime_checkable
@@ -58,8 +58,8 @@ class StoredEntry(NamedTuple):
     """What a storage knows of a record without reading it.
 
     `size` is in bytes. `age` is how many seconds ago it was last used, or written, as far as the
-    storage notes that; `left` how many seconds it has to live if it is left alone. None: nobody has
-    noted it, and: it stays for ever.
+    storage notes that; `left` how many seconds it has to live if it is left alone. None means for
+    `age` that it was not noted, for `left` that it stays forever.
     """
 
     key: str
@@ -87,7 +87,7 @@ class CheckingStorage(KVStorage[V], Protocol[V]):
 
 @runtime_checkable
 class RecordStorage(Protocol):
-    """A door for the scope alone, past the public `get` and `set`, for storages of one process that
+    """Methods for the scope alone, which go past `get` and `set`, for storages of one process that
     can do better than to copy a whole mapping: one that takes the changed fields only, or decodes
     on demand.
 
@@ -99,7 +99,7 @@ class RecordStorage(Protocol):
     def blocking(self) -> bool: ...
 
     def load(self, key: str, /) -> Record | None:
-        """The stored record, its life time started anew, or None."""
+        """The stored record, its lifetime started anew, or None."""
 
     def save(self, key: str, record: Record, /) -> int | None:
         """Store `record` whole, or raise and leave what was stored before.
@@ -119,21 +119,21 @@ class OpenRecord(Protocol):
 
     @property
     def record(self) -> Record | None:
-        """What was stored when it was opened, its life time started anew; None: nothing."""
+        """What was stored when it was opened, its lifetime started anew; None: nothing."""
 
     def save(self, record: Record, /) -> None:
         """Store `record` whole (an empty one: remove what is stored) and stay open; or raise and
         leave what was stored before.
 
-        Raises SessionConflictError if somebody else may have opened it meanwhile; nothing is
-        written then.
+        Raises SessionConflictError if it may have another owner by now; nothing is written
+        then.
         """
 
     def close(self, record: Record | None, /) -> None:
         """Store `record` as `save` does, unless it is None, and let others open it: the latter
         also if storing fails. Called once; or once more, with the same record or with None, if
         an exception from outside that is no Exception (Ctrl-C, say) has interrupted it: until
-        then, nobody else may open it."""
+        then, others must not be able to open it."""
 
 
 class HeldHereError(SessionLockTimeoutError):
@@ -153,7 +153,7 @@ class SharedStorage(Protocol):
     def open_record(self, key: str, timeout: float, /) -> OpenRecord:
         """Wait until no other process has `key` open, and open it.
 
-        Raises SessionLockTimeoutError, saying who has it, after `timeout` seconds (0: at once). It
+        Raises SessionLockTimeoutError, saying what has it, after `timeout` seconds (0: at once). It
         is then called again, for as long as the scope may wait: if it can, it keeps its place."""
         ...
 
@@ -172,9 +172,9 @@ class NonBlockingStorage(SharedStorage, Protocol):
     """A shared storage that often need not wait: a coroutine then asks it in place, on the event
     loop's thread, since to go to another thread and back takes longer than all the rest.
 
-    It must refuse whenever somebody else is in the way or a disk has to be waited for. Reading what
-    the system may have in memory is not waiting, nor is half a millisecond for a server that is
-    near; once it was slow, it is not asked for a second.
+    It must refuse whenever another owner or waiter is in the way, or a disk has to be waited for.
+    Reading what the system may have in memory is not waiting, nor is half a millisecond for a
+    server that is near; once it was slow, it is not asked for a second.
     """
 
     def open_nowait(self, key: str, /) -> NonBlockingRecord | None:
@@ -199,7 +199,7 @@ class AtomicStorage(Protocol):
 
 
 #: The stored fields of one session at one moment: a mapping that never changes, so that any thread
-#: can read it while another one stores its successor. A dict that nobody changes any more, or a
+#: can read it while another one stores its successor. A dict that is not changed any more, or a
 #: PatchedRecord. `record_of` makes one, and the functions below make others of it.
 Record: TypeAlias = Mapping[str, Any]
 
@@ -216,7 +216,7 @@ def record_of(fields: Mapping[str, Any]) -> Record:
 
 
 def plain(value: Any) -> Any:
-    """`value` with containers of its own: dicts, lists, sets and tuples that nobody else has.
+    """`value` with containers of its own: dicts, lists, sets and tuples that no other value has.
 
     Raises RecursionError if it contains itself or is nested too deeply.
 

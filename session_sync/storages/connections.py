@@ -1,4 +1,4 @@
-"""Connections to a SQLite file: who uses which, around forks and in signal handlers.
+"""Connections to a SQLite file: which thread uses which, around forks and in signal handlers.
 
 This module knows SQL's transactions; it does not know what is in the file.
 """
@@ -30,8 +30,8 @@ _PAUSE: Final = 1.0  # seconds between two looks whether the file is still the s
 
 
 class Connection(sqlite3.Connection):
-    """A connection that closes itself when it is forgotten; else Python 3.13 complains that nobody
-    has closed it. `owner` is the thread that used it last; it `is_shut` by that one's fork."""
+    """A connection that closes itself when it is forgotten; else Python 3.13 complains that it
+    was not closed. `owner` is the thread that used it last; it `is_shut` by that one's fork."""
 
     owner = 0
     is_shut = False
@@ -101,12 +101,13 @@ class Connections:
     use are waited for, which takes as long as one statement; not those of the thread that forks (in
     a signal handler, say), which are closed beneath it, and its statement is done once more.
 
-    Who takes an idle one, or gives it back, passes no gate: that would cost as much as half a
-    statement. Whoever makes one notes that first and then looks whether somebody forks, who looks
-    the other way round, so one of the two sees the other. There is no mutex that a signal handler
-    or a finaliser could wait for. What an exception cuts loose (a connection, one that is just
-    being made, a fork) is known by weak references or for a limited time, so nobody waits for it
-    for ever; and a connection goes back only if its statement has ended.
+    A thread that takes an idle one, or gives it back, looks for no fork: that would cost as much as
+    half a statement. A thread that makes one notes that first and then looks whether another thread
+    forks; a thread that forks notes that first and then looks for those being made. So one of the
+    two sees the other. There is no mutex that a signal handler or a finaliser could wait for. What
+    an exception cuts loose (a connection, one that is just being made, a fork) is known by weak
+    references or for a limited time, so no thread waits for it forever; and a connection goes back
+    only if its statement has ended.
     """
 
     def __init__(
@@ -274,9 +275,9 @@ class Connections:
         self._forks.pop(get_ident(), None)
 
     def begin_anew(self) -> None:
-        """Go on, in the child: whoever forks or connects is not in this process.
+        """Go on, in the child: no other thread that forks or connects is in this process.
 
-        All connections are closed by now, unless C code has forked, which waits for nobody.
+        All connections are closed by now, unless C code has forked, which waits for none of them.
         """
         me = get_ident()
         idle = {id(cursor.connection) for cursor in self._idle}

@@ -61,7 +61,7 @@ _SETTINGS: Final = {
     "tag_index": 0,
     "eviction_policy": "none",
     "size_limit": 2**62,
-    "cull_limit": 10,  # for others who write there; ours are swept
+    "cull_limit": 10,  # for other programs that write there; ours are swept
     "sqlite_auto_vacuum": 1,
     "sqlite_cache_size": 2**11,
     "sqlite_journal_mode": "wal",
@@ -197,8 +197,8 @@ class DiskStorage(RowStorage):
 class _Disk(diskcache.Disk):  # type: ignore[misc] # it has no types
     """What goes into a row: a key as text and a value as bytes. No pickles and no files at all.
 
-    The columns of a row may have been written by anybody: neither is a pickle loaded, nor is a file
-    opened or removed whose name is found there.
+    The columns of a row may have been written by any program: neither is a pickle loaded, nor is a
+    file opened or removed whose name is found there.
     """
 
     def __init__(self, directory: str, **_settings: object) -> None:
@@ -217,7 +217,7 @@ class _Disk(diskcache.Disk):  # type: ignore[misc] # it has no types
         raise NotImplementedError
 
     def remove(self, _file_path: object) -> None:
-        """We write no files: the name in the row is somebody else's."""
+        """We write no files: the name in the row is another program's."""
 
 
 class _Rows(list[Any]):
@@ -252,7 +252,7 @@ class _Cache(diskcache.Cache):  # type: ignore[misc] # it has no types
 
 
 def _private(directory: str | os.PathLike[str]) -> str:
-    """The absolute path of `directory`, made and closed to everybody else."""
+    """The absolute path of `directory`, made and closed to other users."""
     # As diskcache would do, which could otherwise open another folder than the one made here.
     path = files.resolve(os.path.expandvars(os.path.expanduser(directory)))
     database = os.path.join(path, _FILE)

@@ -43,6 +43,6 @@ def life_time(ttl: float | timedelta) -> float:
         error = TypeError if seconds is None else ValueError
         raise error(
             f"ttl must be a positive number of seconds (or a timedelta), not {ttl!r}; None keeps "
-            f"sessions for ever"
+            f"sessions forever"
         )
     return seconds

@@ -30,19 +30,19 @@ class FileLocks:
     """What keeps a key open in one process at a time.
 
     Each key has two bytes in the file, at a place that its hash says (of 2**61, so two keys never
-    meet): a gate and the key itself. Who wants the key locks the gate, then the key (both at once
-    if both are free), and opens the gate again. So at most one stands between gate and key, and it
-    gets the key as soon as it is free: nobody who comes later, nor the old owner who comes back at
+    meet): a gate and the key itself. A waiter locks the gate, then the key (both at once if both
+    are free), and opens the gate again. So at most one waiter is between gate and key, and it gets
+    the key as soon as it is free: neither a later waiter, nor the old owner that comes back at
     once, can be faster. At the gate they race, one for each time that the key is handed on. With
-    the key's byte alone, eight processes that held it for 10 ms had from 33 to 52 turns in three
-    seconds; with the gate, from 37 to 39.
+    the key's byte alone, eight processes that held it for 10 ms got it from 33 to 52 times in three
+    seconds; with the gate, from 37 to 39 times.
 
     The locks are open file description locks: they belong to an open file, not to a thread, and not
-    to a process, as POSIX's other ones do, which would fall when somebody closes the same file.
-    They cannot be waited for with a time-out, so a thread waits, and the caller waits for the
+    to a process, as POSIX's other ones do, which would fall when any code in it closes the same
+    file. They cannot be waited for with a time-out, so a thread waits, and the caller waits for the
     thread. When the caller gives up, the thread stays where it is: it keeps the place for the next
-    one in this process who asks for the key, or lets the lock go when it gets it and nobody has
-    asked again. There are at most 64 such threads. Where none is to be had, or threads are
+    caller in this process that asks for the key, or lets the lock go when it gets it and no caller
+    has asked again. There are at most 64 such threads. Where none is to be had, or threads are
     greenlets, the caller looks again and again, so that every time-out is kept.
 
     Why nothing stays locked, and no key has two owners, whatever comes between two lines: an
@@ -51,9 +51,9 @@ class FileLocks:
     comes in between is as one of another thread, and none of them waits for another. A lock always
     belongs to a handle, which exists before it locks anything, and lets go when it is forgotten.
     In a file that is open here, locks do not exclude each other, so a handle claims its two bytes
-    among those of this process first, and nobody else touches them until the handle has let go;
+    among those of this process first, and no other one touches them until the handle has let go;
     a key whose bytes are claimed (by a handle that an exception has cut loose, and whose traceback
-    somebody still has) is locked in a file of its own, where the kernel does exclude it. A thread
+    is still referred to) is locked in a file of its own, where the kernel does exclude it. A thread
     that waits is known by a weak reference, and owns its handle, until it gives that to a caller in
     one step: it is for the caller, or the caller has given up and the thread lets go.
 
@@ -131,7 +131,7 @@ class FileLocks:
     def _replace(self, generation: Generation) -> None:
         """Go on in the file that has the path now."""
         self._check_store()
-        if self._generation is generation:  # of two who find that at once, both get the same one
+        if self._generation is generation:  # two threads that find that at once get the same one
             self._generation = generation.successor()
             generation.leave()
 
@@ -143,7 +143,7 @@ class FileLocks:
             waiter = generation.waiter(handle, caller)
             if waiter is None:
                 return self._poll(handle, deadline)
-            # One that has ended gives nothing any more to whom it did not know.
+            # One that has ended gives nothing any more to a caller that it did not know.
             caller.wait(0 if waiter.has_ended else max(0.0, deadline - time.monotonic()))
         except BaseException:
             if isinstance(given := caller.give_up(), FileLockHandle):
@@ -187,8 +187,8 @@ class FileLocks:
 
 
 class Generation:
-    """What one process has of the locks until it closes them: the open file, who has claimed what
-    in it, and the threads that wait."""
+    """What one process has of the locks until it closes them: the open file, which handle has
+    claimed what in it, and the threads that wait."""
 
     def __init__(self, path: str) -> None:
         self.path: Final = path
@@ -200,7 +200,7 @@ class Generation:
 
     def file(self) -> LockFile:
         """The file for all keys, opened when it is first needed."""
-        # Of two who open it at once, both get the one that is noted first; the other one is closed.
+        # Two threads that open it at once get the one that is noted first; the other one is closed.
         return self._main.get("file") or self._main.setdefault("file", self.new_file())
 
     def new_file(self) -> LockFile:
@@ -235,12 +235,12 @@ class Generation:
                     file.unlock(gate)
 
     def close_files(self) -> None:
-        """Close all files, and keep the locks of whoever else has them open."""
+        """Close all files, and keep the locks of another process that has them open."""
         for file in self._open_files():
             file.close()
 
     def leave(self) -> None:
-        """Keep nothing open that nobody uses any more."""
+        """Keep nothing open that is not used any more."""
         self._main.clear()
         self.waiters.clear()
 
@@ -257,7 +257,7 @@ class FileLockHandle:
         self, locks: FileLocks, generation: Generation, key: str, file: LockFile | None
     ) -> None:
         self.key: Final = key
-        self._file: Final = file  # None: where nobody is kept out
+        self._file: Final = file  # None: where no other process is kept out
         self._locks: Final = locks
         self._generation: Final = generation
         self._leaving: Final[dict[str, object]] = {}
@@ -271,7 +271,7 @@ class FileLockHandle:
                 self._let_go()
         except BaseException:
             if hasattr(self, "_range"):  # else an exception came into __init__: it has nothing
-                self._let_go()  # one from outside came in: nobody else would do it
+                self._let_go()  # one from outside came in: nothing else would do it
                 raise
 
     def in_another_file(self) -> FileLockHandle:
@@ -314,7 +314,7 @@ class FileLockHandle:
         self._file.set(self._range.open)
 
     def is_valid(self) -> bool:
-        """Whether it keeps others out: everybody locks in the same file."""
+        """Whether it keeps others out: all processes lock in the same file."""
         file = self._file
         return self._locks.generation is self._generation and (file is None or file.is_in_place())
 
@@ -381,7 +381,7 @@ class FileLockHandle:
 
 
 class _Waiter:
-    """A thread that waits for one key, for whoever in this process wants it."""
+    """A thread that waits for one key, for the callers in this process that want it."""
 
     __slots__ = ("__weakref__", "_generation", "_handle", "_slot", "callers", "has_ended")
 
@@ -392,7 +392,7 @@ class _Waiter:
         self._handle: Final = handle
         self._slot: Final = slot
         self.callers: Final = deque([caller])
-        self.has_ended = False  # who comes to the callers after that, is not looked at
+        self.has_ended = False  # a caller that is added after that may be missed
 
     def run(self) -> None:
         """Wait, in a thread of its own."""
@@ -420,12 +420,12 @@ _Outcome: TypeAlias = FileLockHandle | OSError | None
 
 
 class _Caller:
-    """Who waits for what a thread will give."""
+    """A caller that waits for what a thread will give."""
 
     __slots__ = ("_box", "_signal")
 
     def __init__(self) -> None:
-        self._box: Final[dict[str, tuple[_Outcome]]] = {}  # who writes into it first, decides
+        self._box: Final[dict[str, tuple[_Outcome]]] = {}  # what is written into it first, counts
         self._signal: Final = threading.Lock()  # released when something was given
         self._signal.acquire()
 

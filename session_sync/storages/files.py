@@ -1,4 +1,4 @@
-"""Files and folders that are closed to everybody else, and that are what their path says.
+"""Files and folders that are closed to other users, and that are what their path says.
 
 A path is resolved once, so that a store has one name however many links lead to it; from then on no
 link is followed. This module knows files; it does not know what is in them.
@@ -40,14 +40,14 @@ def make_folder(path: str) -> bool:
 
 
 def close_folder(path: str) -> None:
-    """Close a folder of this user to everybody else. Of another user's, the mode is theirs."""
+    """Close a folder of this user to other users. Of another user's, the mode is theirs."""
     found = os.lstat(path)
     if _is_ours(found) and found.st_mode & _OTHERS:
         _set_mode(path, _FOLDER)
 
 
 def make_file(path: str) -> None:
-    """Make an empty file, if there is none; one that is there is closed to everybody else.
+    """Make an empty file, if there is none; one that is there is closed to other users.
 
     It has its name only when it is closed again: to close a file drops all locks on it that this
     process has through SQLite, and another thread, or a nested call, may open it at once. For the
@@ -90,7 +90,7 @@ def check_file(path: str) -> bool:
 
 
 def close_file(path: str) -> None:
-    """Close a file to everybody else, if it is there. Raises as `make_file` does."""
+    """Close a file to other users, if it is there. Raises as `make_file` does."""
     with suppress(FileNotFoundError):
         found = os.lstat(path)
         refuse_foreign(path, found)

@@ -1,7 +1,7 @@
 """What a process has to forget after a fork: one register for all that must not be used in both.
 
 Python calls what is registered here around `os.fork()`. C code that forks (uWSGI, with its
-defaults) calls nothing, so whoever uses what a parent may have left calls `check()` before.
+defaults) calls nothing, so code that uses what a parent may have left calls `check()` before.
 
 This module knows functions to call; it does not know what they forget.
 """
@@ -30,7 +30,7 @@ class _Hooks(NamedTuple):
 
 _hooks: list[_Hooks] = []
 _pid = os.getpid()  # of the process that has forgotten all that is not its own
-_mutexes: dict[int, threading.RLock] = {}  # by process: nobody else's can be held by a lost thread
+_mutexes: dict[int, threading.RLock] = {}  # by process: a parent's may be held by a lost thread
 
 
 def register(in_child: Act, *, before: Act = _nothing, in_parent: Act = _nothing) -> None:

@@ -1,7 +1,7 @@
 """The file in which keys are locked: which bytes are whose, and what the kernel is asked for.
 
-This module knows one open file and its bytes; it does not know how a key is waited for, nor who
-has it here.
+This module knows one open file and its bytes; it does not know how a key is waited for, nor which
+handle has it here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _TEXT: Final = (
 
 
 class LockFile(FileIO):
-    """The file, opened once. It is closed when nobody has it any more, so that its number is not
-    another file's while somebody could still unlock something by it."""
+    """The file, opened once. It is closed when nothing refers to it any more, so that its number
+    is not another file's while a handle could still unlock something by it."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, "r+", opener=open_file)
@@ -46,7 +46,7 @@ class LockFile(FileIO):
             os.fchmod(self.number, 0o600)
         if not found.st_size:
             with suppress(OSError):  # a full disk
-                self.write(_TEXT)  # so that nobody takes it for a leftover
+                self.write(_TEXT)  # so that an operator does not take it for a leftover
         self._path: Final = path
         self._identity: Final = identity(found)
         #: By the place of their two bytes, the handles that alone may lock and unlock them.
@@ -58,7 +58,7 @@ class LockFile(FileIO):
         self.close()  # FileIO's own way to do it complains
 
     def is_in_place(self) -> bool:
-        """Whether others who open the path get the same file."""
+        """Whether another process that opens the path gets the same file."""
         try:
             return identity(os.lstat(self._path)) == self._identity
         except (FileNotFoundError, NotADirectoryError, PermissionError):

@@ -61,7 +61,7 @@ class MemoryStorage:
         self._has_warned = False
         # With a ttl, each with the time when it expires: both change in one step.
         self._records: dict[str, Any] = {}  # a Record; with a ttl, a _Mortal
-        # With a ttl: the keys, by when their life time began. All live equally long, so those that
+        # With a ttl: the keys, by when their lifetime began. All live equally long, so those that
         # expire first come first. It serves to find them; whether they have, their records say.
         self._ages: Final[OrderedDict[str, None]] = OrderedDict()
         self._mutex = threading.RLock()  # for what must not be changed by two threads at once
@@ -92,7 +92,7 @@ class MemoryStorage:
         return self._find(key) is not None
 
     def touch(self, key: str) -> None:
-        """Start the life time of a session anew."""
+        """Start the lifetime of a session anew."""
         if self._ttl is not None:
             with self._mutex:
                 records = self._records
@@ -128,10 +128,10 @@ class MemoryStorage:
     def close(self) -> None:
         """Nothing to do: what is stored stays for as long as the storage object lives."""
 
-    # -- the scope's own door
+    # -- for the scope alone
 
     def load(self, key: str) -> Record | None:
-        """The stored record itself: nobody changes it, so it need not be copied."""
+        """The stored record itself: it is never changed, so it need not be copied."""
         if self._ttl is None:
             record: Record | None = self._records.get(key)
             return record
@@ -177,7 +177,7 @@ class MemoryStorage:
         return True
 
     def after_fork(self) -> None:
-        """In a child: whoever had the mutex is not in this process."""
+        """In a child: the thread that had the mutex may not be in this process."""
         self._mutex = threading.RLock()
 
     def _find(self, key: str) -> Record | None:
@@ -209,7 +209,7 @@ class MemoryStorage:
         return None
 
     def _drop(self, key: str, found: object) -> None:
-        """Remove `found`, if nobody has stored something else under `key` meanwhile."""
+        """Remove `found`, if nothing else was stored under `key` meanwhile."""
         records = self._records
         # Nothing comes in between the look and the removal: there is no call, and it is on calls
         # that CPython lets a signal handler or a finaliser run, or another thread.
@@ -288,7 +288,7 @@ class LruMemoryStorage(MemoryStorage):
         self._note(key)
 
     def touch(self, key: str) -> None:
-        """Start the life time of a session anew."""
+        """Start the lifetime of a session anew."""
         super().touch(key)
         self._note(key)
 
@@ -362,7 +362,7 @@ class LruMemoryStorage(MemoryStorage):
 
 
 class _Idle(LRUCache[str, bool]):
-    """The keys that nobody uses just now, in the order of their last use."""
+    """The keys that are not in use just now, in the order of their last use."""
 
     def __init__(self, maxsize: int, forget: Callable[[str], None]) -> None:
         super().__init__(maxsize)
@@ -375,7 +375,7 @@ class _Idle(LRUCache[str, bool]):
 
 
 def _copy(fields: Mapping[str, Any]) -> Fields:
-    """The fields with containers that nobody else has."""
+    """The fields with containers that no other value has."""
     return {name: plain(value) for name, value in fields.items()}
 
 

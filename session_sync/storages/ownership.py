@@ -18,7 +18,7 @@ from .files import StoreFile
 
 T = TypeVar("T")
 
-OURS: Final = 0x73657373  # "sess", in the file's header; 0 there: a file of nobody
+OURS: Final = 0x73657373  # "sess", in the file's header; 0 there: no program has marked it
 VERSION: Final = 1  # of the table
 _STATE: Final = """
     SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)

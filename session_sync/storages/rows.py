@@ -1,6 +1,6 @@
 """Sessions as rows of a SQLite file: what the storages have in common that keep them so.
 
-This module knows keys, bytes and life times; it does not know what the table looks like.
+This module knows keys, bytes and lifetimes; it does not know what the table looks like.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class RowStorage:
         self._write(self._statements.delete, stored_key(key))
 
     def touch(self, key: str, /) -> None:
-        """Start the life time of the record anew; no error if there is none."""
-        # A signal handler that only reads loses nothing but a part of the life time, and would wait
+        """Start the lifetime of the record anew; no error if there is none."""
+        # A signal handler that only reads loses nothing but a part of the lifetime, and would wait
         # for its own thread.
         if self._ttl is not None and not is_inside_transaction(self._file.path):
             now = time.time()
@@ -127,7 +127,7 @@ class RowStorage:
         self._file.forget()
 
     def load(self, key: str, /) -> Record | None:
-        """The stored record, its life time started anew, or None."""
+        """The stored record, its lifetime started anew, or None."""
         found = self._find(key)
         if found is None:
             return None
@@ -218,7 +218,7 @@ class RowStorage:
         return None if self._ttl is None else now + self._ttl
 
     def _has_aged(self, expires: float | None) -> bool:
-        """Whether reading starts the life time anew: a write for each would cost more than all the
+        """Whether reading starts the lifetime anew: a write for each would cost more than all the
         rest."""
         return self._ttl is not None and (expires or 0) < time.time() + 0.99 * self._ttl
 
@@ -269,7 +269,7 @@ def make_private(
     check: Callable[[sqlite3.Cursor, str], object],
     make_folder: Callable[[str], object] = files.make_folder,
 ) -> None:
-    """Make the files of a store, closed to everybody else: the database and, as far as they are
+    """Make the files of a store, closed to other users: the database and, as far as they are
     there, its locks and SQLite's own.
 
     Raises what `check` raises about a database that another program may have made; nothing is

@@ -120,7 +120,7 @@ class SQLiteStorage(RowStorage):
         self.store: Final = f"sqlite:{self._path}"
         self._file = files.StoreFile(self._path)
         pragma = f"synchronous = {synchronous}"
-        # What is no text would be named in the error of who reads it as text, with its value.
+        # To read as text what is none would raise an error with its value in the message.
         self._connections = Connections(self._file, pragma, text=bytes)
         self._prompt: Final = Connections(self._file, pragma, text=bytes, timeout=0)
         self._locks = FileLocks(f"{self._path}-locks", self._file.check)
@@ -274,7 +274,7 @@ class _OpenRecord(LockedRecord["SQLiteStorage"]):
 
 
 def _private(path: str | os.PathLike[str]) -> str:
-    """The absolute path of a file that is closed to everybody else; made, with its folders."""
+    """The absolute path of a file that is closed to other users; made, with its folders."""
     name = os.fspath(path)
     if name == "" or name == ":memory:" or name.startswith("file:"):
         raise ValueError(

@@ -172,7 +172,7 @@ class RedisStorage:
         return bool(self._command(key, "EXISTS"))
 
     def touch(self, key: str, /) -> None:
-        """Start the life time of the record anew; no error if there is none."""
+        """Start the lifetime of the record anew; no error if there is none."""
         if self._ttl:
             self._command(key, "PEXPIRE", b"%d" % self._ttl)
 
