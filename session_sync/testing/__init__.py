@@ -1,4 +1,4 @@
-"""Tools for the tests of those who use this library; nothing else in it imports them.
+"""Tools for the tests of programs that use this library; nothing else in it imports them.
 
 `OfflineBotAPI` is a local server that speaks the Bot API, so that a whole bot runs offline;
 `StorageConformance` is a suite of tests for a storage of your own, `SharedStorageConformance` one

@@ -1,4 +1,4 @@
-"""A Bot API server for tests and demos: the queue of updates, and the doors to it.
+"""A Bot API server for tests and demos: the queue of updates, and what fills and reads it.
 
 It knows neither telebot nor python-telegram-bot: whatever speaks HTTP to Telegram can use it.
 """
@@ -76,9 +76,9 @@ class OfflineBotAPI:
 
     **Threads.** Everything may be called from any thread. There is one lock, with one condition
     on it (`_changed`), over all state: updates, chats, calls. So what a method does, and that it
-    was called, become visible together, and whoever waits is woken by every change and looks for
-    himself. JSON is encoded and sockets are read and written outside of it. What it guards is
-    never changed once it has been handed out, only replaced.
+    was called, become visible together, and each waiter is woken by every change and looks for
+    what it waits for. JSON is encoded and sockets are read and written outside of the lock. What it
+    guards is never changed once it has been handed out, only replaced.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class OfflineBotAPI:
         (1, 2, 2)
         """
         body = json.dumps({name: value for name, value in update.items() if name != "update_id"})
-        learned = json.loads(body)  # our own copy: the caller may change his
+        learned = json.loads(body)  # our own copy: the caller may change theirs
         with self._changed:
             self._chats.learn(learned)
             return self._updates.enqueue(next(iter(learned), ""), body)
@@ -207,13 +207,13 @@ class OfflineBotAPI:
         late; the last one by default. Returns its `update_id`.
 
         Raises LookupError if no such update was sent, and RuntimeError if the bot has no webhook:
-        who polls gets nothing twice.
+        a bot that polls gets nothing twice.
         """
         with self._changed:
             return self._updates.enqueue_again(update_id)
 
     def _push_message(self, kind: str, chat_id: int, message: JSON) -> JSON:
-        """Queue a new message in a chat, numbered; `OfflineUser.send` is the door to it."""
+        """Queue a new message in a chat, numbered; `OfflineUser.send` calls it."""
         with self._changed:
             chat = self._chats.chat(chat_id)
             numbered = {"message_id": self._chats.next_message_id(chat_id), "chat": chat, **message}
@@ -221,7 +221,7 @@ class OfflineBotAPI:
         return numbered
 
     def _push_press(self, user: JSON, message: JSON, data: str) -> str:
-        """Queue a callback query and return its id; `OfflineUser.press` is the door to it."""
+        """Queue a callback query and return its id; `OfflineUser.press` calls it."""
         with self._changed:
             now = self._chats.message(message["chat"]["id"], message["message_id"])
             query_id = str(next(self._callback_ids))
@@ -309,8 +309,7 @@ class OfflineBotAPI:
     def _wait_sent(
         self, place: tuple[int, int | None, str | None], start: int, timeout: float
     ) -> tuple[int, JSON]:
-        """The bot's next message from `start` on in a chat; `OfflineUser.reply` is the door
-        to it."""
+        """The bot's next message from `start` on in a chat; `OfflineUser.reply` calls it."""
         chat_id, thread, business = place
         following = start
 
@@ -327,7 +326,7 @@ class OfflineBotAPI:
         return self._wait(find, timeout, f"no reply in chat {chat_id}{where}")
 
     def _wait_version(self, chat_id: int, message_id: int, version: int, timeout: float) -> JSON:
-        """A message after so many edits; `Reply.edit` is the door to it."""
+        """A message after so many edits; `Reply.edit` calls it."""
         versions = self._chats.versions
 
         def find() -> JSON | None:
@@ -456,7 +455,7 @@ class OfflineBotAPI:
             try:
                 self._answer(method, params)
             except BotAPIError:
-                pass  # it is recorded, and there is nobody to tell
+                pass  # it is recorded, and no request waits for an answer
             except Exception:
                 _logger.exception("OfflineBotAPI could not carry out %s", method)
 

@@ -148,7 +148,7 @@ class Updates:
 
     def _allow(self, params: JSON) -> None:
         """Take up allowed_updates. It does not touch what waits, except at the bot's first word:
-        until then nobody knew."""
+        until then it was not known."""
         allowed = params.get("allowed_updates")
         if isinstance(allowed, list):
             self._allowed = frozenset(allowed) or None
@@ -233,7 +233,7 @@ class Updates:
             pause = 0.0
             self._on_answer(call)  # before the update counts as confirmed: tests wait for that
             with self._changed:
-                # Whoever's turn it is by now: a bot may delete its webhook from inside of it.
+                # Even if this is not the webhook any more: a bot may delete it from inside of it.
                 if self._waiting and self._waiting[0] is update:
                     self._waiting.popleft()
                     self._changed.notify_all()

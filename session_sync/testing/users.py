@@ -119,7 +119,7 @@ def _buttons(markup: JSON) -> Iterator[Button]:
 
 @dataclass(frozen=True)
 class Press:
-    """A button that somebody has pressed. `id` is the callback query's."""
+    """A button that a user has pressed. `id` is the callback query's."""
 
     api: OfflineBotAPI = field(repr=False)
     id: str

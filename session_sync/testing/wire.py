@@ -218,7 +218,7 @@ class HttpServer:
                 while self._serve_one(stream, sock):
                     pass
             except OSError:
-                pass  # the client has gone: nobody to tell
+                pass  # the client has gone: there is nothing to answer
 
     def _serve_one(self, stream: BufferedReader, sock: socket.socket) -> bool:
         try:
