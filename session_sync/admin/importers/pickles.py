@@ -5,7 +5,7 @@ does not stop that: what it lets through is still called, with arguments of the 
 (`bytearray(10**12)`, `UUID.__setstate__`, `ZoneInfo` with any path), BUILD sets attributes on what
 it returned, classes included, the EXT opcodes find what another module has registered without
 asking it, a memo index or a length makes the C code reserve gigabytes, and a key of nested tuples
-is hashed until the stack is full or for ever.
+is hashed until the stack is full or forever.
 
 So this is a machine of its own, on the parser of `pickletools`. Numbers, texts, bytes, lists and
 tuples become what they are. All else, dicts and sets included, becomes a `Thing`: the name of what

@@ -158,7 +158,7 @@ def by_session(names: Iterable[str], options: Options) -> Found:
     There a topic is no part of the key. So what telebot has kept of one user in several topics of a
     chat would be one session: an error for each, since none of them is all.
 
-    Raises ValueError if there are states of several bots, and nobody has said of which.
+    Raises ValueError if there are states of several bots, and `options` names none of them.
     """
     names_of: dict[str, list[str]] = {}
     errors: list[Imported] = []
@@ -193,7 +193,7 @@ def by_session(names: Iterable[str], options: Options) -> Found:
 
 
 def with_state(fields: dict[Any, Any], state: Any) -> dict[Any, Any]:
-    """The fields of a session: a user's data, and his state if he has one."""
+    """The fields of a session: a user's data, and their state if they have one."""
     if state is None:
         return fields
     if STATE in fields:
