@@ -13,7 +13,7 @@ from weakref import ref
 from ..errors import SessionClosedError, SessionTypeError
 from ..storages.base import SMALL, Check, Record, patched, record_of, reread
 from ..storages.places import path, place_of, step
-from .containers import ATOMS, MISSING, NOBODY, ZONED, Owner
+from .containers import ATOMS, MISSING, NO_OWNER, ZONED, Owner
 from .declarations import NO_SCHEMA, Schema
 from .field_state import FieldState, is_absent
 from .flush import Flush
@@ -326,7 +326,7 @@ class ChangeTracker:
             if self.check is not None and (
                 value.__class__ in ZONED or value.__class__ not in ATOMS
             ):
-                self.check(field_type.dump(validated, NOBODY), self.key, path([step(name)]))
+                self.check(field_type.dump(validated, NO_OWNER), self.key, path([step(name)]))
             return validated, seconds
         except RecursionError:
             raise self.owner.too_deep(f"the value of {name!r}") from None

@@ -1,7 +1,7 @@
 """The dicts, lists and sets that a session hands out, and how they go into a store and come back.
 
 Two words: *loaded* values are what a handler sees and changes, *dumped* ones are what a store
-keeps: plain containers that nobody changes any more, so that several records may share them.
+keeps: plain containers that are never changed again, so that several records may share them.
 
 How changes are found. Not by listening: `heapq`, `random.shuffle` and C code in general write past
 a subclass's methods, and an object that a handler put into its session stays an ordinary object.
@@ -13,7 +13,7 @@ The methods that change a container are overridden all the same, for two reasons
 session has closed must raise, and a container of another session goes in as a copy.
 
 Objects of other types are the same object before and after, whatever changed in them. So a field
-that has one is taken as changed whenever somebody had it in hand (`Owner.met_object`).
+that has one is taken as changed whenever it was handed out (`Owner.met_object`).
 
 This module knows containers and what a store keeps of them; it knows no field and no record.
 """
@@ -49,7 +49,7 @@ class Owner:
     """What the containers of one session have in common: the session's key, and whether it is open.
 
     A roll-back closes the owner and the session goes on with a new one. `met_object` is set when a
-    loaded or dumped value has an object in it whose changes nobody would notice, `met_old_form`
+    loaded or dumped value has an object in it whose changes would go unnoticed, `met_old_form`
     when a loaded value would be dumped as something else than it was. These two are of the last
     value that was begun, by whichever thread.
     """
@@ -94,20 +94,20 @@ class Owner:
 
     def stray_ttl(self) -> TypeError:
         return TypeError(
-            f"session {self.key!r}: ttl() gives a life time to a field of the session itself, not "
+            f"session {self.key!r}: ttl() gives a lifetime to a field of the session itself, not "
             f"to something inside it; assign it as session[name] = ttl(...)"
         )
 
 
-#: The owner of a container that was made outside any session; what it has met, nobody asks.
-NOBODY: Final = Owner("")
+#: The owner of a container that was made outside any session; what it has met is never read.
+NO_OWNER: Final = Owner("")
 
 
 class SessionDict(dict[Any, Any]):
     """A dict inside a session. Of one whose content is declared, the field type knows what may be
     in it; the same goes for lists and sets."""
 
-    _owner = NOBODY
+    _owner = NO_OWNER
     _is_declared = False
     fromkeys: Any = dict.fromkeys  # makes a plain one
 
@@ -118,7 +118,7 @@ class SessionDict(dict[Any, Any]):
 class SessionList(list[Any]):
     """A list inside a session."""
 
-    _owner = NOBODY
+    _owner = NO_OWNER
     _is_declared = False
 
     def __setitem__(self, at: Any, value: Any, /) -> None:
@@ -148,7 +148,7 @@ class SessionList(list[Any]):
 class SessionSet(set[Any]):
     """A set inside a session."""
 
-    _owner = NOBODY
+    _owner = NO_OWNER
     _is_declared = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -244,7 +244,7 @@ def owned(container: Any, owner: Owner, *, declared: bool = False) -> Any:
 
 def is_foreign(value: Any, owner: Owner) -> bool:
     """Whether `value` is a container that another session, or a closed one, has handed out."""
-    return value.__class__ in _OWNED and value._owner is not owner and value._owner is not NOBODY
+    return value.__class__ in _OWNED and value._owner is not owner and value._owner is not NO_OWNER
 
 
 # -- into a session
@@ -280,7 +280,7 @@ def _check(value: Any, into: Any) -> None:
 
 
 class _Inside:
-    """In words, the place of what goes into a container: looked for when somebody wants it."""
+    """In words, the place of what goes into a container: looked for when it is to be printed."""
 
     __slots__ = ("_container",)
 
@@ -378,8 +378,8 @@ _guard(SessionSet, "__ior__ __ixor__ update symmetric_difference_update", _valid
 # -- into the store
 
 
-def dump(value: Any, stored: Any = MISSING, owner: Owner = NOBODY) -> Any:
-    """What a store may keep of `value`: plain containers that nobody else has.
+def dump(value: Any, stored: Any = MISSING, owner: Owner = NO_OWNER) -> Any:
+    """What a store may keep of `value`: plain containers, none of which a handler has.
 
     `stored` is what the store has now; where `value` says the same, the very same object is given
     back, so that `dump(value, stored) is stored` means: nothing changed.

@@ -169,7 +169,7 @@ def _default(value: Any) -> Default | None:
 
 
 def _dumped(value: Any, field_type: FieldType) -> Default:
-    """A default of which nobody can change anything; raises MismatchError."""
+    """A default of which nothing can be changed; raises MismatchError."""
     owner = Owner("")
     dumped = field_type.dump(value, owner)
     if owner.met_object:  # which is kept by reference: one for each session
@@ -196,7 +196,7 @@ def _names_around(cls: type[Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
         or frame.f_code.co_filename.startswith(_PACKAGE)
     ):
         frame = frame.f_back
-    if frame is None:  # made by somebody on behalf of a module
+    if frame is None:  # made by other code on behalf of a module
         return getattr(sys.modules.get(cls.__module__), "__dict__", {}), {}
     return frame.f_globals, frame.f_locals if "<locals>" in cls.__qualname__ else {}
 

@@ -116,7 +116,7 @@ def _check_step(number: object, migrate: object, where: str) -> None:
 def _migrated(
     key: str, number: int, migrate: Migration, fields: dict[str, Any]
 ) -> Mapping[str, Any]:
-    """What one step makes of `fields`, in plain containers that nobody else has."""
+    """What one step makes of `fields`, in plain containers, none of which the migration has."""
     name = getattr(migrate, "__qualname__", type(migrate).__name__)
     subject = f"session {key!r}: the migration to version {number} ({name})"
     try:

@@ -320,7 +320,7 @@ def _adapter(cls: type[Any]) -> Any:
 
 
 def is_model(cls: type[Any]) -> bool:
-    """Whether this is a pydantic model; who has one has imported pydantic."""
+    """Whether this is a pydantic model; a program that has one has imported pydantic."""
     pydantic = sys.modules.get("pydantic")
     return pydantic is not None and issubclass(cls, pydantic.BaseModel)
 
