@@ -164,3 +164,11 @@ def test_each_library_is_imported_in_its_place_alone() -> None:
             if library not in KNOWN and not each.for_types:
                 found.setdefault(library, set()).add(file)
     assert found == LIBRARIES
+
+
+def test_no_word_is_used_that_only_this_project_knows() -> None:
+    private = re.compile(r"\b(rooms?|doors?|bags?|party|grip|crew)\b", re.I)
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for path in (*FILES.values(), *pages):
+        if "_build" not in path.parts:
+            assert not private.search(path.read_text(encoding="utf-8")), path

@@ -368,7 +368,7 @@ class _Idle(LRUCache[str, bool]):
         super().__init__(maxsize)
         self._forget: Final = forget
 
-    def popitem(self) -> tuple[str, bool]:  # what LRUCache calls to make room
+    def popitem(self) -> tuple[str, bool]:  # what LRUCache calls when it is full
         key, value = super().popitem()
         self._forget(key)
         return key, value

@@ -2,7 +2,7 @@
 
 An answer is a function of what Telegram remembers (`Chats`) and of the parameters. A method that
 only returns True needs none. What is data, names and constant results, is in `bot_api.toml`, as of
-Bot API 10.1; `OfflineBotAPI.answer_next` makes room for a newer one. This module knows chats and
+Bot API 10.1; `OfflineBotAPI.answer_next` is for newer ones. This module knows chats and
 parameters; it knows no server and no updates.
 """
 
