@@ -366,7 +366,7 @@ def spoil(url: str, storage: Any, key: str, value: bytes = b"{nonsense") -> None
     """Put something under a key that this library has not written."""
     storage.set(key, {"a": 1})
     if url.startswith("redis"):
-        storage._client.set(storage._name(key), value)
+        storage._client.set(storage._names.of(key), value)
         return
     path = url.partition(":///")[2]
     path, table = (path, "sessions") if url.startswith("sqlite") else (f"{path}/cache.db", "Cache")
@@ -431,7 +431,7 @@ def test_a_name_of_no_key_in_redis_stops_no_command_and_is_found_by_the_doctor(
     url = where("redis", request)
     some: Any = storage_from_url(url)
     some.set("user:1", {"a": 1})
-    some._client.set(some._prefix + b"{\xff\x1b]0;x\x07}", "{}")
+    some._client.set(some._names.prefix + b"{\xff\x1b]0;x\x07}", "{}")
     some.close()
     listed, exported, doctor = read_by_all(url)
     assert listed.lines == ["user:1"]
@@ -447,7 +447,7 @@ def test_what_is_no_string_in_redis_can_be_deleted(
 ) -> None:
     url = where("redis", request)
     some: Any = storage_from_url(url)
-    some._client.lpush(some._name("user:1"), "x")
+    some._client.lpush(some._names.of("user:1"), "x")
     doctor, removed = piped("doctor", url=url), piped("rm", "-y", "user:1", url=url)
     assert (doctor.code, removed.code) == (1, 0)
     assert not some.has("user:1")

@@ -279,8 +279,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     some: Any = storage_from_url(url)
     opened = some.open_record("user:2", 1.0)
-    some._client.set(some._name("user:3") + b":lock", "mine")
-    some._client.set(some._name("user:4") + b":lock", "mine", px=60_000)
+    some._client.set(some._names.of("user:3") + b":lock", "mine")
+    some._client.set(some._names.of("user:4") + b":lock", "mine", px=60_000)
     some._client.config_set("maxmemory-policy", "allkeys-lru")
     try:
         done = piped("doctor", "--json", url=url)
