@@ -23,7 +23,9 @@ from session_sync.testing.wire import Upload
 
 Answer = Callable[[Chats, JSON], Any]
 
-_API: Final = tomllib.loads(files(__package__).joinpath("bot_api.toml").read_text("utf-8"))
+_API: Final = tomllib.loads(
+    files("session_sync.testing").joinpath("bot_api.toml").read_text("utf-8")
+)
 METHODS: Final[dict[str, str]] = {name.lower(): name for name in _API["methods"].split()}
 
 _MEDIA_ID = count(1)

@@ -57,8 +57,8 @@ class SharedStorageConformance:
     ...     TestMyStorage().test_an_empty_record_deletes()
     """
 
-    #: Within how many seconds another process can open the keys of one that was killed: with a
-    #: lease, that and some more.
+    #: How many seconds after a process was killed another one can open its keys, at the latest.
+    #: With a lease, that is longer than the lease.
     freed_within: float = 2.0
     #: How many times each process adds 1, where increments are counted.
     increments: int = 200
