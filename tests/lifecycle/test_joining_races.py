@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,14 @@ def test_a_lazy_session_that_nobody_touched_has_nothing_to_flush(tmp_path: Path)
 def test_a_coroutine_thrown_away_while_it_opens_leaves_the_record_free(
     tmp_path: Path, lazy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def open_record(key: str, timeout: float) -> Any:
+        assert thrown.wait(20)  # a thread may be faster than the coroutine that waits for it
+        return open_now(key, timeout)
+
+    thrown = threading.Event()
     storage, other = (SQLiteStorage(tmp_path / "sessions.db") for _ in range(2))
+    open_now = storage.open_record
+    monkeypatch.setattr(storage, "open_record", open_record)
     sessions: SessionManager[Any] = SessionManager(storage=storage, lazy=lazy)
     for name in ("seconds", "in_threads_until"):  # after a slow call nobody waits in place
         monkeypatch.setattr(pools.openers, name, math.inf)
@@ -274,6 +282,7 @@ def test_a_coroutine_thrown_away_while_it_opens_leaves_the_record_free(
         thrown_away = handler()
         thrown_away.send(None)  # it waits for a thread that opens the record
         thrown_away.close()
+        thrown.set()
 
     asyncio.run(main())
     assert is_soon_free(sessions)
