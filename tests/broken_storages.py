@@ -46,20 +46,20 @@ class _Record:
 
 
 class _Wrapping(SQLiteStorage):
-    record_class: type[_Record] = _Record
+    Record: type[_Record] = _Record
 
     def open_record(self, key: str, timeout: float, /) -> Any:
-        return self.record_class(self, key, super().open_record(key, timeout))
+        return self.Record(self, key, super().open_record(key, timeout))
 
     def open_nowait(self, key: str, /) -> Any:
         opened = super().open_nowait(key)
-        return None if opened is None else self.record_class(self, key, opened)
+        return None if opened is None else self.Record(self, key, opened)
 
 
 class HasNoFence(_Wrapping):
     """It writes, whether its lock was lost or not."""
 
-    class record_class(_Record):  # noqa: N801
+    class Record(_Record):
         def save(self, record: Any) -> None:
             if record:
                 self.storage.set(self.key, record)
@@ -117,7 +117,7 @@ class NeverOpensNowait(SQLiteStorage):
 
 
 class StoresNothingInCloseNowait(_Wrapping):
-    class record_class(_Record):  # noqa: N801
+    class Record(_Record):
         def close_nowait(self, record: Any) -> bool:
             return bool(self.opened.close_nowait(None))
 
@@ -150,7 +150,7 @@ class SavesHalfAndReturnsFalse(SQLiteStorage):
 class NeverFreed(_Wrapping):
     """A lock is a file that is there, until its owner removes it; in place of SQLite's."""
 
-    class record_class(_Record):  # noqa: N801
+    class Record(_Record):
         def __init__(self, storage: NeverFreed, key: str, lock: Path) -> None:
             self.lock, self.storage, self.key = lock, storage, key
             self.record = storage.get(key)
@@ -175,7 +175,7 @@ class NeverFreed(_Wrapping):
         while True:
             with suppress(FileExistsError):
                 lock.touch(exist_ok=False)
-                return self.record_class(self, key, lock)
+                return self.Record(self, key, lock)
             if time.monotonic() > end:
                 raise SessionLockTimeoutError("another process has it")
             time.sleep(0.01)
@@ -185,7 +185,7 @@ class NeverFreed(_Wrapping):
 
 
 class StaysLockedWhenSavingFails(_Wrapping):
-    class record_class(_Record):  # noqa: N801
+    class Record(_Record):
         kept: list[Any] = []
 
         def close(self, record: Any) -> None:
@@ -196,7 +196,7 @@ class StaysLockedWhenSavingFails(_Wrapping):
 
 
 class UnlocksBeforeItStores(_Wrapping):
-    class record_class(_Record):  # noqa: N801
+    class Record(_Record):
         def close(self, record: Any) -> None:
             self.opened.close(None)
             if record:
@@ -208,7 +208,7 @@ class UnlocksBeforeItStores(_Wrapping):
 class StoresTwice(_Wrapping):
     """Called again, close() does all of it again."""
 
-    class record_class(_Record):  # noqa: N801
+    class Record(_Record):
         def close(self, record: Any) -> None:
             if record is not None:
                 self.storage.set(self.key, record)
@@ -217,7 +217,7 @@ class StoresTwice(_Wrapping):
 
 
 class KeepsWhatWasDropped(_Wrapping):
-    class record_class(_Record):  # noqa: N801
+    class Record(_Record):
         kept: list[Any] = []
 
         def __init__(self, storage: SQLiteStorage, key: str, opened: Any) -> None:
@@ -266,7 +266,7 @@ class _Renamed:
 
 
 class StoresEmptyRecords(_Wrapping):
-    class record_class(_Record):  # noqa: N801
+    class Record(_Record):
         def save(self, record: Any) -> None:
             if not self.opened._handle.is_valid():
                 raise SessionConflictError

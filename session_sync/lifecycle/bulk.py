@@ -14,7 +14,6 @@ from typing import Any, Final
 from ..errors import SessionDeadlockError, SessionError, SessionMigrationError
 from ..session.changes import ChangeTracker
 from ..session.containers import dump
-from ..session.declarations import NO_SCHEMA
 from ..session.keys import StorageKey
 from ..session.metadata import Timers, is_field, merged, outlives_fields, with_timers
 from ..session.session import Session
@@ -180,15 +179,12 @@ def _opened(
 ) -> Iterator[list[SessionScope[Session]]]:
     """The sessions stored under `full_keys`, whatever is in them; written together at the end, in
     the order of `full_keys` by a store that takes one at a time."""
-    options = replace(
-        options,
-        session_type=Session,
-        schema=NO_SCHEMA,
-        migrations=None,
-        migrate_eagerly=False,
-        initial=None,
-        lazy=False,
-        save_on_error=False,
+    options = Options(
+        Session,
+        options.backend,
+        lock_timeout=options.lock_timeout,
+        queue_timeout=options.queue_timeout,
+        patience=options.patience,
     )
     keys = {each: each.removeprefix(prefix) for each in full_keys}
     scopes = [SessionScope(options, key, full_key, key) for full_key, key in keys.items()]
@@ -232,20 +228,8 @@ def scope_as_stored(options: Options[Any], key: str, full_key: str) -> SessionSc
 
 def options_for(storage: KVStorage[Any]) -> Options[Session]:
     """Those of a manager that was made with this storage alone."""
-    return Options(
-        session_type=Session,
-        schema=NO_SCHEMA,
-        migrations=None,
-        migrate_eagerly=False,
-        backend=backend_of(storage),
-        initial=None,
-        lazy=False,
-        lock_timeout=LOCK_TIMEOUT,
-        queue_timeout=LOCK_TIMEOUT,
-        patience=WaitReporter(LOCK_TIMEOUT, Observers(None, None, None), ""),
-        save_on_error=False,
-        dedupe=0,
-    )
+    patience = WaitReporter(LOCK_TIMEOUT, Observers(None, None, None), "")
+    return Options(Session, backend_of(storage), patience=patience)
 
 
 # -- where the new chat has a session already

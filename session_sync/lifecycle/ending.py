@@ -88,9 +88,7 @@ class Ending(Writing[S]):
             else:
                 self._write_in_memory(last=True)
             self.unlock()
-            del self.held[WRITE]
-            if self.queues:
-                self._release_write(handle)
+            self._release_write(handle)
         except BaseException as error:
             try:
                 if self._cannot_be_saved(error):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
 from ..locks.watch import Patience
-from ..session.declarations import Schema
+from ..session.declarations import NO_SCHEMA, Schema
 from ..session.migrations import Migrations
 from ..session.session import BaseSession
 from .backend import Backend
@@ -23,20 +23,21 @@ LOCK_TIMEOUT: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Options(Generic[S]):
-    """What all scopes of one manager have in common."""
+    """What all scopes of one manager have in common; by default, that sessions of any kind are left
+    as they are stored."""
 
     session_type: type[S]
-    schema: Schema
-    migrations: Migrations | None  # None: sessions of any version are left as they are
-    migrate_eagerly: bool
     backend: Backend
-    initial: Callable[[Any], Mapping[str, Any] | None] | None
-    lazy: bool
-    lock_timeout: float | None
-    queue_timeout: float | None  # the part of it that is spent behind others of this process
-    patience: Patience | None  # what is told when that takes long
-    save_on_error: bool
-    dedupe: int  # how many updates a session remembers
+    schema: Schema = NO_SCHEMA
+    migrations: Migrations | None = None  # None: sessions of any version are left as they are
+    migrate_eagerly: bool = False
+    initial: Callable[[Any], Mapping[str, Any] | None] | None = None
+    lazy: bool = False
+    lock_timeout: float | None = LOCK_TIMEOUT
+    queue_timeout: float | None = LOCK_TIMEOUT  # the part of it behind others of this process
+    patience: Patience | None = None  # what is told when that takes long
+    save_on_error: bool = False
+    dedupe: int = 0  # how many updates a session remembers
     #: Whether a session can be opened without a flow, unless another caller has it.
     opens_now: bool = field(init=False)
 

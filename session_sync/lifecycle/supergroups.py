@@ -48,8 +48,6 @@ def moving_of(managers: Managers, wanted: bool | None) -> Managers:
 def migration_in(message: Any) -> Migration | None:
     """The change of its chat's ID that a message of telebot's or PTB's reports; None if it reports
     none, or is no message."""
-    if getattr(message, "text", "") is not None:  # no message, or one that has a text
-        return None
     new, old = (getattr(message, name, None) for name in _NUMBERS)  # never raises, while polling
     if new is not None:
         return Migration(message.chat.id, new)

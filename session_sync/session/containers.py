@@ -30,7 +30,7 @@ from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from ..errors import SessionClosedError, SessionEncodeError
-from ..storages.base import Check
+from ..storages.base import COPIERS, Check
 from .ttl import Ttl
 
 #: Types whose values cannot change and hold nothing that can.
@@ -198,6 +198,21 @@ def _guard(
 
 _OWNED: Final = frozenset((SessionDict, SessionList, SessionSet))
 _WITH_PLACES: Final = frozenset((dict, list, SessionDict, SessionList))
+
+
+def _refuse_ttl(_value: Ttl) -> Any:
+    raise NO_OWNER.stray_ttl()
+
+
+# What a store is given past a session, by `set`, becomes plain, too.
+COPIERS.update(
+    {
+        SessionDict: COPIERS[dict],
+        SessionList: COPIERS[list],
+        SessionSet: COPIERS[set],
+        Ttl: _refuse_ttl,
+    }
+)
 
 
 # -- out of the store

@@ -216,9 +216,10 @@ def record_of(fields: Mapping[str, Any]) -> Record:
 
 
 def plain(value: Any) -> Any:
-    """`value` with containers of its own: dicts, lists, sets and tuples that no other value has.
+    """`value` with containers of its own: dicts, lists, sets and tuples that nothing else has.
 
-    Raises RecursionError if it contains itself or is nested too deeply.
+    Objects of other classes, subclasses of these included, are the same objects. Raises
+    RecursionError if it contains itself or is nested too deeply.
 
     >>> cart = {"items": [1, 2]}
     >>> copy = plain(cart)
@@ -226,15 +227,17 @@ def plain(value: Any) -> Any:
     >>> copy
     {'items': [1, 2]}
     """
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, set):
-        return set(value)
-    if value.__class__ is tuple:
-        return tuple(plain(item) for item in value)
-    return value
+    copier = COPIERS.get(value.__class__)
+    return value if copier is None else copier(value)
+
+
+#: What `plain` does with a value of exactly this class. The containers of a session add themselves.
+COPIERS: Final[dict[type, Callable[[Any], Any]]] = {
+    dict: lambda value: {key: plain(item) for key, item in value.items()},
+    list: lambda value: [plain(item) for item in value],
+    set: set,
+    tuple: lambda value: tuple(plain(item) for item in value),
+}
 
 
 def patched(record: Record, changes: Mapping[str, Any]) -> Record:

@@ -93,7 +93,9 @@ class NextSteps:
     def _registered(self, backend: Any, number: int, message: Any) -> list[Callable[[], None]]:
         """Take off what is registered for the number of a chat or message."""
         with self._look_up:
-            found = backend.get_handlers(number) or ()
+            found = backend.get_handlers(number)
+        if not found:
+            return []
         return [
             functools.partial(each["callback"], message, *each["args"], **each["kwargs"])
             for each in found

@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 from unittest import SkipTest
 
@@ -371,7 +372,7 @@ class SharedStorageConformance:
             for bad in "abc":
                 records: dict[str, Any] = {key: {"n": 2} for key in "abc"}
                 records[bad] = {"n": 2, "lock": threading.Lock()}
-                raised(Exception, lambda: save_all(storage, records, opened))  # noqa: B023
+                raised(Exception, partial(save_all, storage, records, opened))
                 assert [other.call("get", key) for key in "abc"] == [{"n": 1}] * 3
 
     def test_save_all_stores_nothing_if_one_lock_was_lost(self) -> None:
@@ -383,7 +384,7 @@ class SharedStorageConformance:
                 other.call("open", lost, SOON)
                 other.call("close", lost, None)
                 records = {key: {"n": 2} for key in "abc"}
-                raised(SessionConflictError, lambda: save_all(storage, records, opened))  # noqa: B023
+                raised(SessionConflictError, partial(save_all, storage, records, opened))
                 assert [other.call("get", key) for key in "abc"] == [{"n": 1}] * 3
                 for each in opened.values():
                     each.close(None)

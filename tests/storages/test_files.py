@@ -497,12 +497,24 @@ def test_a_look_at_a_file_that_is_just_written_is_taken_again(
             raise error("half of it was read")
         return 1
 
+    def fail_while_it_is_written_again(_cursor: sqlite3.Cursor) -> int:
+        """The second time, after it had rested."""
+        looks.append("look")
+        if len(looks) == 2:
+            with open(path, "ab") as file:
+                file.write(bytes(4096))
+        if len(looks) < 3:
+            raise error("half of it was read")
+        return 1
+
     def fail(_cursor: sqlite3.Cursor) -> None:
         looks.append("look")
         raise error("it is no database")
 
     assert (look(os.fspath(path), act), len(looks)) == (1, 2)
     assert (look(os.fspath(path), fail_twice), len(looks)) == (1, 5)
+    looks.clear()
+    assert (look(os.fspath(path), fail_while_it_is_written_again), len(looks)) == (1, 3)
     looks.clear()
     with pytest.raises(error, match="it is no database"):
         look(os.fspath(path), fail)

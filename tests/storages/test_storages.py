@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from session_sync import (
     SessionEncodeError,
     SessionManager,
     TtlStorage,
+    ttl,
 )
 from session_sync.testing import StorageConformance
 
@@ -155,6 +157,35 @@ def test_ours_can_be_listed_and_touched() -> None:
         assert isinstance(storage, KVStorage)
         assert isinstance(storage, TtlStorage)
         assert isinstance(storage, ListableStorage)
+
+
+@pytest.mark.parametrize("make", [MemoryStorage, LruMemoryStorage])
+def test_in_memory_containers_are_copied_and_objects_are_not(make: Any) -> None:
+    storage = make()
+    given = {"deep": {"list": [{1}, (2, [3])]}, "own": Counter("aa"), "ordered": OrderedDict(a=[])}
+    storage.set("key", given)
+    found = storage.get("key")
+    assert found == given
+    assert found["own"] is given["own"]
+    assert found["ordered"] is given["ordered"]
+    given["deep"]["list"][0].add(2)  # type: ignore[index] # it is a dict
+    given["deep"]["list"][1][1].append(4)  # type: ignore[index]
+    assert found == storage.get("key") | {"deep": {"list": [{1}, (2, [3])]}}
+    found["deep"]["list"].clear()
+    assert storage.get("key")["deep"] == {"list": [{1}, (2, [3])]}
+
+
+def test_in_memory_what_comes_out_of_a_session_is_stored_as_plain_containers() -> None:
+    storage = MemoryStorage()
+    storage.set("key", {"cart": {"items": [{1}]}})
+    with SessionManager(storage=storage).session_scope("key") as session:
+        storage.set("other", {"cart": session.cart})
+    cart = storage.get("other")["cart"]  # type: ignore[index] # it is there
+    classes = [type(each) for each in (cart, cart["items"], cart["items"][0])]
+    assert classes == [dict, list, set]
+    cart["items"].append(1)  # as the session's own could not be any more
+    with pytest.raises(TypeError, match="ttl"):
+        storage.set("other", {"code": ttl("1234")})
 
 
 @pytest.mark.parametrize("make", [MemoryStorage, LruMemoryStorage])

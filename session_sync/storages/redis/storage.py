@@ -15,11 +15,9 @@ from typing import Any, Final
 from urllib.parse import quote
 
 try:
-    import redis  # noqa: F401
+    from redis.cluster import RedisCluster
 except ImportError as error:
     raise ImportError("RedisStorage needs redis-py: pip install 'session-sync[redis]'") from error
-
-from redis.cluster import RedisCluster
 
 from ..base import OpenRecord, Record, StoredEntry
 from ..codec import Codec
