@@ -119,7 +119,7 @@ def _unknown(key: str, name: str, what: str) -> SessionDecodeError:
 METADATA: Final = {
     each.name: each
     for each in (
-        _Metadata(VERSION, version_of, merge=lambda older, newer: max(older, newer)),
+        _Metadata(VERSION, version_of),
         _Metadata(TIMERS, Timers),  # which go with their fields
         _Metadata(UPDATES, updates_of, outlives=True, merge=lambda older, newer: older + newer),
     )
@@ -147,12 +147,16 @@ def with_timers(hidden: dict[str, Any], timers: Mapping[str, Deadline]) -> dict[
 
 
 def merged(older: Record, newer: Record, older_key: str, newer_key: str) -> dict[str, Any]:
-    """The metadata of two sessions that become one; without timers, which go with their fields."""
-    return {
-        name: each.merge(each.read(older, older_key), each.read(newer, newer_key))
-        for name, each in METADATA.items()
-        if each.merge is not None and (name in older or name in newer)
-    }
+    """The metadata of two sessions that become one; without timers, which go with their fields.
+
+    What both have is the newer one's, but for what has a way to be merged.
+    """
+    hidden = {**metadata_of(older), **metadata_of(newer)}
+    hidden.pop(TIMERS, None)
+    for name, each in METADATA.items():
+        if each.merge is not None and name in hidden:
+            hidden[name] = each.merge(each.read(older, older_key), each.read(newer, newer_key))
+    return hidden
 
 
 def outlives_fields(record: Record) -> bool:

@@ -326,6 +326,15 @@ def test_what_cannot_be_deleted_is_named_and_the_others_go() -> None:
 # -- migrate_chat
 
 
+def test_what_a_newer_program_has_hidden_in_a_session_outlives_a_merge() -> None:
+    sessions = SessionManager(storage=MemoryStorage())
+    sessions.storage.set("user:7:chat:-100", {"a": 1, "$later": "old", "$only": 1})
+    sessions.storage.set("user:7:chat:-1001234", {"b": 2, "$later": "new"})
+    assert sessions.migrate_chat(-100, -1001234) == 1
+    stored = sessions.storage.get("user:7:chat:-1001234")
+    assert stored == {"a": 1, "b": 2, "$later": "new", "$only": 1}
+
+
 def test_all_sessions_of_a_chat_move_and_no_others(sessions: SessionManager[Any]) -> None:
     put(
         sessions,
