@@ -40,6 +40,10 @@ def look(path: str, act: Callable[[sqlite3.Cursor], T]) -> T:
     While a program has it open, the newest is in the log, which SQLite then reads too. If there is
     none, SQLite is told that nothing changes, and takes no lock. If something does change, it reads
     half of it: `act` has failed only if it does so twice in a file that has not changed meanwhile.
+
+    Beside a journal, half of it may be there for good: its writer was killed. So SQLite is let do
+    what it does for every reader: it waits for a writer that lives, and undoes what a killed one
+    has begun.
     """
     failed = None
     for _ in range(_TRIES - 1):
@@ -55,7 +59,7 @@ def look(path: str, act: Callable[[sqlite3.Cursor], T]) -> T:
 
 
 def _look_once(path: str, act: Callable[[sqlite3.Cursor], T], state: _State) -> T:
-    mode = "ro" if state.has_log else "ro&immutable=1"
+    mode = "ro" if state.has_log else "rw" if state.has_journal else "ro&immutable=1"
     connections = Connections(StoreFile(path), mode=mode, text=bytes)
     try:
         return connections.use(act)

@@ -463,6 +463,20 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert set(modes(tmp_path).values()) == {0o600}
 
 
+def test_a_file_whose_maker_was_killed_while_it_wrote_its_first_pages_is_used(
+    kind: Kind, tmp_path: Path
+) -> None:
+    kind.make(tmp_path).close()
+    os.truncate(tmp_path / kind.data, 4096)  # of its pages, the first one is there
+    journal = (0xD9D505F920A163D7).to_bytes(8, "big")
+    for number in (0, 1, 0, 512, 4096):  # before, it had 0 pages
+        journal += number.to_bytes(4, "big")
+    (tmp_path / f"{kind.data}-journal").write_bytes(journal.ljust(512, b"\0"))
+    with closing(kind.make(tmp_path)) as storage:
+        storage.set("key", {"a": 1})
+        assert storage.get("key") == {"a": 1}
+
+
 def test_a_folder_whose_maker_was_killed_between_two_tables_is_used(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "cache.db", isolation_level=None)) as maker:
         maker.execute("CREATE TABLE Settings (key TEXT NOT NULL UNIQUE, value)")
