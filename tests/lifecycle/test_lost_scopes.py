@@ -487,7 +487,9 @@ def test_a_block_does_not_join_one_that_was_never_left(storage_type: Callable[[]
     keeps it alive for a moment."""
 
     def handle() -> None:
-        sessions.session_scope(KEY).__enter__().a = 1
+        never_left = sessions.session_scope(KEY)
+        never_left.__enter__().a = 1
+        del never_left
         with sessions.session_scope(KEY) as session:
             session.b = 2
 

@@ -29,9 +29,10 @@ def write_for_ever(directory: str, number: int, done: int) -> None:
         os.write(done, number.to_bytes(8, "big"))
 
 
-def finished_in(pipe: int, seconds: float) -> bytes:
-    """What the child reports in that time; then it is killed in the middle of its work."""
-    reports = b""
+def finished_in(pipe: int, seconds: float, writes: int) -> bytes:
+    """What the child reports in that time, which begins with so many writes, however long these
+    take; then it is killed in the middle of its work."""
+    reports = b"".join(os.read(pipe, 8) for _ in range(writes))
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         if select.select([pipe], [], [], left)[0]:
@@ -39,7 +40,7 @@ def finished_in(pipe: int, seconds: float) -> bytes:
     return reports
 
 
-def one_life(directory: str, number: int, seconds: float) -> int:
+def one_life(directory: str, number: int, seconds: float, writes: int) -> int:
     """The number of the last write that the child has finished."""
     pipe, done = os.pipe()
     child = os.fork()
@@ -49,7 +50,7 @@ def one_life(directory: str, number: int, seconds: float) -> int:
         finally:
             os._exit(1)
     os.close(done)
-    reports = finished_in(pipe, seconds)
+    reports = finished_in(pipe, seconds, writes)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL, "the writer failed by itself"
@@ -62,8 +63,8 @@ def one_life(directory: str, number: int, seconds: float) -> int:
 def main(directory: str, lives: int, seed: int) -> None:
     chance = random.Random(seed)
     number = 0
-    for _ in range(lives):
-        finished = one_life(directory, number, chance.uniform(0, 0.08))
+    for life in range(lives):  # every other one may be killed before its first write
+        finished = one_life(directory, number, chance.uniform(0, 0.08), writes=life % 2)
         storage = DiskStorage(directory)
         stored = storage.get("user:1")
         storage.close()
