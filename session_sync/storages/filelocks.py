@@ -268,10 +268,10 @@ class FileLockHandle:
     def __del__(self) -> None:
         try:
             if "by" not in self._leaving:  # else it was released
-                self._let_go()
+                self.release()
         except BaseException:
             if hasattr(self, "_range"):  # else an exception came into __init__: it has nothing
-                self._let_go()  # one from outside came in: nothing else would do it
+                self.release()  # one from outside came in: nothing else would do it
                 raise
 
     def in_another_file(self) -> FileLockHandle:
@@ -314,13 +314,21 @@ class FileLockHandle:
         self._file.set(self._range.open)
 
     def is_valid(self) -> bool:
-        """Whether it keeps others out: all processes lock in the same file."""
+        """Whether the key is ours, and others are kept out: all processes lock in the same file."""
         file = self._file
-        return self._locks.generation is self._generation and (file is None or file.is_in_place())
+        if self._locks.generation is not self._generation:
+            return False
+        if file is None:
+            return True
+        if "begun" in self._leaving:  # it was interrupted, and others may be in by now
+            return False
+        # The collector may have closed the file, and with that let the key go.
+        is_ours = file.claims.get(self._range.gate) is self._claim and not file.closed
+        return is_ours and file.is_in_place()
 
     def check(self) -> None:
         """Raises SessionConflictError if the key is not ours any more."""
-        if not self._is_ours() or not self.is_valid():
+        if not self.is_valid():
             raise SessionConflictError(
                 f"session {self.key!r} was closed, or opened before its storage was closed, before "
                 f"this process was forked, or before the file of its lock was removed: another "
@@ -346,18 +354,6 @@ class FileLockHandle:
 
     def release(self) -> None:
         """Let the key go. To do so again, also in between, does nothing."""
-        self._let_go()
-
-    def _is_ours(self) -> bool:
-        file = self._file
-        if file is None:
-            return True
-        if "begun" in self._leaving:  # it was interrupted, and others may be in by now
-            return False
-        # The collector may have closed the file, and with that let the key go.
-        return file.claims.get(self._range.gate) is self._claim and not file.closed
-
-    def _let_go(self) -> None:
         file = self._file
         if file is None:
             return
@@ -370,7 +366,7 @@ class FileLockHandle:
             gate = self._range.gate
             if file.claims.get(gate) is self._claim and self._generation.pid == os.getpid():
                 self.has_written()
-                self._leaving["begun"] = attempt  # and never undone: see _is_ours()
+                self._leaving["begun"] = attempt  # and never undone: see is_valid()
                 if not file.closed:  # by the collector, which unlocks it
                     file.set(self._range.leave)
                 file.claims.pop(gate, None)

@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 from contextlib import suppress
+from os.path import samestat
 from typing import Final
 
 _NO_LINK: Final = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
@@ -132,14 +133,14 @@ class StoreFile:
 
     def __init__(self, path: str) -> None:
         self.path: Final = path
-        self._known: Final[dict[str, tuple[int, int]]] = {}
+        self._known: Final[dict[str, os.stat_result]] = {}
 
     def check(self) -> None:
         """Raise OSError (ESTALE) if another file has the path by now, or none."""
         found = None
         with suppress(FileNotFoundError, NotADirectoryError):
-            found = identity(os.lstat(self.path))
-        if found is None or self._known.setdefault("file", found) != found:
+            found = os.lstat(self.path)
+        if found is None or not samestat(self._known.setdefault("file", found), found):
             raise OSError(
                 errno.ESTALE,
                 f"{self.path} was moved, removed or replaced while this process uses it, so "
@@ -149,11 +150,6 @@ class StoreFile:
     def forget(self) -> None:
         """Take the file that is there when it is opened next."""
         self._known.clear()
-
-
-def identity(found: os.stat_result) -> tuple[int, int]:
-    """What tells a file from all others."""
-    return found.st_dev, found.st_ino
 
 
 def _no_file(path: str) -> PermissionError:
@@ -179,7 +175,7 @@ def _remove_unfinished(path: str) -> None:
         for name in os.listdir(folder):
             with suppress(FileNotFoundError):
                 other = os.path.join(folder, name)
-                if name.startswith(start) and identity(os.lstat(other)) == identity(found):
+                if name.startswith(start) and samestat(os.lstat(other), found):
                     os.unlink(other)
 
 

@@ -14,9 +14,10 @@ from contextlib import suppress
 from functools import lru_cache
 from hashlib import blake2b
 from io import FileIO
+from os.path import samestat
 from typing import Final, NamedTuple
 
-from session_sync.storages.files import identity, open_file, refuse_foreign
+from session_sync.storages.files import open_file, refuse_foreign
 
 if sys.platform == "win32":
     fcntl = None
@@ -48,7 +49,7 @@ class LockFile(FileIO):
             with suppress(OSError):  # a full disk
                 self.write(_TEXT)  # so that an operator does not take it for a leftover
         self._path: Final = path
-        self._identity: Final = identity(found)
+        self._found: Final = found
         #: By the place of their two bytes, the handles that alone may lock and unlock them.
         self.claims: Final[dict[int, object]] = {}
         #: The same for those of them under which something is being written.
@@ -60,7 +61,7 @@ class LockFile(FileIO):
     def is_in_place(self) -> bool:
         """Whether another process that opens the path gets the same file."""
         try:
-            return identity(os.lstat(self._path)) == self._identity
+            return samestat(os.lstat(self._path), self._found)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return False
 

@@ -31,9 +31,7 @@ class EncodedRecord(PatchedRecord):
     `patch` alone.
     """
 
-    __slots__ = ("_decoded", "_key", "codec", "size")
-
-    size: int  # bytes; only of one that was just read
+    __slots__ = ("_decoded", "_key", "codec")
 
     def __init__(
         self,
@@ -51,7 +49,8 @@ class EncodedRecord(PatchedRecord):
 
     def patched(self, changes: Mapping[str, Any]) -> EncodedRecord:
         """This record with `changes` put over it; the other fields stay encoded."""
-        return self._successor(self.base, {**self.patch, **self._checked(changes)})
+        patch = {**self.patch, **self._checked(changes)}
+        return EncodedRecord(self.base, patch, self.codec, self._key, self._decoded)
 
     def only(self, names: Iterable[str], changes: Mapping[str, Any]) -> EncodedRecord:
         """The fields called `names`, in that order, with `changes` put over them."""
@@ -59,7 +58,7 @@ class EncodedRecord(PatchedRecord):
         stored = super().__getitem__
         base = {name: changes[name] if name in changes else stored(name) for name in names}
         patch = {name: value for name, value in base.items() if type(value) is not Raw}
-        return self._successor(base, patch)
+        return EncodedRecord(base, patch, self.codec, self._key, self._decoded)
 
     def reread(self) -> EncodedRecord:
         """This record as it was stored: what was decoded is decoded again."""
@@ -83,6 +82,3 @@ class EncodedRecord(PatchedRecord):
                     f"{session_named(self._key)} cannot be stored: {where} {refusal(value)}"
                 )
         return changes
-
-    def _successor(self, base: dict[str, Any], patch: dict[str, Any]) -> EncodedRecord:
-        return EncodedRecord(base, patch, self.codec, self._key, self._decoded)
