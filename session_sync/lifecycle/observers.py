@@ -228,7 +228,7 @@ class ObservedScope(SessionScope[S]):
         self._loaded = time.perf_counter()
         self._found = record is not None
         self._observers.opened(
-            self._event(self._loaded - self._ours, getattr(record, "size", None), None)
+            self._event(self._loaded - self._ours, getattr(self.opened, "size", None), None)
         )
 
     def _has_failed(self, error: BaseException) -> None:

@@ -114,7 +114,7 @@ class RecordStorage(Protocol):
 class OpenRecord(Protocol):
     """One record for as long as it is open: no other process can open it until it is closed.
 
-    It may have a `size`: how many bytes took what was written last, for observers.
+    It may have a `size`: how many bytes took what was read, or written last, for observers.
     """
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import get_ident
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, TypeVarTuple
 
 from ..errors import SessionDeadlockError
 from . import forks
@@ -23,6 +23,7 @@ from .background import at_exit, for_each
 from .files import StoreFile
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
 _MOMENT: Final = 0.001  # seconds between two looks whether the process has forked
@@ -131,13 +132,13 @@ class Connections:
         self._forks: Final[dict[int, float]] = {}  # by thread: until when they are waited for
         _all[id(self)] = self
 
-    def use(self, act: Callable[[sqlite3.Cursor], T]) -> T:
-        """Do `act` with a cursor that it has alone; once more if a fork has cut that off, which
-        must do no harm."""
+    def use(self, act: Callable[[sqlite3.Cursor, *Ts], T], *args: *Ts) -> T:
+        """Do `act` with a cursor that it has alone, and `args`; once more if a fork has cut that
+        off, which must do no harm."""
         while True:
             cursor = self.take()
             try:
-                result = act(cursor)
+                result = act(cursor, *args)
             except sqlite3.Error as error:
                 if isinstance(error, sqlite3.ProgrammingError) and self.is_shut(cursor):
                     continue

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar, TypeVarTuple
 
 from session_sync.storages import files
 from session_sync.storages.base import StoredEntry
@@ -46,6 +46,7 @@ except ImportError as error:
 diskcache: Any = _diskcache  # it has no types
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _FILE: Final[str] = diskcache.core.DBNAME
 _TIMEOUT: Final = 60.0  # seconds that a write waits for those of other processes
@@ -185,9 +186,9 @@ class DiskStorage(RowStorage):
                 raise
             refuse_row(key, "is text that is not UTF-8")
 
-    def _use(self, act: Callable[[sqlite3.Cursor], T]) -> T:
+    def _use(self, act: Callable[[sqlite3.Cursor, *Ts], T], *args: *Ts) -> T:
         try:
-            return super()._use(act)
+            return super()._use(act, *args)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                 raise

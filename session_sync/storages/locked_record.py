@@ -7,41 +7,45 @@ done.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
 from session_sync.storages.base import Record
 from session_sync.storages.filelocks import FileLockHandle
 
 
 class _Store(Protocol):
-    def load(self, key: str, /) -> Record | None: ...
     def save(self, key: str, record: Record, /) -> int | None: ...
     def delete(self, key: str, /) -> None: ...
 
 
 Store = TypeVar("Store", bound=_Store)
 
+#: What is stored, and how many bytes it takes; (None, None): nothing is.
+Found: TypeAlias = tuple[Record | None, int | None]
+
 
 class LockedRecord(Generic[Store]):
-    """An OpenRecord (see base.py) of a storage that can load, save and delete; `handle` keeps other
-    processes away meanwhile."""
+    """An OpenRecord (see base.py) of a storage that can save and delete; `handle` keeps other
+    processes away meanwhile, from before `read` on."""
 
     __slots__ = ("_handle", "_is_closing", "_key", "_storage", "record", "size")
+
+    record: Record | None
+    size: int | None  # bytes
 
     def __init__(
         self,
         storage: Store,
         key: str,
         handle: FileLockHandle,
-        load: Callable[[str], Record | None] | None = None,
+        read: Callable[[str], Found],
     ) -> None:
         try:
             self._storage: Final = storage
             self._key: Final = key
             self._handle: Final = handle
-            self.size: int | None = None  # bytes that were written last
             self._is_closing = False  # the last record is stored
-            self.record: Final = storage.load(key) if load is None else load(key)
+            self.record, self.size = read(key)
         except BaseException:
             handle.release()
             raise

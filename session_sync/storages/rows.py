@@ -9,9 +9,9 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Final, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, NoReturn, TypeVar, TypeVarTuple
 
 from session_sync.errors import SessionDecodeError
 from session_sync.storages import files
@@ -25,10 +25,11 @@ from session_sync.storages.connections import (
 )
 from session_sync.storages.durations import life_time
 from session_sync.storages.filelocks import FileLocks
-from session_sync.storages.locked_record import LockedRecord
+from session_sync.storages.locked_record import Found, LockedRecord
 from session_sync.storages.ownership import look
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _PAUSE: Final = 1.0  # seconds between two sweeps
 _log: Final = logging.getLogger("session_sync")
@@ -52,6 +53,7 @@ class RowStorage:
 
     blocking: Final = True
     _statements: ClassVar[Statements]
+    _record_type: ClassVar[type[LockedRecord[Any]]] = LockedRecord
 
     # A subclass makes these when `ttl` has been looked at: the last ones make files.
     _file: files.StoreFile
@@ -128,14 +130,7 @@ class RowStorage:
 
     def load(self, key: str, /) -> Record | None:
         """The stored record, its lifetime started anew, or None."""
-        found = self._find(key)
-        if found is None:
-            return None
-        data, expires = found
-        record = self._codec.decode_record(data, key)
-        if self._has_aged(expires):
-            self.touch(key)
-        return record
+        return self._load(key)[0]
 
     def save(self, key: str, record: Record, /) -> int:
         """Store `record` whole, or raise and leave what was stored before; returns its bytes."""
@@ -150,11 +145,12 @@ class RowStorage:
 
     def open_record(self, key: str, timeout: float, /) -> LockedRecord[Any]:
         """Open `key` when no other process has it open; raises SessionLockTimeoutError."""
-        return self._opened(key, timeout)
+        return self._record_type(self, key, self._locks.acquire(key, timeout), self._load)
 
     def open_unread(self, key: str, timeout: float, /) -> LockedRecord[Any]:
         """As `open_record`, whatever lies there: it can be removed, also if it cannot be read."""
-        return self._opened(key, timeout, lambda _key: None)
+        handle = self._locks.acquire(key, timeout)
+        return self._record_type(self, key, handle, lambda _key: (None, None))
 
     def save_all(
         self, records: Mapping[str, Record], opened: Mapping[str, LockedRecord[Any]], /
@@ -193,25 +189,30 @@ class RowStorage:
         """What is known of each row; None for one whose key is no text."""
         raise NotImplementedError
 
-    def _opened(
-        self, key: str, timeout: float, load: Callable[[str], Record | None] | None = None
-    ) -> LockedRecord[Any]:
-        return LockedRecord(self, key, self._locks.acquire(key, timeout), load)
-
-    def _use(self, act: Callable[[sqlite3.Cursor], T]) -> T:
-        return self._connections.use(act)
+    def _use(self, act: Callable[[sqlite3.Cursor, *Ts], T], *args: *Ts) -> T:
+        return self._connections.use(act, *args)
 
     # -- besides
+
+    def _load(self, key: str) -> Found:
+        found = self._find(key)
+        if found is None:
+            return None, None
+        data, expires = found
+        record = self._codec.decode_record(data, key)
+        if self._has_aged(expires):
+            self.touch(key)
+        return record, len(data)
 
     def _find(self, key: str) -> tuple[bytes, float | None] | None:
         rows = self._read(self._statements.select, stored_key(key), time.time())
         return self._value(rows[0], key) if rows else None
 
     def _read(self, statement: str, *values: object) -> list[Any]:
-        return self._connections.use(lambda cursor: cursor.execute(statement, values).fetchall())
+        return self._connections.use(fetch_all, statement, values)
 
     def _write(self, statement: str, *values: object) -> None:
-        self._use(lambda cursor: cursor.execute(statement, values))
+        self._use(sqlite3.Cursor.execute, statement, values)
 
     def _end_of(self, now: float) -> float | None:
         """When a record expires that is used now."""
@@ -224,6 +225,11 @@ class RowStorage:
 
     def _is_sweeping_due(self, now: float) -> bool:
         return not self._swept <= now <= self._swept + _PAUSE
+
+
+def fetch_all(cursor: sqlite3.Cursor, statement: str, values: Sequence[object]) -> list[Any]:
+    """All rows of a statement."""
+    return cursor.execute(statement, values).fetchall()
 
 
 def warn_of_unknown_rows(number: int, path: str) -> None:

@@ -19,11 +19,12 @@ from session_sync.storages.base import Record, StoredEntry
 from session_sync.storages.codec import Codec
 from session_sync.storages.connections import TIMEOUT, Connections, in_transaction
 from session_sync.storages.filelocks import FileLocks
-from session_sync.storages.locked_record import LockedRecord
+from session_sync.storages.locked_record import Found, LockedRecord
 from session_sync.storages.ownership import OURS, VERSION, has_table
 from session_sync.storages.rows import (
     RowStorage,
     Statements,
+    fetch_all,
     key_of,
     make_private,
     refuse_row,
@@ -61,6 +62,31 @@ _MORE_ROWS: Final = _ROWS.replace(
 _PAGE: Final = 4096  # bytes that SQLite writes at least
 _PAGES: Final = 500  # written at once, until one write goes the other way and may wait
 _LARGE: Final = 16 * _PAGE  # bytes of a record that is not written at once
+
+
+class _WouldWaitError(Exception):
+    """What was to be done at once would have to wait; nothing was done."""
+
+
+class _OpenRecord(LockedRecord["SQLiteStorage"]):
+    """An open record that can be closed without waiting, mostly."""
+
+    __slots__ = ()
+
+    def close_nowait(self, record: Record | None, /) -> bool:
+        """As `close`, if nothing in that has to wait; else False."""
+        try:
+            if record is not None:
+                self.begin_to_write()
+                self.has_written(self._storage.save_at_once(self._key, record))
+            self._is_closing = True
+        except _WouldWaitError:
+            return False
+        except Exception:
+            self._handle.release()
+            raise
+        self._handle.release()  # not after an interrupt: it will be closed once more
+        return True
 
 
 class SQLiteStorage(RowStorage):
@@ -101,6 +127,7 @@ class SQLiteStorage(RowStorage):
     """
 
     _statements = _STATEMENTS
+    _record_type = _OpenRecord
 
     def __init__(
         self,
@@ -173,11 +200,6 @@ class SQLiteStorage(RowStorage):
             stored, kind, *_ = rows[-1]
             rows = self._read(_MORE_ROWS, kind == b"text", stored, stored, now := time.time())
 
-    def _opened(
-        self, key: str, timeout: float, load: Callable[[str], Record | None] | None = None
-    ) -> _OpenRecord:
-        return _OpenRecord(self, key, self._locks.acquire(key, timeout), load)
-
     def close(self) -> None:
         """Close all connections; the file alone is then the whole store, as far as nothing else
         uses it. The storage opens new ones when it is used again."""
@@ -189,18 +211,18 @@ class SQLiteStorage(RowStorage):
     def open_nowait(self, key: str, /) -> _OpenRecord | None:
         """As `open_record`, if nothing in that has to wait; else None."""
         try:
-            return self._opened(key, 0, self._load_at_once)
+            return _OpenRecord(self, key, self._locks.acquire(key, 0), self._load_at_once)
         except (SessionLockTimeoutError, _WouldWaitError):
             return None
 
-    def _load_at_once(self, key: str) -> Record | None:
+    def _load_at_once(self, key: str) -> Found:
         rows = self._run_at_once(_STATEMENTS.select, stored_key(key), time.time())
         if not rows:
-            return None
+            return None, None
         data, expires = self._value(rows[0], key)
         if self._has_aged(expires):
             raise _WouldWaitError
-        return self._codec.decode_record(data, key)
+        return self._codec.decode_record(data, key), len(data)
 
     def save_at_once(self, key: str, record: Record, /) -> int | None:
         """As `save`, or `delete` for an empty record; raises _WouldWaitError."""
@@ -220,7 +242,7 @@ class SQLiteStorage(RowStorage):
 
     def _run_at_once(self, statement: str, *values: object) -> list[Any]:
         try:
-            return self._prompt.use(lambda cursor: cursor.execute(statement, values).fetchall())
+            return self._prompt.use(fetch_all, statement, values)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # which has several kinds
                 raise
@@ -246,31 +268,6 @@ class SQLiteStorage(RowStorage):
             cursor.execute(f"PRAGMA user_version = {VERSION}")
 
         in_transaction(cursor.connection, self._path, make)
-
-
-class _WouldWaitError(Exception):
-    """What was to be done at once would have to wait; nothing was done."""
-
-
-class _OpenRecord(LockedRecord["SQLiteStorage"]):
-    """An open record that can be closed without waiting, mostly."""
-
-    __slots__ = ()
-
-    def close_nowait(self, record: Record | None, /) -> bool:
-        """As `close`, if nothing in that has to wait; else False."""
-        try:
-            if record is not None:
-                self.begin_to_write()
-                self.has_written(self._storage.save_at_once(self._key, record))
-            self._is_closing = True
-        except _WouldWaitError:
-            return False
-        except Exception:
-            self._handle.release()
-            raise
-        self._handle.release()  # not after an interrupt: it will be closed once more
-        return True
 
 
 def _private(path: str | os.PathLike[str]) -> str:

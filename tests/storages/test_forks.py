@@ -231,7 +231,7 @@ def test_a_child_of_c_code_that_cut_off_another_thread_is_refused(url: str) -> N
         from stops import Stop, stopping
 
         add("key")
-        uses = Stop(Connections.use, "result = act(cursor)")
+        uses = Stop(Connections.use, "result = act(cursor, *args)")
         thread = threading.Thread(target=stopping(lambda: sessions.storage.get("key"), uses))
         thread.start()
         uses.wait()

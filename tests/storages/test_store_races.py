@@ -116,7 +116,7 @@ def test_a_disk_storage_closes_no_connection_in_the_middle_of_a_statement(
 ) -> None:
     """CPython would crash."""
     storage: Any = storage_from_url(f"disk:///{tmp_path}/s")
-    uses = Stop(connections.Connections.use, "result = act(cursor)")
+    uses = Stop(connections.Connections.use, "result = act(cursor, *args)")
     thread = threads.start(stopping(lambda: storage.set("key", {"a": 1}), uses))
     uses.wait()
     storage.close()
@@ -136,7 +136,7 @@ def test_a_disk_storage_may_be_closed_as_a_thread_begins_to_use_it(
         storage.set("key", {"a": 1})
         storage.set("key", {"a": 2})
 
-    begins = Stop(connections.Connections.use, "result = act(cursor)")
+    begins = Stop(connections.Connections.use, "result = act(cursor, *args)")
     thread = threads.start(stopping(use, begins))
     begins.wait()
     storage.close()

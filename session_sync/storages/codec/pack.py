@@ -7,7 +7,7 @@ This module knows values, and why one is refused; it knows no record and no key.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from math import isfinite
@@ -35,6 +35,7 @@ EncodeHook: TypeAlias = Callable[[Any], tuple[str, object]]
 
 _MIN_INT: Final = -(2**63)
 _MAX_INT: Final = 2**63 - 1
+_NAMES: Final = frozenset((str,))
 
 to_json = msgspec.json.Encoder().encode
 
@@ -56,6 +57,15 @@ class Packer:
         self._careful = careful
         self._plain = ALWAYS_PLAIN - {str} if careful else ALWAYS_PLAIN
         self._leaves = self._plain | NUMBERS
+
+    def is_json(self, fields: Mapping[str, Any]) -> bool:
+        """Whether JSON has all of these names and values, so that there is nothing to pack."""
+        return (
+            not self._careful
+            and {*map(type, fields)} <= _NAMES
+            and FIELD_ESCAPE not in "".join(fields)
+            and self._all_plain(fields.values())
+        )
 
     def name(self, name: object) -> str:
         """The name of a field, as the name in a JSON object."""

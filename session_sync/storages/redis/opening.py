@@ -51,7 +51,7 @@ class Opener:
             opened.renewed()  # the waiting does not count
             renewer().keep(opened)
             if read and data is not None:
-                opened.record = self._codec.decode_record(data, key)
+                opened.has_read(data)
         except BaseException:
             opened.close(None)
             raise
@@ -72,7 +72,7 @@ class Opener:
             if isinstance(data, list):
                 raise SessionLockTimeoutError
             if data is not None:
-                opened.record = self._codec.decode_record(data, key)
+                opened.has_read(data)
             renewer().keep(opened)
         except (RedisError, SessionError):  # it is asked again, and may take its time to fail
             self.tokens.keep(key, opened.token)

@@ -55,8 +55,13 @@ class OpenRedisRecord(Lease):
         self.packed: Final = packed(*self.names, token)
         self.record: Record | None = None
         self.saves = 0
-        self.size: int | None = None  # bytes that were written last
+        self.size: int | None = None  # bytes that were read, or written last
         self._asked: PendingReply | None = None  # to close it
+
+    def has_read(self, data: bytes) -> None:
+        """That is what is stored."""
+        self.record = self._codec.decode_record(data, self.key)
+        self.size = len(data)
 
     def save(self, record: Record, /) -> None:
         """Store `record` and stay open. Raises SessionConflictError if the lease was lost."""
