@@ -126,6 +126,7 @@ class Connections:
         self._text: Final = text
         self._looked = 0.0
         self._idle: Final[deque[sqlite3.Cursor]] = deque()
+        self.give_back: Final = self._idle.append  # a cursor, for others to use
         self._made: Final[weakref.WeakValueDictionary[int, Connection | _Making]] = (
             weakref.WeakValueDictionary()
         )
@@ -177,10 +178,6 @@ class Connections:
             if not connection.is_shut:
                 return cursor
             self.drop(cursor)
-
-    def give_back(self, cursor: sqlite3.Cursor) -> None:
-        """Let others use it."""
-        self._idle.append(cursor)
 
     def is_shut(self, cursor: sqlite3.Cursor) -> bool:
         """Whether a fork in this thread has closed it; it is then not handed out any more."""

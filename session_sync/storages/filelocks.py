@@ -329,22 +329,23 @@ class FileLockHandle:
     def check(self) -> None:
         """Raises SessionConflictError if the key is not ours any more."""
         if not self.is_valid():
-            raise SessionConflictError(
-                f"session {self.key!r} was closed, or opened before its storage was closed, before "
-                f"this process was forked, or before the file of its lock was removed: another "
-                f"process may have it now, so nothing was written. Open it again."
-            )
+            raise self._conflict()
 
     def begin_to_write(self) -> None:
         """As `check`; and from here on a `close()` of the storage does not let others in, until
         `has_written`."""
         if self._file is not None:  # first: see Generation.unlock
             self._file.writing.setdefault(self._range.gate, self._claim)
-        try:
-            self.check()
-        except SessionConflictError:
+        if not self.is_valid():
             self.has_written()
-            raise
+            raise self._conflict()
+
+    def _conflict(self) -> SessionConflictError:
+        return SessionConflictError(
+            f"session {self.key!r} was closed, or opened before its storage was closed, before "
+            f"this process was forked, or before the file of its lock was removed: another "
+            f"process may have it now, so nothing was written. Open it again."
+        )
 
     def has_written(self) -> None:
         """What began with `begin_to_write` is over."""

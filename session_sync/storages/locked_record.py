@@ -62,7 +62,7 @@ class LockedRecord(Generic[Store]):
 
     def save(self, record: Record, /) -> None:
         """Store `record`, or remove what is stored if it is empty."""
-        self.begin_to_write()
+        self._handle.begin_to_write()
         if record:
             self.has_written(self._storage.save(self._key, record))
         else:
