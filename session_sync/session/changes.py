@@ -7,7 +7,7 @@ argument, why nothing is lost without a lock, holds for all that reads or writes
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 from weakref import ref
 
 from ..errors import SessionClosedError, SessionTypeError
@@ -17,9 +17,20 @@ from .containers import ATOMS, MISSING, NO_OWNER, ZONED, Owner
 from .declarations import NO_SCHEMA, Schema
 from .field_state import FieldState, is_absent
 from .flush import Flush
-from .metadata import TIMERS, UPDATES, VERSION, Timers, checked_name, is_field, updates_of
+from .metadata import (
+    AT,
+    TIMERS,
+    UPDATES,
+    VERSION,
+    Timers,
+    checked_name,
+    is_field,
+    standing_in,
+    updates_of,
+    without,
+)
 from .ttl import Deadline, Ttl, deadline_in, is_over
-from .types.base import FieldType, MismatchError
+from .types.base import ANY, FieldType, MismatchError
 
 _NO_NAMES: Final[frozenset[str]] = frozenset()
 _NOTHING: Final[dict[str, Any]] = {}  # never changed
@@ -69,6 +80,7 @@ class ChangeTracker:
     __slots__ = (
         "__weakref__",
         "_owners",
+        "_standing",
         "assigned",
         "check",
         "committed",
@@ -100,6 +112,7 @@ class ChangeTracker:
         self.open = True
         self.lost = ""
         self._owners: list[Owner] = []  # from the first container on; the first one counts
+        self._standing: list[FieldState] = []  # once it was asked for; the first one counts
         self.tainted = _NO_NAMES
         self.opaque: Mapping[str, Any] = _NOTHING
         self.flushed = self.committed = record
@@ -459,12 +472,11 @@ class ChangeTracker:
         changes, states = self._changes(loaded, marks) if loaded else ({}, {})
         if states or self.timers is not None or self.schema.version > 1 or self.moved:
             record = Flush(self, loaded, marks.copy(), changes, states).record()
-        elif (
-            record.__class__ is dict and len(record) <= SMALL
-        ):  # sooner done than anything cleverer
-            record = {**record, **changes} if changes else record
         elif changes:
-            record = patched(record, changes)  # the way that copies least
+            is_small = record.__class__ is dict and len(record) <= SMALL
+            record = {**record, **changes} if is_small else patched(record, changes)
+        if self._standing:
+            record = self._with_standing(record, self._standing[0])
         if record is not self.flushed:
             self.flushed = record
             if self.timers is not None:
@@ -494,11 +506,37 @@ class ChangeTracker:
                     assigned.setdefault(name, popped)
         return marks
 
+    def standing(self) -> dict[str, Any]:
+        """Where the user stands: a dict that is stored with the fields when it was changed, and is
+        none of them.
+
+        Raises SessionDecodeError if what is stored was not written here.
+        """
+        if not self._standing:
+            stored = standing_in(self.flushed, self.key)
+            value, untouched, is_opaque = self._loaded(AT, stored, ANY)
+            self._standing.append(FieldState(value, untouched, is_opaque=is_opaque))
+        return cast(dict[str, Any], self._standing[0].value)
+
+    def _with_standing(self, record: Record, state: FieldState) -> Record:
+        """`record` with what the handler has of where the user stands."""
+        stored = record.get(AT, MISSING)
+        unchanged = stored if state.dumped is MISSING else state.dumped
+        dumped = self._change(AT, state.value, unchanged, False, state.is_opaque, ANY)
+        if dumped is MISSING:
+            return record
+        state.dumped = MISSING
+        if not dumped:
+            return record if stored is MISSING else without(record, AT)
+        return patched(record, self._with_version({AT: dumped}))
+
+    def _with_version(self, hidden: dict[str, Any]) -> dict[str, Any]:
+        version = self.schema.version
+        return {**hidden, VERSION: version} if version > 1 else hidden
+
     def _with_updates(self, record: Record, updates: list[int]) -> Record:
         """What is to be stored at the end; the fields that the handler has had stay as they are."""
-        hidden: dict[str, Any] = {UPDATES: updates}
-        if self.schema.version > 1:
-            hidden[VERSION] = self.schema.version
+        hidden = self._with_version({UPDATES: updates})
         return patched(record_of({}) if record is self.initial_record else record, hidden)
 
     def _changes(
@@ -521,7 +559,8 @@ class ChangeTracker:
                     if is_sure or record.get(name, MISSING) is not value:
                         changes[name] = value
                     continue
-                dumped = self._change(name, value, record.get(name, MISSING), is_sure, None)
+                stored = record.get(name, MISSING)
+                dumped = self._change(name, value, stored, is_sure, None, field_type)
             if dumped is not MISSING:
                 changes[name] = dumped
         return changes, states
@@ -534,13 +573,19 @@ class ChangeTracker:
         stored = current.dumped
         if stored is MISSING:
             stored = self.flushed.get(name, MISSING)
-        return self._change(name, current.value, stored, is_sure, current.is_opaque)
+        field_type: Any = self.schema.field_types.get(name, self.schema.other)
+        return self._change(name, current.value, stored, is_sure, current.is_opaque, field_type)
 
     def _change(
-        self, name: str, value: Any, stored: Any, is_sure: bool, is_opaque: bool | None
+        self,
+        name: str,
+        value: Any,
+        stored: Any,
+        is_sure: bool,
+        is_opaque: bool | None,
+        field_type: FieldType,
     ) -> Any:
         """What a value would be stored as; MISSING, if it need not be."""
-        field_type: Any = self.schema.field_types.get(name, self.schema.other)
         dumped = value
         if value.__class__ not in field_type.atoms:
             dumped, met_object = self._dump(name, value, stored, field_type)
@@ -602,6 +647,7 @@ class ChangeTracker:
         opaque = {
             name for name, value in self.loaded.copy().items() if self._is_opaque(name, value)
         }
+        opaque |= {AT for state in self._standing if state.is_opaque}
         tainted = self.tainted | opaque  # objects that the failed handler may have changed
         initial_record, lost = self.initial_record is self.committed, self.lost
         ChangeTracker.__init__(self, self.key, reread(self.committed), self.schema)
@@ -639,4 +685,6 @@ class _PlaceOf:
             name: value.value if value.__class__ is FieldState else value
             for name, value in loaded.items()
         }
+        if tracker is not None and tracker._standing:
+            values[AT] = tracker._standing[0].value
         return place_of(container, values)

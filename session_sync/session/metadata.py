@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from ..errors import SessionDecodeError
-from ..storages.base import Record, record_of
+from ..storages.base import Record, only, record_of
 from .ttl import Deadline
 
 #: The version of a session; one without is of version 1, so that a bot can begin without any.
@@ -22,6 +22,10 @@ TIMERS: Final = "$ttl"
 
 #: The IDs (`update_id`) of the last updates that a session has had, the newest last.
 UPDATES: Final = "$updates"
+
+
+#: Where the user stands in conversations: see `standing.py`.
+AT: Final = "$at"
 
 
 class _Metadata(NamedTuple):
@@ -70,6 +74,14 @@ def updates_of(record: Record, key: str) -> list[int]:
     if numbers.__class__ is not list or any(number.__class__ is not int for number in numbers):
         raise _unknown(key, UPDATES, "no list of updates")
     return list(numbers)
+
+
+def standing_in(record: Record, key: str) -> Mapping[str, Any]:
+    """Where a user stands according to a record; empty: nowhere."""
+    standing: Any = record.get(AT, {})
+    if standing.__class__ is not dict or any(name.__class__ is not str for name in standing):
+        raise _unknown(key, AT, "no place in a conversation")
+    return cast(Mapping[str, Any], standing)
 
 
 class Timers:
@@ -122,6 +134,7 @@ METADATA: Final = {
         _Metadata(VERSION, version_of),
         _Metadata(TIMERS, Timers),  # which go with their fields
         _Metadata(UPDATES, updates_of, outlives=True, merge=lambda older, newer: older + newer),
+        _Metadata(AT, standing_in, outlives=True),
     )
 }
 
@@ -169,6 +182,13 @@ def without_fields(record: Record) -> Record:
     return record_of(
         {n: value for n, value in record.items() if n in METADATA and METADATA[n].outlives}
     )
+
+
+def without(record: Record, hidden: str) -> Record:
+    """A record without one of its hidden names; and without all, if nothing is left that is stored
+    for its own sake."""
+    rest = only(record, [name for name in record if name != hidden], {})
+    return rest if any(map(is_field, rest)) else without_fields(rest)
 
 
 def has_only_metadata(record: Record) -> bool:

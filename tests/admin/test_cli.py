@@ -133,6 +133,27 @@ def test_show_in_its_forms(url: str, storage: Any) -> None:
     ]
 
 
+@on_one
+def test_show_says_where_a_user_stands(url: str, storage: Any) -> None:
+    storage.set("user:9", {"name": "Kim", "$at": {"conversation:form:": "AGE", "steps": [1]}})
+    table, plain, values, as_json = at_once(
+        lambda: on_terminal("show", "user:9", url=url),
+        lambda: piped("show", "user:9", url=url),
+        lambda: piped("show", "user:9", "--values", url=url),
+        lambda: piped("show", "user:9", "--values", "--json", url=url),
+    )
+    assert "$at conversation:form:" in table.out
+    assert plain.lines == ["name\tstr\t", "$at conversation:form:\tstr\t", "$at steps\tlist\t"]
+    assert "AGE" not in plain.out
+    assert values.lines[1:] == ["$at conversation:form:\tstr\t\t'AGE'", "$at steps\tlist\t\t[1]"]
+    (shown,) = as_json.objects
+    assert list(shown["fields"]) == ["name"]
+    assert shown["stands_in"] == {
+        "conversation:form:": {"type": "str", "value": "AGE"},
+        "steps": {"type": "list", "value": [1]},
+    }
+
+
 @pytest.mark.usefixtures("sessions")
 def test_stats_count_and_measure(url: str, storage: Any) -> None:
     storage.set("large", {"a": "x" * 5000})

@@ -97,15 +97,16 @@ def test_an_exported_file_is_private_and_whole(sqlite: str, tmp_path: Path) -> N
 
 
 def test_what_a_session_remembers_is_its_own(url: str, storage: Any) -> None:
-    fields = {"counter": 1, "$updates": [7, 8]}
+    fields = {"counter": 1, "$updates": [7, 8], "$at": {"conversation:form:": ("AGE", 1)}}
     storage.set("user:1", fields)
     exported = piped("export", url=url)
     assert piped("doctor", url=url).code == 0
     assert piped("rm", "user:1", "-y", url=url).code == 0
     assert piped("import", url=url, typed=exported.out).code == 0
     assert storage.get("user:1") == fields
-    storage.set("user:1", {"counter": 1, "$updates": "nonsense"})
-    assert piped("doctor", url=url).code == 1
+    for name in ("$updates", "$at"):
+        storage.set("user:1", {"counter": 1, name: "nonsense"})
+        assert piped("doctor", url=url).code == 1
 
 
 def test_import_names_the_lines_that_it_cannot_read_and_goes_on(tmp_path: Path) -> None:

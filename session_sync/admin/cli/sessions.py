@@ -15,7 +15,7 @@ import click
 
 from ...errors import SessionDecodeError, SessionError
 from ...session.keys import StorageKey
-from ...session.metadata import Timers, is_field, version_of
+from ...session.metadata import AT, Timers, is_field, standing_in, version_of
 from ...session.ttl import ttl
 from .errors import Code, Failure, code_of, say
 from .jsonl import jsonable, type_name, value_of
@@ -66,7 +66,8 @@ def show(
 ) -> None:
     """Show the fields of one session, or of all of a user.
 
-    Of each field the name, the type, and when it expires. KEY names one session, --user and --chat
+    Of each field the name, the type, and when it expires; and under $at the conversations in which
+    the user stands. KEY names one session, --user and --chat
     all sessions of a user, of a chat, or of a user in a chat.
     """
     if (key is None) != (user is not None or chat is not None):
@@ -94,16 +95,30 @@ def _show(view: View, key: str, values: bool, as_json: bool, *, named: bool = Fa
     if stored is None:
         return False
     fields = {field["field"]: field for field in fields_of(key, stored, values)}
+    standing = standing_in(stored, key)
     if as_json:
         for field in fields.values():
             del field["field"]
-        print_json({"key": key, "version": version_of(stored, key), "fields": fields})
+        shown = {"key": key, "version": version_of(stored, key), "fields": fields}
+        if standing:
+            shown["stands_in"] = {
+                name: {"type": type_name(value), **_said(value, values)}
+                for name, value in standing.items()
+            }
+        print_json(shown)
         return True
     columns: dict[str, Any] = {"field": text, "type": text, "expires_in": seconds}
     if values:
         columns["value"] = text
         for field in fields.values():
             field["value"] = repr(stored[field["field"]])
+    for name, value in standing.items():
+        fields[f"{AT} {name}"] = {
+            "field": f"{AT} {name}",
+            "type": type_name(value),
+            "expires_in": None,
+            "value": repr(value),
+        }
     if named and not is_terminal():
         columns = {"key": text, **columns}
     rows = ({"key": key, **field} for field in fields.values())
@@ -119,8 +134,11 @@ def fields_of(key: str, stored: dict[str, Any], values: bool) -> Iterator[dict[s
         if not is_field(name) or name in expired:
             continue
         ends = round(deadlines[name][0] - now, 1) if name in deadlines else None
-        said = {"value": jsonable(value)} if values else {}
-        yield {"field": name, "type": type_name(value), "expires_in": ends, **said}
+        yield {"field": name, "type": type_name(value), "expires_in": ends, **_said(value, values)}
+
+
+def _said(value: Any, values: bool) -> dict[str, Any]:
+    return {"value": jsonable(value)} if values else {}
 
 
 def _not_there(key: str) -> Failure:
