@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 from ..session.keys import text_of
 from ..session.session import BaseSession
 from .bulk import scope_as_stored
+from .current import entries
 from .entry import SessionScope
 from .observers import ObservedScope, Observers, logger
 from .options import Options
@@ -33,7 +34,8 @@ class ScopeFactory(Generic[S]):
         self.options: Final = options
         self.prefix: Final = prefix
         self.observers: Final = observers
-        self._get_storage_key: Final = get_storage_key
+        self.get_storage_key: Final = get_storage_key
+        self._for_standing: Final = replace(options, initial=None, lazy=False)
         self._patient: Final = replace(options, queue_timeout=None)
         self._is_special = any(observers)  # each scope takes a further look
         self._is_closed = False
@@ -44,7 +46,7 @@ class ScopeFactory(Generic[S]):
 
         Raises what `get_storage_key` raises, and TypeError for what is no key.
         """
-        key = self._get_storage_key(update)
+        key = self.get_storage_key(update)
         if key.__class__ is not str:
             key = text_of(key)
             if key is None:
@@ -59,6 +61,23 @@ class ScopeFactory(Generic[S]):
             self.refuse_closed(f"session {key!r} cannot be opened")
             return ObservedScope(options, key, self.prefix + key, update, self.observers)
         return SessionScope(options, key, self.prefix + key, update)
+
+    def of_standing(self, key: str) -> SessionScope[S]:
+        """The scope of a key for a caller that looks only where the user stands, and not at the
+        fields: it is not asked with what a session begins."""
+        return self.of_key(key, key, self._for_standing)
+
+    def open_here(self, key: str) -> S | None:
+        """The session of a key, if it is open around this code; of a lazy manager, it may have to
+        be loaded."""
+        full_key, backend = self.prefix + key, self.options.backend
+        for entry in entries():
+            if entry.full_key == full_key and entry.options.backend is backend:
+                scope = entry.target
+                if not scope.closed:
+                    session: S = scope.session()
+                    return session
+        return None
 
     def as_stored(self, key: str) -> SessionScope[S]:
         """The scope of a key for a caller that does not look at the fields, of whatever version

@@ -330,6 +330,12 @@ def by_topic(update: object) -> StorageKey | None:
     return _key(update, _topic)
 
 
+#: Those that give the same key for the same user, chat, topic and business connection, whatever
+#: else a message says.
+OWN_KEY_FUNCTIONS: Final[frozenset[Callable[[Any], Any]]] = frozenset(
+    (default_storage_key, default_key_text, by_user, by_chat, by_topic)
+)
+
 # What a public function makes of the user, the chat and the message of an update.
 _MakeKey: TypeAlias = Callable[[int | None, int, Reader, object], StorageKey | None]
 

@@ -1,5 +1,6 @@
 """The integration with pyTelegramBotAPI: `install` gives every handler its session, as
-`message.session`, and if it is told to, its chat's as well, as `message.chat_session`.
+`message.session`, and if it is told to, its chat's as well, as `message.chat_session`;
+`SessionStates` keeps telebot's own states in the session.
 
 All that a TeleBot does with an update (handlers, next-step and reply callbacks, in its pool or not)
 goes through its `_exec_task`, and all that an AsyncTeleBot does with one goes through its
@@ -9,5 +10,6 @@ session_sync knows telebot.
 """
 
 from .installation import install
+from .states import AsyncSessionStates, SessionStates
 
-__all__ = ["install"]
+__all__ = ["AsyncSessionStates", "SessionStates", "install"]

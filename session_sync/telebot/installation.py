@@ -12,6 +12,7 @@ from ..manager import SessionManager
 from .asynchronous import AsyncIntegration
 from .attribute import add_attributes
 from .library import TeleBot, is_async_bot, is_known
+from .states import refuse_other_states
 from .sync import Integration
 
 if TYPE_CHECKING:  # it needs aiohttp, which a program without an AsyncTeleBot may not have
@@ -57,10 +58,11 @@ def install(
             same. It reads all keys of the store; by default it is done if the storage can list
             them.
 
-    Returns the bot. Raises TypeError if `bot` is neither a TeleBot nor an AsyncTeleBot, or if a
-    storage cannot list its keys and `migrate_chats` is True; ValueError if `chat_session` is
-    `sessions`; RuntimeError if a manager was closed, if the bot has sessions already, or if this
-    version of telebot lacks what is needed here.
+    Returns the bot. Raises TypeError if `bot` is neither a TeleBot nor an AsyncTeleBot, if it has
+    the `SessionStates` of the other one, or if a storage cannot list its keys and `migrate_chats`
+    is True; ValueError if `chat_session` is `sessions`, or if the bot's states and its sessions
+    have two storage objects of one store; RuntimeError if a manager was closed, if the bot has
+    sessions already, or if this version of telebot lacks what is needed here.
 
     >>> import telebot
     >>> from session_sync import SessionManager
@@ -82,6 +84,7 @@ def install(
     integration = _integration_for(bot)
     _refuse(bot, integration)
     bot_sessions = BotSessions(sessions, chat_session, migrate_chats)
+    refuse_other_states(bot, bot_sessions.managers, integration is AsyncIntegration)
     add_attributes()
     integration(bot, bot_sessions)
     return bot

@@ -11,12 +11,24 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 try:
-    from telebot import TeleBot as TeleBot
-    from telebot.types import JsonDeserializable as JsonDeserializable
+    from telebot import TeleBot
+    from telebot.asyncio_storage import StateStorageBase as AsyncStateStorageBase
+    from telebot.storage import StateStorageBase
+    from telebot.types import JsonDeserializable, Message
 except ImportError as error:  # pragma: no cover - shown by a test in a process of its own
     raise ImportError(
         "session_sync.telebot needs pyTelegramBotAPI: pip install 'session-sync[telebot]'"
     ) from error
+
+__all__ = [
+    "AsyncStateStorageBase",
+    "JsonDeserializable",
+    "Message",
+    "StateStorageBase",
+    "TeleBot",
+    "is_async_bot",
+    "is_known",
+]
 
 # What runs all of an update: middlewares, filters, handlers.
 TASK: Final = "_run_middlewares_and_handler"

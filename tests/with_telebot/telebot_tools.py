@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import stop_telebot  # noqa: E402
 from telebot import types  # noqa: E402
 
 import session_sync.telebot  # noqa: E402
-from session_sync import SessionManager  # noqa: E402
+from session_sync import DiskStorage, MemoryStorage, SessionManager, SQLiteStorage  # noqa: E402
 
 KEY = "user:1:chat:1"
 
@@ -69,6 +70,25 @@ def make_threaded(request: pytest.FixtureRequest) -> bool:
 
 def make_sessions() -> SessionManager[Any]:
     return SessionManager()
+
+
+STORES = ("memory", "sqlite", "disk", "redis")
+
+
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """A storage of the kind that `request.param` names."""
+    if request.param == "redis":
+        from session_sync import RedisStorage
+
+        url = request.getfixturevalue("redis_url")
+        made: Any = RedisStorage(url, prefix=f"{request.node.name}:")
+    elif request.param == "disk":
+        made = DiskStorage(tmp_path / "d")
+    else:
+        made = MemoryStorage() if request.param == "memory" else SQLiteStorage(tmp_path / "s.db")
+    yield made
+    if request.param != "memory":
+        made.close()
 
 
 def feed(bot: Any, *updates: dict[str, Any]) -> None:
