@@ -1,9 +1,9 @@
-"""A form across several messages: name, age, done. A ConversationHandler of python-telegram-bot.
+"""A form across several messages: name, age, done. A ConversationHandler, kept in the session.
 
 For Telegram: TOKEN=... python examples/ptb_form_bot.py
 A short chat on this machine, without a token: python examples/ptb_form_bot.py --offline
 
-The handler knows the step, the session has the answers. A draft that is left alone is forgotten.
+The session has the step and the answers. A draft that is left alone is forgotten.
 """
 
 import argparse
@@ -17,13 +17,12 @@ from telegram.ext import (
     Application,
     ApplicationBuilder,
     CommandHandler,
-    ConversationHandler,
     MessageHandler,
     filters,
 )
 
 from session_sync import Session, SessionManager, ttl
-from session_sync.ptb import SessionContext, install
+from session_sync.ptb import ConversationHandler, SessionContext, install
 
 AnyBuilder = ApplicationBuilder[Any, Any, Any, Any, Any, Any]
 AnyApplication = Application[Any, Any, Any, Any, Any, Any]
@@ -75,7 +74,7 @@ async def take_age(update: Update, context: SessionContext[Session]) -> int:
 
 
 async def too_late(update: Update) -> int:
-    """The draft has been forgotten, while the ConversationHandler still knows the step."""
+    """The draft has been forgotten, while the step is still known."""
     await say(update, "That took too long. /start again.")
     return ConversationHandler.END
 
@@ -99,8 +98,8 @@ async def anything_else(update: Update, context: SessionContext[Session]) -> Non
 
 
 def make_application(builder: AnyBuilder, sessions: SessionManager[Session]) -> AnyApplication:
-    """The bot. PTB asks for no `concurrent_updates` with a ConversationHandler, because the next
-    answer could come before the step has changed; here a user's next update waits for that."""
+    """The bot. PTB asks for no `concurrent_updates` with its own ConversationHandler, because the
+    next answer could come before the step has changed; here a user's next update waits for that."""
     application = install(builder.concurrent_updates(256), sessions).build()
     answer = filters.TEXT & ~filters.COMMAND
     form = ConversationHandler(
@@ -108,6 +107,7 @@ def make_application(builder: AnyBuilder, sessions: SessionManager[Session]) -> 
         states={NAME: [MessageHandler(answer, take_name)], AGE: [MessageHandler(answer, take_age)]},
         fallbacks=[CommandHandler("cancel", cancel)],
         allow_reentry=True,
+        name="form",
     )
     application.add_handlers([CommandHandler("me", me), form])
     application.add_handler(MessageHandler(filters.ALL, anything_else))

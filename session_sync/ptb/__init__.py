@@ -3,11 +3,13 @@
 
 All that PTB does with an update goes through `Application.process_update`, whatever calls it, so
 that is where the scopes of its sessions are put around it; the tasks that PTB makes for an update
-keep them open until the last of them has ended. Nothing else in session_sync knows PTB.
+keep them open until the last of them has ended. `ConversationHandler` is PTB's with its states in
+the session. Nothing else in session_sync knows PTB.
 """
 
 from .attribute import SessionContext
+from .conversations import ConversationHandler
 from .filters import session_filter
 from .installation import install
 
-__all__ = ["SessionContext", "install", "session_filter"]
+__all__ = ["ConversationHandler", "SessionContext", "install", "session_filter"]

@@ -16,6 +16,7 @@ from ..lifecycle.current import entries, in_handler
 from ..lifecycle.supergroups import Migration
 from ..lifecycle.update import Delivery
 from .attribute import Binding, step_outside_units
+from .conversations import ConversationHandler
 from .library import CREATE_TASK, PROCESS_FETCHED, RUN_TASK, Application, Update
 from .rollback import RollsBack, roll_back
 from .tasks import UnitTask
@@ -28,8 +29,14 @@ class Integration:
     def __init__(self, application: SessionApplication, sessions: BotSessions) -> None:
         self._application: Final = application
         self._sessions: Final = sessions
+        #: The names of the conversations.
+        self._conversations: Final[set[str]] = set()
         #: What stop() has to wait for, and PTB does not know of.
         self.closing: Final[set[asyncio.Task[Any]]] = set()
+
+    def bind(self, conversation: ConversationHandler[Any]) -> None:
+        """Let a conversation be kept in one of the sessions."""
+        conversation.bind(self._sessions.managers, self._conversations)
 
     def prepare(self, update: object) -> UnitOfWork:
         """What an update needs before it can be handled."""
@@ -135,6 +142,12 @@ class SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         """Let the error handlers see what was before the handler that has failed."""
         roll_back(update, error)
         return await super().process_error(update, error, *args, **kw)
+
+    def add_handler(self, handler: Any, *args: Any, **kw: Any) -> None:
+        """Find for a conversation the session that keeps it, before any update comes."""
+        if isinstance(handler, ConversationHandler):
+            self._session_sync.bind(handler)
+        super().add_handler(handler, *args, **kw)
 
     def add_error_handler(self, callback: Any, *args: Any, **kw: Any) -> None:
         """PTB swallows what an error handler raises, so that its unit would not see it."""

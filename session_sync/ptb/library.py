@@ -10,10 +10,14 @@ from typing import Final
 try:
     from telegram import Bot as Bot
     from telegram import Update as Update
+    from telegram._utils.defaultvalue import DEFAULT_TRUE as DEFAULT_TRUE
     from telegram.ext import Application as Application
     from telegram.ext import ApplicationBuilder as ApplicationBuilder
+    from telegram.ext import ApplicationHandlerStop as ApplicationHandlerStop
+    from telegram.ext import BaseHandler as BaseHandler
     from telegram.ext import CallbackContext as CallbackContext
     from telegram.ext import ContextTypes as ContextTypes
+    from telegram.ext import ConversationHandler as ConversationHandler
     from telegram.ext import ExtBot as ExtBot
     from telegram.ext import JobQueue as JobQueue
     from telegram.ext.filters import UpdateFilter as UpdateFilter

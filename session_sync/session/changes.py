@@ -518,6 +518,13 @@ class ChangeTracker:
             self._standing.append(FieldState(value, untouched, is_opaque=is_opaque))
         return cast(dict[str, Any], self._standing[0].value)
 
+    def stands_at(self, name: str) -> Any:
+        """What is there under `name`, to be read only; None: nothing. To look costs less than to
+        have the dict, and most users stand nowhere."""
+        if self._standing:
+            return self._standing[0].value.get(name)
+        return standing_in(self.flushed, self.key).get(name) if AT in self.flushed else None
+
     def _with_standing(self, record: Record, state: FieldState) -> Record:
         """`record` with what the handler has of where the user stands."""
         stored = record.get(AT, MISSING)

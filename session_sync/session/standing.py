@@ -30,3 +30,17 @@ def standing_of(session: BaseSession) -> dict[str, Any]:
     ({}, {'conversation:form': 'AGE'})
     """
     return session._opened().standing()
+
+
+def stands_at(session: BaseSession, name: str) -> Any:
+    """What `standing_of(session)` has under `name`, to be read only; None: nothing. To look costs
+    less than to have all of it, and most users stand nowhere.
+
+    Raises SessionDecodeError as `standing_of` does.
+
+    >>> from session_sync import SessionManager
+    >>> with SessionManager().session_scope("user:1") as session:
+    ...     print(stands_at(session, "conversation:form"))
+    None
+    """
+    return session._opened().stands_at(name)

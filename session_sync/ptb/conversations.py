@@ -1,0 +1,461 @@
+"""PTB's ConversationHandler with its states in the session.
+
+A conversation is where the session of its user says that the user stands. So it is locked, written
+and undone with the session, any process sees it, and a restart keeps it. What is looked up before a
+handler is called is looked up inside the update's scope, which PTB's synchronous `check_update` can
+do: the session is open by then.
+
+This module knows PTB's handlers; it does not know how a session is opened for an update.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from warnings import warn
+
+from ..errors import SessionClosedError, SessionKeyError
+from ..manager import SessionManager, no_key
+from ..session.session import BaseSession
+from ..session.standing import standing_of, stands_at
+from .attribute import Binding
+from .library import (
+    DEFAULT_TRUE,
+    ApplicationHandlerStop,
+    BaseHandler,
+    CallbackContext,
+    Update,
+)
+from .library import ConversationHandler as OwnConversationHandler
+
+if TYPE_CHECKING:
+    from .library import Application
+
+CCT = TypeVar("CCT", bound=CallbackContext[Any, Any, Any, Any])
+
+_log: Final = logging.getLogger("session_sync")
+
+#: What a state may be, besides tuples of these, and members of an Enum.
+_ATOMS: Final = (str, int, bool, float, bytes)
+_ENUM: Final = "enum"
+
+
+class _Checked(NamedTuple):
+    """What check_update has found: the state, where it is kept, and the handler that fits."""
+
+    state: object
+    name: str
+    handler: BaseHandler[Any, Any, Any]
+    result: object
+
+
+class _Home(NamedTuple):
+    """Which of an update's sessions keeps a conversation, and what its key does not say."""
+
+    place: int
+    manager: SessionManager[Any]
+    says_chat: bool
+    says_user: bool
+
+
+class ConversationHandler(OwnConversationHandler[CCT]):
+    """`telegram.ext.ConversationHandler` with its states in the session: the same arguments, and a
+    `name`.
+
+    Every process sees where a user stands, and a restart keeps it, without a persistence and with
+    `concurrent_updates`. A handler that raises, also one of a later group, leaves the state as it
+    was, with the session. To empty a session (`context.session = None`) leaves the state;
+    `sessions.forget` deletes both.
+
+    A handler with `block=False` sets its state when it returns: its user's next update waits for
+    that, so `WAITING` is never reached. One that has released the session sets its state all the
+    same, unless the user stands elsewhere by then, which is logged. A stored state that the program
+    does not have any more is left by a fallback or an entry point.
+
+    A conversation is kept in `context.session`, or in `context.chat_session` where that is the one
+    that all of its updates share: one with `per_user=False` needs a manager with
+    `get_storage_key=by_chat`, one with `per_chat=False` a manager with `by_user`.
+
+    Arguments:
+        name: under this name the conversation is stored; no other one of the program may have it.
+        states: the keys are of type str, int, bool, float or bytes, tuples of these, or members of
+            an Enum, which are stored by their names.
+        persistent: always False; every conversation is kept.
+        conversation_timeout: not available yet.
+
+    All others are as PTB's.
+
+    Raises ValueError without a name, with `persistent=True`, or if two states are stored alike;
+    TypeError for a state that cannot be stored, and for a handler in it that is a conversation of
+    telegram.ext's own; NotImplementedError with a `conversation_timeout`. `add_handler` raises
+    ValueError if another conversation has the name, or no session fits, or its manager is lazy.
+
+    >>> from session_sync import Session
+    >>> from session_sync.ptb import ConversationHandler, SessionContext
+    >>> from telegram import Update
+    >>> from telegram.ext import CommandHandler, MessageHandler, filters
+    >>> NAME = "NAME"
+    >>> async def start(update: Update, context: SessionContext[Session]) -> str:
+    ...     return NAME
+    >>> async def take(update: Update, context: SessionContext[Session]) -> int:
+    ...     context.session.name = update.effective_message.text
+    ...     return ConversationHandler.END
+    >>> form = ConversationHandler(
+    ...     entry_points=[CommandHandler("start", start)],
+    ...     states={NAME: [MessageHandler(filters.TEXT, take)]},
+    ...     fallbacks=[],
+    ...     name="form",
+    ... )
+    """
+
+    def __init__(
+        self,
+        entry_points: list[BaseHandler[Update, CCT, object]],
+        states: dict[object, list[BaseHandler[Update, CCT, object]]],
+        fallbacks: list[BaseHandler[Update, CCT, object]],
+        allow_reentry: bool = False,
+        per_chat: bool = True,
+        per_user: bool = True,
+        per_message: bool = False,
+        conversation_timeout: float | timedelta | None = None,
+        name: str | None = None,
+        persistent: bool = False,
+        map_to_parent: dict[object, object] | None = None,
+        block: Any = DEFAULT_TRUE,
+    ) -> None:
+        if not name:
+            raise ValueError(
+                "a ConversationHandler of session_sync's needs a name, under which its states are "
+                "stored: ConversationHandler(..., name='form')"
+            )
+        if persistent:
+            raise ValueError(
+                f"ConversationHandler {name!r}: its states are in the session, so there is nothing "
+                f"for a persistence to keep; leave persistent=True away"
+            )
+        if conversation_timeout is not None:
+            raise NotImplementedError(
+                f"ConversationHandler {name!r}: conversation_timeout is not available yet; give "
+                f"the fields of the form a lifetime by session_sync.ttl(), or take "
+                f"telegram.ext.ConversationHandler"
+            )
+        super().__init__(
+            entry_points,
+            states,
+            fallbacks,
+            allow_reentry=allow_reentry,
+            per_chat=per_chat,
+            per_user=per_user,
+            per_message=per_message,
+            name=name,
+            map_to_parent=map_to_parent,
+            block=block,
+        )
+        self._prefix: Final = f"conversation:{name}:"
+        self._own_block: Final = block
+        self._home: _Home | None = None
+        #: The states by how they are stored, and by what equals them: 1 may be a member of an Enum.
+        self._by_stored: Final = _by_stored(name, states)
+        self._by_equal: Final = {state: state for state in states}
+        inside = [handler for handlers in states.values() for handler in handlers]
+        self._handlers: Final = [*entry_points, *fallbacks, *inside]
+        for handler in self._handlers:
+            is_ours = isinstance(handler, ConversationHandler)
+            if isinstance(handler, OwnConversationHandler) and not is_ours:
+                raise TypeError(
+                    f"ConversationHandler {name!r} has a ConversationHandler of telegram.ext in "
+                    f"it, whose states would be in another place; import that one from "
+                    f"session_sync.ptb, too"
+                )
+
+    # -- when it is added to an application
+
+    def bind(self, managers: Sequence[SessionManager[Any]], names: set[str]) -> None:
+        """Find the session for this conversation and those in it; `names` are taken.
+
+        Raises ValueError if there is none, or if a name is taken.
+        """
+        for each in self._with_children():
+            assert each.name is not None
+            if each.name in names:
+                raise ValueError(
+                    f"two ConversationHandlers have the name {each.name!r}, so each would take the "
+                    f"states of the other one for its own; give them two names"
+                )
+            names.add(each.name)
+            each._home = each._find_home(managers)
+
+    def _with_children(self) -> Iterable[ConversationHandler[Any]]:
+        yield self
+        seen: set[int] = set()
+        for handler in self._handlers:
+            if isinstance(handler, ConversationHandler) and id(handler) not in seen:
+                seen.add(id(handler))  # it may be an entry point, and in a state as well
+                yield from handler._with_children()
+
+    def _find_home(self, managers: Sequence[SessionManager[Any]]) -> _Home:
+        for place, manager in enumerate(managers):
+            key, of_other_user, of_other_chat = (
+                manager.scopes.get_storage_key(_message(user, chat))
+                for user, chat in ((1, -1), (2, -1), (1, -2))
+            )
+            says_user, says_chat = key != of_other_user, key != of_other_chat
+            # Two updates of one conversation must not have two sessions.
+            if (says_user and not self.per_user) or (says_chat and not self.per_chat):
+                continue
+            if manager.scopes.options.lazy:
+                raise ValueError(
+                    f"ConversationHandler {self.name!r}: the session that would keep its states is "
+                    f"lazy, and PTB looks at the state of every update; make its SessionManager "
+                    f"without lazy=True"
+                )
+            return _Home(place, manager, says_chat, says_user)
+        wanted = "by_user" if self.per_user else "by_chat"
+        raise ValueError(
+            f"ConversationHandler {self.name!r} with per_chat={self.per_chat} and "
+            f"per_user={self.per_user} has updates with different sessions, so none of these can "
+            f"keep its state; give install() a chat_session=SessionManager("
+            f"get_storage_key={wanted})"
+        )
+
+    # -- from outside of its handlers
+
+    def state(self, session: BaseSession, **ids: int | str) -> object:
+        """The state in which the user of `session` is; None: not in this conversation.
+
+        Arguments:
+            session: the one that keeps the conversation, open.
+            ids: what its key does not say: `chat`, `user` or `message`.
+
+        Raises ValueError for other ones, and RuntimeError if this was not added to an application.
+        """
+        return self._state_of(stands_at(session, self._name_for(ids)))
+
+    def move(self, session: BaseSession, state: object, **ids: int | str) -> None:
+        """Set the state in which the user of `session` is, or END. The arguments and errors are as
+        with `state`; TypeError for a state that cannot be stored.
+
+        >>> # with sessions.session_scope(key) as session:
+        >>> #     form.move(session, AGE)
+        """
+        self._put(standing_of(session), self._name_for(ids), state)
+
+    def _name_for(self, ids: Mapping[str, int | str]) -> str:
+        home = self._bound()
+        wanted = [
+            what
+            for what, is_needed in (
+                ("chat", self.per_chat and not home.says_chat),
+                ("user", self.per_user and not home.says_user),
+                ("message", self.per_message),
+            )
+            if is_needed
+        ]
+        if set(ids) != set(wanted):
+            raise ValueError(
+                f"ConversationHandler {self.name!r} needs {', '.join(wanted) or 'no IDs'} besides "
+                f"the session, not {', '.join(ids) or 'nothing'}"
+            )
+        return self._prefix + ":".join(str(ids[what]) for what in wanted)
+
+    # -- for PTB
+
+    def check_update(self, update: object) -> Any:
+        """See BaseHandler.check_update."""
+        if not isinstance(update, Update) or not self._may_be_mine(update):
+            return None
+        session, name = self._session_of(update), self._name_in(update)
+        stored = stands_at(session, name)
+        is_there, state = stored is not None, self._state_of(stored)
+        if not is_there or self.allow_reentry:
+            found = _first(self.entry_points, update)
+            if found is not None or not is_there:
+                return None if found is None else _Checked(state, name, *found)
+        is_known = stored in self._by_stored
+        own = self.states[state] if is_known else ()
+        found = _first(own, update) or _first(self.fallbacks, update)
+        if found is None and not is_known:  # of an older program, say: not stuck for ever
+            found = _first(self.entry_points, update)
+        return None if found is None else _Checked(state, name, *found)
+
+    async def handle_update(
+        self,
+        update: Update,
+        application: Application[Any, CCT, Any, Any, Any, Any],
+        check_result: Any,
+        context: CCT,
+    ) -> object | None:
+        """See BaseHandler.handle_update."""
+        found: _Checked = check_result
+        handling = found.handler.handle_update(update, application, found.result, context)
+        if not self._blocks(found.handler, application):
+            application.create_task(self._handle_later(update, found, handling), update=update)
+            return None
+        stops = False
+        try:
+            state: object = await handling
+        except ApplicationHandlerStop as stop:
+            state, stops = stop.state, True
+        mapped = self.map_to_parent
+        is_mapped = mapped is not None and _is_in(state, mapped)
+        await self._set(update, found, self.END if is_mapped else state)
+        if stops:
+            raise ApplicationHandlerStop(mapped[state] if is_mapped and mapped else None)
+        return mapped[state] if is_mapped and mapped else None
+
+    def _may_be_mine(self, update: Update) -> bool:
+        if update.channel_post or update.edited_channel_post:
+            return False
+        query = update.callback_query
+        return (
+            (not self.per_chat or update.effective_chat is not None)
+            and (not self.per_user or update.effective_user is not None)
+            and (not self.per_message or query is not None)
+            and not (query and self.per_chat and not query.message)
+        )
+
+    def _blocks(self, handler: BaseHandler[Any, Any, Any], application: Any) -> bool:
+        """The setting of the handler, of this one, or of the bot's defaults."""
+        for block in (handler.block, self._own_block):
+            if block is not DEFAULT_TRUE:
+                return bool(block)
+        defaults = getattr(application.bot, "defaults", None)
+        return True if defaults is None else bool(defaults.block)
+
+    async def _handle_later(self, update: Update, found: _Checked, handling: Any) -> None:
+        """What a handler with `block=False` does in a task of its own."""
+        await self._set(update, found, await handling)
+
+    # -- where it is kept
+
+    def _bound(self) -> _Home:
+        if self._home is None:
+            raise RuntimeError(
+                f"ConversationHandler {self.name!r} was added to an application without sessions; "
+                f"build that with session_sync.ptb.install(Application.builder()..., sessions)"
+            )
+        return self._home
+
+    def _session_of(self, update: Update) -> BaseSession:
+        home, binding = self._bound(), Binding.of(update)
+        if binding is None:
+            raise SessionKeyError(no_key(update))
+        return binding.session_at(home.place)
+
+    def _name_in(self, update: Update) -> str:
+        """The name under which an update's conversation is kept: what the key does not say."""
+        home, parts = self._bound(), []
+        if self.per_chat and not home.says_chat:
+            assert update.effective_chat is not None
+            parts.append(str(update.effective_chat.id))
+        if self.per_user and not home.says_user:
+            assert update.effective_user is not None
+            parts.append(str(update.effective_user.id))
+        if self.per_message:
+            query: Any = update.callback_query
+            parts.append(str(query.inline_message_id or query.message.message_id))
+        return self._prefix + ":".join(parts)
+
+    async def _set(self, update: Update, found: _Checked, state: object) -> None:
+        """Set the state that a handler has returned."""
+        if state is None:
+            return
+        if state != self.END and not _is_in(state, self.states):
+            warn(
+                f"a handler returned the state {state!r}, which is unknown to the "
+                f"ConversationHandler {self.name}",
+                stacklevel=3,
+            )
+        session = self._session_of(update)
+        try:
+            self._put(standing_of(session), found.name, state)
+        except SessionClosedError:  # the handler has released it
+            await self._set_after_release(session.key, found, state)
+
+    async def _set_after_release(self, key: str, found: _Checked, state: object) -> None:
+        async with self._bound().manager.scopes.of_standing(key) as session:
+            at = standing_of(session)
+            if self._state_of(at.get(found.name)) == found.state:
+                self._put(at, found.name, state)
+            else:
+                _log.error(
+                    "session %r: a handler of ConversationHandler %r has released it and then "
+                    "returned a state; the user stands elsewhere by now, so that was dropped",
+                    key,
+                    self.name,
+                )
+
+    def _put(self, at: dict[str, Any], name: str, state: object) -> None:
+        if state == self.END:
+            at.pop(name, None)
+        else:
+            known = self._by_equal[state] if _is_in(state, self._by_equal) else state
+            at[name] = _stored(str(self.name), known)
+
+    def _state_of(self, stored: object) -> object:
+        return self._by_stored.get(stored, stored)
+
+
+def _message(user: int, chat: int) -> object:
+    """An update with a message of that user in that chat."""
+    message = {
+        "message_id": 1,
+        "date": 1,
+        "chat": {"id": chat, "type": "group"},
+        "from": {"id": user, "is_bot": False, "first_name": ""},
+        "text": "",
+    }
+    bot: Any = None  # it does nothing
+    return Update.de_json({"update_id": 1, "message": message}, bot)
+
+
+def _first(
+    handlers: Iterable[BaseHandler[Any, Any, Any]], update: Update
+) -> tuple[BaseHandler[Any, Any, Any], object] | None:
+    """The first handler that is for an update, and what its check has found."""
+    for handler in handlers:
+        result = handler.check_update(update)
+        if result is not None and result is not False:
+            return handler, result
+    return None
+
+
+def _is_in(state: object, states: Mapping[object, object]) -> bool:
+    try:
+        return state in states
+    except TypeError:  # it has no hash
+        return False
+
+
+def _by_stored(name: str, states: Iterable[object]) -> dict[object, object]:
+    special = (OwnConversationHandler.TIMEOUT, OwnConversationHandler.WAITING)
+    by_stored: dict[object, object] = {}
+    for state in states:
+        if state in special:
+            continue
+        stored = _stored(name, state)
+        if stored in by_stored:
+            raise ValueError(
+                f"ConversationHandler {name!r}: the states {by_stored[stored]!r} and {state!r} "
+                f"would be stored alike; give them two names"
+            )
+        by_stored[stored] = state
+    return by_stored
+
+
+def _stored(name: str, state: object) -> object:
+    """How a state is stored; raises TypeError if it cannot be."""
+    if isinstance(state, Enum):
+        return (_ENUM, type(state).__qualname__, state.name)
+    if isinstance(state, tuple):
+        return tuple(_stored(name, part) for part in state)
+    if type(state) not in _ATOMS:
+        raise TypeError(
+            f"ConversationHandler {name!r}: a state is of type {type(state).__name__}, which "
+            f"cannot be stored; take str, int, bool, float, bytes, tuples of these, or members of "
+            f"an Enum"
+        )
+    return state
