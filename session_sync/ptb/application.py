@@ -29,14 +29,18 @@ class Integration:
     def __init__(self, application: SessionApplication, sessions: BotSessions) -> None:
         self._application: Final = application
         self._sessions: Final = sessions
-        #: The names of the conversations.
-        self._conversations: Final[set[str]] = set()
+        #: The conversations by their names.
+        self._conversations: Final[dict[str, object]] = {}
         #: What stop() has to wait for, and PTB does not know of.
         self.closing: Final[set[asyncio.Task[Any]]] = set()
 
     def bind(self, conversation: ConversationHandler[Any]) -> None:
         """Let a conversation be kept in one of the sessions."""
         conversation.bind(self._sessions.managers, self._conversations)
+
+    def unbind(self, conversation: ConversationHandler[Any]) -> None:
+        """It was removed."""
+        conversation.unbind(self._conversations)
 
     def prepare(self, update: object) -> UnitOfWork:
         """What an update needs before it can be handled."""
@@ -148,6 +152,12 @@ class SessionApplication(Application[Any, Any, Any, Any, Any, Any]):
         if isinstance(handler, ConversationHandler):
             self._session_sync.bind(handler)
         super().add_handler(handler, *args, **kw)
+
+    def remove_handler(self, handler: Any, *args: Any, **kw: Any) -> None:
+        """As PTB's; a conversation gives up its name."""
+        super().remove_handler(handler, *args, **kw)
+        if isinstance(handler, ConversationHandler):
+            self._session_sync.unbind(handler)
 
     def add_error_handler(self, callback: Any, *args: Any, **kw: Any) -> None:
         """PTB swallows what an error handler raises, so that its unit would not see it."""

@@ -51,6 +51,13 @@ class Binding:
         """Its scopes, while there are any."""
         return self._update_scope()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether one of its sessions is open."""
+        update_scope = self.update_scope
+        entries = () if update_scope is None else update_scope.in_order
+        return any(not entry.target.closed for entry in entries)
+
     def session_at(self, place: int) -> BaseSession:
         """The session, also after it was released."""
         update_scope, session = self.update_scope, None

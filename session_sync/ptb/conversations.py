@@ -10,8 +10,10 @@ This module knows PTB's handlers; it does not know how a session is opened for a
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextvars import copy_context
 from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
@@ -19,9 +21,10 @@ from warnings import warn
 
 from ..errors import SessionClosedError, SessionKeyError
 from ..manager import SessionManager, no_key
+from ..session.keys import OWN_KEY_FUNCTIONS
 from ..session.session import BaseSession
 from ..session.standing import standing_of, stands_at
-from .attribute import Binding
+from .attribute import Binding, step_outside_units
 from .library import (
     DEFAULT_TRUE,
     ApplicationHandlerStop,
@@ -53,12 +56,12 @@ class _Checked(NamedTuple):
 
 
 class _Home(NamedTuple):
-    """Which of an update's sessions keeps a conversation, and what its key does not say."""
+    """Which of an update's sessions keeps a conversation, and what its key does not say: `chat`,
+    `user` and `message`, as far as the conversation looks at them."""
 
     place: int
     manager: SessionManager[Any]
-    says_chat: bool
-    says_user: bool
+    rest: tuple[str, ...]
 
 
 class ConversationHandler(OwnConversationHandler[CCT]):
@@ -154,15 +157,14 @@ class ConversationHandler(OwnConversationHandler[CCT]):
             map_to_parent=map_to_parent,
             block=block,
         )
-        self._prefix: Final = f"conversation:{name}:"
+        self._prefix: Final = f"conversation:{name.replace('%', '%25').replace(':', '%3A')}:"
         self._own_block: Final = block
         self._home: _Home | None = None
         #: The states by how they are stored, and by what equals them: 1 may be a member of an Enum.
         self._by_stored: Final = _by_stored(name, states)
         self._by_equal: Final = {state: state for state in states}
         inside = [handler for handlers in states.values() for handler in handlers]
-        self._handlers: Final = [*entry_points, *fallbacks, *inside]
-        for handler in self._handlers:
+        for handler in (*entry_points, *fallbacks, *inside):
             is_ours = isinstance(handler, ConversationHandler)
             if isinstance(handler, OwnConversationHandler) and not is_ours:
                 raise TypeError(
@@ -173,38 +175,62 @@ class ConversationHandler(OwnConversationHandler[CCT]):
 
     # -- when it is added to an application
 
-    def bind(self, managers: Sequence[SessionManager[Any]], names: set[str]) -> None:
-        """Find the session for this conversation and those in it; `names` are taken.
+    def bind(self, managers: Sequence[SessionManager[Any]], named: dict[str, object]) -> None:
+        """Find the session for this conversation and those in it; `named` are those of the
+        application, by their names.
 
-        Raises ValueError if there is none, or if a name is taken.
+        Raises ValueError if there is none, if a name is another one's, or if this was bound to
+        other managers.
         """
-        for each in self._with_children():
-            assert each.name is not None
-            if each.name in names:
+        homes = {each: each._find_home(managers) for each in self._with_children()}
+        for each, home in homes.items():
+            if named.get(str(each.name), each) is not each:
                 raise ValueError(
                     f"two ConversationHandlers have the name {each.name!r}, so each would take the "
                     f"states of the other one for its own; give them two names"
                 )
-            names.add(each.name)
-            each._home = each._find_home(managers)
+            if each._home not in (None, home):
+                raise ValueError(
+                    f"ConversationHandler {each.name!r} was added to another application, with "
+                    f"other sessions; make one for each"
+                )
+        for each, home in homes.items():
+            named[str(each.name)] = each
+            each._home = home
+
+    def unbind(self, named: dict[str, object]) -> None:
+        """Give up the names of this conversation and those in it."""
+        for each in self._with_children():
+            if named.get(str(each.name)) is each:
+                del named[str(each.name)]
 
     def _with_children(self) -> Iterable[ConversationHandler[Any]]:
         yield self
-        seen: set[int] = set()
-        for handler in self._handlers:
-            if isinstance(handler, ConversationHandler) and id(handler) not in seen:
-                seen.add(id(handler))  # it may be an entry point, and in a state as well
+        inside = [handler for handlers in self.states.values() for handler in handlers]
+        for handler in (*self.entry_points, *self.fallbacks, *inside):
+            if isinstance(handler, ConversationHandler):
                 yield from handler._with_children()
 
     def _find_home(self, managers: Sequence[SessionManager[Any]]) -> _Home:
         for place, manager in enumerate(managers):
-            key, of_other_user, of_other_chat = (
-                manager.scopes.get_storage_key(_message(user, chat))
-                for user, chat in ((1, -1), (2, -1), (1, -2))
-            )
+            get_storage_key = manager.scopes.get_storage_key
+            try:
+                key, of_other_user, of_other_chat, of_topic = map(get_storage_key, _messages())
+            except OSError:  # no word on the key: a signal handler's TimeoutError, say
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"ConversationHandler {self.name!r}: get_storage_key raised "
+                    f"{type(error).__name__} for a message of a user in a group that was made up "
+                    f"to see what its keys say; let it return None for what it does not know"
+                ) from error
             says_user, says_chat = key != of_other_user, key != of_other_chat
             # Two updates of one conversation must not have two sessions.
-            if (says_user and not self.per_user) or (says_chat and not self.per_chat):
+            if (
+                (says_user and not self.per_user)
+                or (says_chat and not self.per_chat)
+                or (key != of_topic and not self.per_user)
+            ):
                 continue
             if manager.scopes.options.lazy:
                 raise ValueError(
@@ -212,13 +238,24 @@ class ConversationHandler(OwnConversationHandler[CCT]):
                     f"lazy, and PTB looks at the state of every update; make its SessionManager "
                     f"without lazy=True"
                 )
-            return _Home(place, manager, says_chat, says_user)
+            # A key function of the program's own may tell some users apart, and not others.
+            is_own = get_storage_key in OWN_KEY_FUNCTIONS
+            needed = {
+                "chat": self.per_chat and not (says_chat and is_own),
+                "user": self.per_user and not (says_user and is_own),
+                "message": self.per_message,
+            }
+            return _Home(place, manager, tuple(what for what in needed if needed[what]))
         wanted = "by_user" if self.per_user else "by_chat"
+        way_out = (
+            f"give install() a chat_session=SessionManager(get_storage_key={wanted})"
+            if self.per_user or self.per_chat
+            else "let it be per_chat, too"
+        )
         raise ValueError(
             f"ConversationHandler {self.name!r} with per_chat={self.per_chat} and "
             f"per_user={self.per_user} has updates with different sessions, so none of these can "
-            f"keep its state; give install() a chat_session=SessionManager("
-            f"get_storage_key={wanted})"
+            f"keep its state; {way_out}"
         )
 
     # -- from outside of its handlers
@@ -244,16 +281,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         self._put(standing_of(session), self._name_for(ids), state)
 
     def _name_for(self, ids: Mapping[str, int | str]) -> str:
-        home = self._bound()
-        wanted = [
-            what
-            for what, is_needed in (
-                ("chat", self.per_chat and not home.says_chat),
-                ("user", self.per_user and not home.says_user),
-                ("message", self.per_message),
-            )
-            if is_needed
-        ]
+        wanted = self._bound().rest
         if set(ids) != set(wanted):
             raise ValueError(
                 f"ConversationHandler {self.name!r} needs {', '.join(wanted) or 'no IDs'} besides "
@@ -267,14 +295,19 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         """See BaseHandler.check_update."""
         if not isinstance(update, Update) or not self._may_be_mine(update):
             return None
-        session, name = self._session_of(update), self._name_in(update)
-        stored = stands_at(session, name)
+        name = self._name_in(update)
+        try:
+            stored = stands_at(self._session_of(update), name)
+        except SessionKeyError:
+            if _first(self.entry_points, update) is None:  # it may be for another handler
+                return None
+            raise
         is_there, state = stored is not None, self._state_of(stored)
         if not is_there or self.allow_reentry:
             found = _first(self.entry_points, update)
             if found is not None or not is_there:
                 return None if found is None else _Checked(state, name, *found)
-        is_known = stored in self._by_stored
+        is_known = _is_in(state, self.states)
         own = self.states[state] if is_known else ()
         found = _first(own, update) or _first(self.fallbacks, update)
         if found is None and not is_known:  # of an older program, say: not stuck for ever
@@ -292,7 +325,8 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         found: _Checked = check_result
         handling = found.handler.handle_update(update, application, found.result, context)
         if not self._blocks(found.handler, application):
-            application.create_task(self._handle_later(update, found, handling), update=update)
+            later = self._handle_later(application, update, found, handling)
+            application.create_task(later, update=update)
             return None
         stops = False
         try:
@@ -301,7 +335,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
             state, stops = stop.state, True
         mapped = self.map_to_parent
         is_mapped = mapped is not None and _is_in(state, mapped)
-        await self._set(update, found, self.END if is_mapped else state)
+        await self._set(application, update, found, self.END if is_mapped else state)
         if stops:
             raise ApplicationHandlerStop(mapped[state] if is_mapped and mapped else None)
         return mapped[state] if is_mapped and mapped else None
@@ -325,17 +359,20 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         defaults = getattr(application.bot, "defaults", None)
         return True if defaults is None else bool(defaults.block)
 
-    async def _handle_later(self, update: Update, found: _Checked, handling: Any) -> None:
+    async def _handle_later(
+        self, application: Any, update: Update, found: _Checked, handling: Any
+    ) -> None:
         """What a handler with `block=False` does in a task of its own."""
-        await self._set(update, found, await handling)
+        await self._set(application, update, found, await handling)
 
     # -- where it is kept
 
     def _bound(self) -> _Home:
         if self._home is None:
             raise RuntimeError(
-                f"ConversationHandler {self.name!r} was added to an application without sessions; "
-                f"build that with session_sync.ptb.install(Application.builder()..., sessions)"
+                f"ConversationHandler {self.name!r} was added to an application without sessions, "
+                f"or to another conversation after that was added; build the application with "
+                f"session_sync.ptb.install(Application.builder()..., sessions)"
             )
         return self._home
 
@@ -347,33 +384,41 @@ class ConversationHandler(OwnConversationHandler[CCT]):
 
     def _name_in(self, update: Update) -> str:
         """The name under which an update's conversation is kept: what the key does not say."""
-        home, parts = self._bound(), []
-        if self.per_chat and not home.says_chat:
-            assert update.effective_chat is not None
-            parts.append(str(update.effective_chat.id))
-        if self.per_user and not home.says_user:
-            assert update.effective_user is not None
-            parts.append(str(update.effective_user.id))
-        if self.per_message:
-            query: Any = update.callback_query
-            parts.append(str(query.inline_message_id or query.message.message_id))
-        return self._prefix + ":".join(parts)
+        wanted = self._bound().rest
+        if not wanted:
+            return self._prefix
+        chat: Any = update.effective_chat
+        user: Any = update.effective_user
+        query: Any = update.callback_query
+        found = {
+            "chat": lambda: chat.id,
+            "user": lambda: user.id,
+            "message": lambda: query.inline_message_id or query.message.message_id,
+        }
+        return self._prefix + ":".join(str(found[what]()) for what in wanted)
 
-    async def _set(self, update: Update, found: _Checked, state: object) -> None:
+    async def _set(self, application: Any, update: Update, found: _Checked, state: object) -> None:
         """Set the state that a handler has returned."""
         if state is None:
             return
         if state != self.END and not _is_in(state, self.states):
+            named = repr(state) if type(state) in _ATOMS else f"of type {type(state).__name__}"
             warn(
-                f"a handler returned the state {state!r}, which is unknown to the "
-                f"ConversationHandler {self.name}",
+                f"a handler returned a state that is unknown to the ConversationHandler "
+                f"{self.name}: {named}",
                 stacklevel=3,
             )
         session = self._session_of(update)
         try:
             self._put(standing_of(session), found.name, state)
         except SessionClosedError:  # the handler has released it
-            await self._set_after_release(session.key, found, state)
+            setting = self._set_after_release(session.key, found, state)
+            binding = Binding.of(update)
+            if binding is not None and binding.is_open:
+                # Not here: an update that has this session may wait for the one that is open here.
+                _run_outside(application, setting)
+            else:
+                await setting
 
     async def _set_after_release(self, key: str, found: _Checked, state: object) -> None:
         async with self._bound().manager.scopes.of_standing(key) as session:
@@ -396,18 +441,33 @@ class ConversationHandler(OwnConversationHandler[CCT]):
             at[name] = _stored(str(self.name), known)
 
     def _state_of(self, stored: object) -> object:
-        return self._by_stored.get(stored, stored)
+        return self._by_stored[stored] if _is_in(stored, self._by_stored) else stored
 
 
-def _message(user: int, chat: int) -> object:
-    """An update with a message of that user in that chat."""
-    message = {
+def _run_outside(application: Any, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` in a task that runs inside no scope; the stop() of the application waits for it."""
+    context = copy_context()
+    context.run(step_outside_units)
+    application._session_sync.wait_for(asyncio.create_task(work, context=context))
+
+
+def _messages() -> Iterator[object]:
+    """One, and others of another user, in another chat, and in a topic."""
+    for user, chat, thread in ((1, -1, None), (2, -1, None), (1, -2, None), (1, -1, 4)):
+        yield _message(user, chat, thread)
+
+
+def _message(user: int, chat: int, thread: int | None) -> object:
+    """An update with a message of that user in that chat, or that topic of it."""
+    message: dict[str, Any] = {
         "message_id": 1,
         "date": 1,
         "chat": {"id": chat, "type": "group"},
         "from": {"id": user, "is_bot": False, "first_name": ""},
         "text": "",
     }
+    if thread is not None:
+        message |= {"is_topic_message": True, "message_thread_id": thread}
     bot: Any = None  # it does nothing
     return Update.de_json({"update_id": 1, "message": message}, bot)
 

@@ -476,7 +476,7 @@ class ChangeTracker:
             is_small = record.__class__ is dict and len(record) <= SMALL
             record = {**record, **changes} if is_small else patched(record, changes)
         if self._standing:
-            record = self._with_standing(record, self._standing[0])
+            record = self._with_standing(record, self._standing[0], is_last)
         if record is not self.flushed:
             self.flushed = record
             if self.timers is not None:
@@ -523,10 +523,15 @@ class ChangeTracker:
         have the dict, and most users stand nowhere."""
         if self._standing:
             return self._standing[0].value.get(name)
-        return standing_in(self.flushed, self.key).get(name) if AT in self.flushed else None
+        stored = self.flushed.get(AT)
+        if stored is None:
+            return None
+        standing = stored if stored.__class__ is dict else standing_in(self.flushed, self.key)
+        return standing.get(name)
 
-    def _with_standing(self, record: Record, state: FieldState) -> Record:
-        """`record` with what the handler has of where the user stands."""
+    def _with_standing(self, record: Record, state: FieldState, is_last: bool) -> Record:
+        """`record` with what the handler has of where the user stands. What a session begins with
+        is not stored for that; before the end, the handler still reads it in the record."""
         stored = record.get(AT, MISSING)
         unchanged = stored if state.dumped is MISSING else state.dumped
         dumped = self._change(AT, state.value, unchanged, False, state.is_opaque, ANY)
@@ -535,7 +540,8 @@ class ChangeTracker:
         state.dumped = MISSING
         if not dumped:
             return record if stored is MISSING else without(record, AT)
-        return patched(record, self._with_version({AT: dumped}))
+        before = record_of({}) if is_last and record is self.initial_record else record
+        return patched(before, self._with_version({AT: dumped}))
 
     def _with_version(self, hidden: dict[str, Any]) -> dict[str, Any]:
         version = self.schema.version

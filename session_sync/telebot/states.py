@@ -19,6 +19,7 @@ from ..errors import SessionKeyError
 from ..manager import SessionManager
 from ..session.keys import OWN_KEY_FUNCTIONS, StorageKey, text_of
 from ..session.standing import standing_of
+from ..storages.base import plain
 from .library import AsyncStateStorageBase, Message, StateStorageBase
 
 P = ParamSpec("P")
@@ -70,6 +71,7 @@ class _Places:
         message_thread_id: int | None = None,
         bot_id: int | None = None,
     ) -> _Place:
+        chat_id, user_id = int(chat_id), int(user_id)  # of a button's data they are strings
         message = _message(chat_id, user_id, business_connection_id, message_thread_id)
         key = text_of(self._scopes.get_storage_key(Message.de_json(message)))
         if key is None:
@@ -144,7 +146,8 @@ def _set_data(at: dict[str, Any], place: _Place, name: str, value: Any) -> bool:
 
 
 def _get_data(at: dict[str, Any], place: _Place) -> dict[str, Any]:
-    return dict(at.get(place.data, {}))
+    data: dict[str, Any] = plain(at.get(place.data, {}))
+    return data
 
 
 def _reset_data(at: dict[str, Any], place: _Place) -> bool:
@@ -160,7 +163,7 @@ def _save(at: dict[str, Any], place: _Place, data: dict[str, Any]) -> bool:
 
 
 def _live_data(at: dict[str, Any], place: _Place) -> dict[str, Any]:
-    """The data itself; without a state, as in telebot, data that nothing keeps."""
+    """The data itself; without a state, data that are kept if there is one in the end."""
     if place.state not in at:
         return {}
     at.setdefault(place.data, {})
@@ -168,10 +171,11 @@ def _live_data(at: dict[str, Any], place: _Place) -> dict[str, Any]:
     return live
 
 
-def _leave_data(at: dict[str, Any], place: _Place) -> None:
-    """No data is not stored."""
-    if at.get(place.data) == {}:
-        del at[place.data]
+def _keep_data(at: dict[str, Any], place: _Place, data: dict[str, Any]) -> None:
+    """At the end of a block, in which they may have been taken out: as telebot's, they are saved
+    then, if there is a state."""
+    if place.state in at and at.get(place.data) is not data:
+        at[place.data] = data
 
 
 _Act = Callable[Concatenate[dict[str, Any], _Place, P], T]
@@ -252,8 +256,9 @@ class SessionStates(_Places, StateStorageBase):  # type: ignore[misc] # telebot 
         place = self._place(chat_id, user_id, *where, **more)
         with self._scopes.of_standing(place.key) as session:
             at = standing_of(session)
-            yield _live_data(at, place)
-            _leave_data(at, place)
+            data = _live_data(at, place)
+            yield data
+            _keep_data(at, place, data)
 
     def save(
         self, chat_id: int, user_id: int, data: dict[str, Any], *where: Any, **more: Any
@@ -326,8 +331,9 @@ class AsyncSessionStates(_Places, AsyncStateStorageBase):  # type: ignore[misc] 
         place = self._place(chat_id, user_id, *where, **more)
         async with self._scopes.of_standing(place.key) as session:
             at = standing_of(await session)
-            yield _live_data(at, place)
-            _leave_data(at, place)
+            data = _live_data(at, place)
+            yield data
+            _keep_data(at, place, data)
 
     async def save(
         self, chat_id: int, user_id: int, data: dict[str, Any], *where: Any, **more: Any

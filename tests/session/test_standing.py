@@ -172,6 +172,21 @@ def test_a_session_that_has_it_alone_counts_as_new(storage: Any) -> None:
         assert standing_of(session) == {"form": "AGE"}
 
 
+def test_what_a_session_begins_with_is_not_stored_for_it(storage: Any) -> None:
+    sessions: SessionManager[Any] = SessionManager(
+        storage=storage, initial=lambda _update: {"lang": "en"}
+    )
+    with sessions.session_scope(KEY) as session:
+        standing_of(session)["form"] = "AGE"
+        session.flush()
+        assert session == {"lang": "en"}
+        standing_of(session)["form"] = "CITY"
+        assert session == {"lang": "en"}
+    with sessions.session_scope("user:2") as session:
+        standing_of(session)["form"] = "AGE"
+    assert storage.get("user:2") == {"$at": {"form": "AGE"}}
+
+
 # -- together with the fields
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ptb_tools import KEY, Gate, on_text, process, queue, running, stored
 
-from session_sync import SessionManager, SQLiteStorage, by_chat, by_user
+from session_sync import SessionManager, SQLiteStorage, by_chat, by_topic, by_user
 from session_sync.ptb import ConversationHandler, install
 from session_sync.session.standing import standing_of
 from session_sync.testing import OfflineBotAPI
@@ -177,7 +177,9 @@ def test_a_state_that_is_not_known_is_stored_with_a_warning(
     async def main() -> None:
         async with running(api, in_memory, form) as app:
             await process(app, command("/start"))
-            with pytest.warns(UserWarning, match="'elsewhere'.*unknown.*form"):
+            with pytest.warns(
+                UserWarning, match="unknown to the ConversationHandler form: 'elsewhere'"
+            ):
                 await process(app, message())
             assert where(in_memory) == {"conversation:form:": "elsewhere"}
             # What a program has no more is left by an entry point.
@@ -414,6 +416,38 @@ def test_after_a_release_the_state_is_set_unless_the_user_has_moved_on(
     assert not moves_on or "the user stands elsewhere by now" in logged[0]
 
 
+def test_after_a_release_no_other_session_is_kept_until_the_state_is_set(
+    api: OfflineBotAPI, in_memory: SessionManager[Any]
+) -> None:
+    """The user's next update has the session, and waits for the chat's, which the handler has."""
+    chats: SessionManager[Any] = SessionManager(get_storage_key=by_chat)
+    gate = []
+
+    async def name(_update: Any, context: Any) -> object:
+        await context.session.arelease()
+        await gate[0]()
+        return AGE
+
+    form = make({NAME: [on_text(name)], AGE: [on_text(returns(END))]})
+
+    async def main() -> None:
+        gate.append(Gate())
+        app = install(ptb_tools.builder(api), in_memory, chat_session=chats).build()
+        app.add_handler(form)
+        async with app:
+            await process(app, command("/start"))
+            first = asyncio.create_task(process(app, message(text="Alex")))
+            await gate[0].reached()
+            async with in_memory.session_scope(KEY):  # as that update
+                gate[0].open()
+                await asyncio.wait_for(first, ptb_tools.SOON)
+            await app.start()
+            await app.stop()  # which waits for the state
+        assert where(in_memory) == {"conversation:form:": AGE}
+
+    run_client(main())
+
+
 # -- nested ones
 
 
@@ -640,6 +674,40 @@ def test_what_is_in_no_conversation_is_left_to_others(
     run_client(main())
 
 
+def test_a_key_that_several_users_share_tells_their_conversations_apart(
+    api: OfflineBotAPI,
+) -> None:
+    """It says nothing of these two users, and of all others who they are."""
+    shared: SessionManager[Any] = SessionManager(
+        get_storage_key=lambda update: (
+            "family" if update.effective_user.id > 99 else str(update.effective_user.id)
+        )
+    )
+
+    async def main() -> None:
+        async with running(api, shared, make_form()) as app:
+            await process(app, command("/start", 100, GROUP), message(200, "Kim", GROUP))
+            assert where(shared, "family") == {"conversation:form:-100:100": NAME}
+
+    run_client(main())
+
+
+def test_names_with_colons_are_told_apart(
+    api: OfflineBotAPI, in_memory: SessionManager[Any]
+) -> None:
+    people: SessionManager[Any] = SessionManager(get_storage_key=by_user)
+
+    async def main() -> None:
+        async with running(api, people, make_form(), make_form(name="form:-100")) as app:
+            await process(app, command("/start", 1, GROUP))
+            assert set(where(people, "user:1")) == {
+                "conversation:form:-100",
+                "conversation:form%3A-100:-100",
+            }
+
+    run_client(main())
+
+
 # -- states
 
 
@@ -686,6 +754,34 @@ def test_states_come_back_as_they_are(
                     kept = first if second is None else second
                     assert form.state(session) == kept
                     assert type(form.state(session)) is type(kept)
+
+    run_client(main())
+
+
+def test_a_state_can_be_added_later(api: OfflineBotAPI, in_memory: SessionManager[Any]) -> None:
+    form = make({NAME: [on_text(returns("LATER"))]})
+    form.states["LATER"] = [on_text(returns(END))]
+
+    async def main() -> None:
+        async with running(api, in_memory, form) as app:
+            await process(app, command("/start"), message())
+            assert where(in_memory) == {"conversation:form:": "LATER"}
+            await process(app, message())
+            assert stored(in_memory) is None
+
+    run_client(main())
+
+
+def test_what_another_program_has_stored_is_left_by_an_entry_point(
+    api: OfflineBotAPI, in_memory: SessionManager[Any]
+) -> None:
+    in_memory.storage.set(KEY, {"$at": {"conversation:form:": ["no", "state"]}})
+
+    async def main() -> None:
+        async with running(api, in_memory, make_form()) as app:
+            await process(app, message())
+            await process(app, command("/start"))
+            assert where(in_memory) == {"conversation:form:": NAME}
 
     run_client(main())
 
@@ -767,6 +863,47 @@ def test_two_of_one_name_are_refused(api: OfflineBotAPI, in_memory: SessionManag
     app.add_handlers([make({}, returns(None), name="other")])
 
 
+def test_one_that_was_removed_gives_up_its_name(
+    api: OfflineBotAPI, in_memory: SessionManager[Any]
+) -> None:
+    app = install(ptb_tools.builder(api), in_memory).build()
+    form = make_nested()
+    app.add_handler(form)
+    app.remove_handler(form)
+    app.add_handler(make({}, returns(None), name="child"))
+    with pytest.raises(ValueError, match="'child'"):
+        app.add_handler(form)
+    app.add_handler(make_form())  # whose name has not been taken by what was refused
+
+
+def test_one_is_for_the_sessions_of_one_application(
+    api: OfflineBotAPI, in_memory: SessionManager[Any]
+) -> None:
+    form = make_form()
+    for _ in range(2):
+        install(ptb_tools.builder(api), in_memory).build().add_handler(form)
+    other = install(ptb_tools.builder(api), SessionManager()).build()
+    with pytest.raises(ValueError, match="'form' was added to another application"):
+        other.add_handler(form)
+
+
+def test_a_key_function_that_fails_is_named(api: OfflineBotAPI) -> None:
+    app = install(
+        ptb_tools.builder(api), SessionManager(get_storage_key=lambda u: u.message.contact.user_id)
+    ).build()
+    with pytest.raises(ValueError, match=r"get_storage_key raised AttributeError.*made up"):
+        app.add_handler(make_form())
+
+
+def test_topics_have_no_conversation_in_common(
+    api: OfflineBotAPI, in_memory: SessionManager[Any]
+) -> None:
+    chats: SessionManager[Any] = SessionManager(get_storage_key=by_topic)
+    app = install(ptb_tools.builder(api), in_memory, chat_session=chats).build()
+    with pytest.raises(ValueError, match="different sessions"):
+        app.add_handler(make_form(per_user=False))
+
+
 @pytest.mark.parametrize("wanted", ["per_chat", "per_user"])
 def test_without_a_session_that_fits_it_is_refused(
     wanted: str, api: OfflineBotAPI, in_memory: SessionManager[Any]
@@ -802,7 +939,8 @@ def test_without_install_the_first_update_says_so(api: OfflineBotAPI) -> None:
         app.add_handler(make_form())
         async with app:
             (error,) = await errors_of(app, command("/start"))
-        assert "an application without sessions; build that with session_sync.ptb.install" in error
+        assert "added to an application without sessions" in error
+        assert "build the application with session_sync.ptb.install" in error
 
     run_client(main())
 
@@ -812,7 +950,15 @@ def test_an_update_without_a_key_has_no_state(api: OfflineBotAPI) -> None:
 
     async def main() -> None:
         async with running(api, sessions, make_form()) as app:
+            seen = []
+
+            async def plain(update: Any, _context: Any) -> None:
+                seen.append(update.effective_message.text)
+
+            app.add_handler(on_text(plain))
             (error,) = await errors_of(app, command("/start"))
+            await process(app, message(text="for another handler"))
         assert "this Update belongs to no session" in error
+        assert seen == ["for another handler"]
 
     run_client(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from inspect import signature
 from pathlib import Path
@@ -216,6 +217,61 @@ def test_a_block_that_raises_undoes_its_data() -> None:
         fail()
     with bot.retrieve_data(7) as data:
         assert data == {}
+
+
+def filled(change: Callable[[Any], None]) -> dict[str, Any]:
+    """The data when a name is put in after `change`, in the same block."""
+    bot = telebot.TeleBot("1:token", state_storage=SessionStates(SessionManager()))
+    bot.set_state(7, "a")
+    with bot.retrieve_data(7) as data:
+        change(bot)
+        data["name"] = "Alex"
+    found: dict[str, Any] = bot.current_states.get_data(7, 7)
+    return found
+
+
+def look(bot: Any) -> None:
+    with bot.retrieve_data(7) as data:
+        assert data == {}
+
+
+def begin_anew(bot: Any) -> None:
+    bot.delete_state(7)
+    bot.set_state(7, "b")
+
+
+@pytest.mark.parametrize(
+    "change", [look, begin_anew, lambda bot: bot.reset_data(7)], ids=["look", "anew", "reset"]
+)
+def test_what_is_done_in_a_block_does_not_lose_its_data(change: Any) -> None:
+    assert filled(change) == {"name": "Alex"}
+
+
+def test_a_state_that_is_set_in_a_block_keeps_its_data() -> None:
+    states = SessionStates(SessionManager())
+    with states.get_interactive_data(7, 7) as data:
+        states.set_state(7, 7, "a")
+        data["name"] = "Alex"
+    assert states.get_data(7, 7) == {"name": "Alex"}
+
+
+def test_a_session_can_be_released_in_a_block() -> None:
+    sessions: SessionManager[Any] = SessionManager()
+    states = SessionStates(sessions)
+    states.set_state(7, 7, "a")
+    with sessions.session_scope("user:7:chat:7") as session:
+        with states.get_interactive_data(7, 7) as data:
+            assert data == {}
+            session.release()
+    assert states.get_state(7, 7) == "a"
+
+
+def test_ids_may_be_strings_and_a_copy_of_the_data_is_ones_own() -> None:
+    states = SessionStates(SessionManager())
+    states.set_state("7", "7", "a")  # type: ignore[arg-type] # as out of a button's data
+    states.set_data(7, 7, "seen", [1])
+    states.get_data(7, 7)["seen"].append(2)
+    assert states.get_data(7, 7) == {"seen": [1]}
 
 
 def test_blocks_of_eight_threads_lose_nothing(store: Any) -> None:
