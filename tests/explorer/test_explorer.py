@@ -12,10 +12,10 @@ at its k-th step inside the core, for k = 1, 2, ... until it has no more steps:
 
 Then the model is asked (model.py): exclusion, order, nothing lost, nothing locked, memory back.
 
-Here is a part of it: every n-th step, on one store. All of it takes hours, and all pairs of steps
-(SESSION_SYNC_EXPLORE_EVERY=1) days:
+Here is a part of it: every n-th step, on one store. All of it takes an hour of two processors, and
+all pairs of steps (SESSION_SYNC_EXPLORE_EVERY=1) days:
 
-    SESSION_SYNC_EXPLORE=all python -m pytest tests/explorer --timeout 14400 -n 2
+    SESSION_SYNC_EXPLORE=all python -m pytest tests/explorer --timeout 14400 -n 3
 
 A failure says how that one run is repeated with `python tests/explorer/run.py`.
 """
@@ -48,7 +48,7 @@ def test_the_core_under_every_schedule(job: Job) -> None:
     assert not report.failures, str(report)
 
 
-if ALL:  # hours
+if ALL:  # an hour
 
     @pytest.mark.parametrize("job", [j for j in JOBS if j.mode == "stop"], ids=lambda job: job.name)
     def test_two_stops(job: Job) -> None:
