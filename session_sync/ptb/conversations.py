@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from datetime import timedelta
-from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from warnings import warn
 
 from ..errors import SessionClosedError, SessionKeyError
 from ..manager import SessionManager, no_key
-from ..session.keys import OWN_KEY_FUNCTIONS
 from ..session.session import BaseSession
 from ..session.standing import standing_of, stands_at
 from .attribute import Binding, step_outside_units
+from .conversation_home import Home, find_home
+from .conversation_states import ATOMS, StoredStates, is_in
 from .library import (
     DEFAULT_TRUE,
     ApplicationHandlerStop,
@@ -41,10 +41,6 @@ CCT = TypeVar("CCT", bound=CallbackContext[Any, Any, Any, Any])
 
 _log: Final = logging.getLogger("session_sync")
 
-#: What a state may be, besides tuples of these, and members of an Enum.
-_ATOMS: Final = (str, int, bool, float, bytes)
-_ENUM: Final = "enum"
-
 
 class _Checked(NamedTuple):
     """What check_update has found: the state, where it is kept, and the handler that fits."""
@@ -53,15 +49,6 @@ class _Checked(NamedTuple):
     name: str
     handler: BaseHandler[Any, Any, Any]
     result: object
-
-
-class _Home(NamedTuple):
-    """Which of an update's sessions keeps a conversation, and what its key does not say: `chat`,
-    `user` and `message`, as far as the conversation looks at them."""
-
-    place: int
-    manager: SessionManager[Any]
-    rest: tuple[str, ...]
 
 
 class ConversationHandler(OwnConversationHandler[CCT]):
@@ -159,10 +146,8 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         )
         self._prefix: Final = f"conversation:{name.replace('%', '%25').replace(':', '%3A')}:"
         self._own_block: Final = block
-        self._home: _Home | None = None
-        #: The states by how they are stored, and by what equals them: 1 may be a member of an Enum.
-        self._by_stored: Final = _by_stored(name, states)
-        self._by_equal: Final = {state: state for state in states}
+        self._home: Home | None = None
+        self._stored_states: Final = StoredStates(name, states)
         inside = [handler for handlers in states.values() for handler in handlers]
         for handler in (*entry_points, *fallbacks, *inside):
             is_ours = isinstance(handler, ConversationHandler)
@@ -182,7 +167,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         Raises ValueError if there is none, if a name is another one's, or if this was bound to
         other managers.
         """
-        homes = {each: each._find_home(managers) for each in self._with_children()}
+        homes = {each: find_home(each, managers) for each in self._with_children()}
         for each, home in homes.items():
             if named.get(str(each.name), each) is not each:
                 raise ValueError(
@@ -211,53 +196,6 @@ class ConversationHandler(OwnConversationHandler[CCT]):
             if isinstance(handler, ConversationHandler):
                 yield from handler._with_children()
 
-    def _find_home(self, managers: Sequence[SessionManager[Any]]) -> _Home:
-        for place, manager in enumerate(managers):
-            get_storage_key = manager.scopes.get_storage_key
-            try:
-                key, of_other_user, of_other_chat, of_topic = map(get_storage_key, _messages())
-            except OSError:  # no word on the key: a signal handler's TimeoutError, say
-                raise
-            except Exception as error:
-                raise ValueError(
-                    f"ConversationHandler {self.name!r}: get_storage_key raised "
-                    f"{type(error).__name__} for a message of a user in a group that was made up "
-                    f"to see what its keys say; let it return None for what it does not know"
-                ) from error
-            says_user, says_chat = key != of_other_user, key != of_other_chat
-            # Two updates of one conversation must not have two sessions.
-            if (
-                (says_user and not self.per_user)
-                or (says_chat and not self.per_chat)
-                or (key != of_topic and not self.per_user)
-            ):
-                continue
-            if manager.scopes.options.lazy:
-                raise ValueError(
-                    f"ConversationHandler {self.name!r}: the session that would keep its states is "
-                    f"lazy, and PTB looks at the state of every update; make its SessionManager "
-                    f"without lazy=True"
-                )
-            # A key function of the program's own may tell some users apart, and not others.
-            is_own = get_storage_key in OWN_KEY_FUNCTIONS
-            needed = {
-                "chat": self.per_chat and not (says_chat and is_own),
-                "user": self.per_user and not (says_user and is_own),
-                "message": self.per_message,
-            }
-            return _Home(place, manager, tuple(what for what in needed if needed[what]))
-        wanted = "by_user" if self.per_user else "by_chat"
-        way_out = (
-            f"give install() a chat_session=SessionManager(get_storage_key={wanted})"
-            if self.per_user or self.per_chat
-            else "let it be per_chat, too"
-        )
-        raise ValueError(
-            f"ConversationHandler {self.name!r} with per_chat={self.per_chat} and "
-            f"per_user={self.per_user} has updates with different sessions, so none of these can "
-            f"keep its state; {way_out}"
-        )
-
     # -- from outside of its handlers
 
     def state(self, session: BaseSession, **ids: int | str) -> object:
@@ -269,7 +207,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
 
         Raises ValueError for other ones, and RuntimeError if this was not added to an application.
         """
-        return self._state_of(stands_at(session, self._name_for(ids)))
+        return self._stored_states.state(stands_at(session, self._name_for(ids)))
 
     def move(self, session: BaseSession, state: object, **ids: int | str) -> None:
         """Set the state in which the user of `session` is, or END. The arguments and errors are as
@@ -302,12 +240,12 @@ class ConversationHandler(OwnConversationHandler[CCT]):
             if _first(self.entry_points, update) is None:  # it may be for another handler
                 return None
             raise
-        is_there, state = stored is not None, self._state_of(stored)
+        is_there, state = stored is not None, self._stored_states.state(stored)
         if not is_there or self.allow_reentry:
             found = _first(self.entry_points, update)
             if found is not None or not is_there:
                 return None if found is None else _Checked(state, name, *found)
-        is_known = _is_in(state, self.states)
+        is_known = is_in(state, self.states)
         own = self.states[state] if is_known else ()
         found = _first(own, update) or _first(self.fallbacks, update)
         if found is None and not is_known:  # of an older program, say: not stuck for ever
@@ -334,7 +272,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         except ApplicationHandlerStop as stop:
             state, stops = stop.state, True
         mapped = self.map_to_parent
-        is_mapped = mapped is not None and _is_in(state, mapped)
+        is_mapped = mapped is not None and is_in(state, mapped)
         await self._set(application, update, found, self.END if is_mapped else state)
         if stops:
             raise ApplicationHandlerStop(mapped[state] if is_mapped and mapped else None)
@@ -367,7 +305,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
 
     # -- where it is kept
 
-    def _bound(self) -> _Home:
+    def _bound(self) -> Home:
         if self._home is None:
             raise RuntimeError(
                 f"ConversationHandler {self.name!r} was added to an application without sessions, "
@@ -401,8 +339,8 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         """Set the state that a handler has returned."""
         if state is None:
             return
-        if state != self.END and not _is_in(state, self.states):
-            named = repr(state) if type(state) in _ATOMS else f"of type {type(state).__name__}"
+        if state != self.END and not is_in(state, self.states):
+            named = repr(state) if type(state) in ATOMS else f"of type {type(state).__name__}"
             warn(
                 f"a handler returned a state that is unknown to the ConversationHandler "
                 f"{self.name}: {named}",
@@ -423,7 +361,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
     async def _set_after_release(self, key: str, found: _Checked, state: object) -> None:
         async with self._bound().manager.scopes.of_standing(key) as session:
             at = standing_of(session)
-            if self._state_of(at.get(found.name)) == found.state:
+            if self._stored_states.state(at.get(found.name)) == found.state:
                 self._put(at, found.name, state)
             else:
                 _log.error(
@@ -437,11 +375,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         if state == self.END:
             at.pop(name, None)
         else:
-            known = self._by_equal[state] if _is_in(state, self._by_equal) else state
-            at[name] = _stored(str(self.name), known)
-
-    def _state_of(self, stored: object) -> object:
-        return self._by_stored[stored] if _is_in(stored, self._by_stored) else stored
+            at[name] = self._stored_states.stored(state)
 
 
 def _run_outside(application: Any, work: Coroutine[Any, Any, None]) -> None:
@@ -449,27 +383,6 @@ def _run_outside(application: Any, work: Coroutine[Any, Any, None]) -> None:
     context = copy_context()
     context.run(step_outside_units)
     application._session_sync.wait_for(asyncio.create_task(work, context=context))
-
-
-def _messages() -> Iterator[object]:
-    """One, and others of another user, in another chat, and in a topic."""
-    for user, chat, thread in ((1, -1, None), (2, -1, None), (1, -2, None), (1, -1, 4)):
-        yield _message(user, chat, thread)
-
-
-def _message(user: int, chat: int, thread: int | None) -> object:
-    """An update with a message of that user in that chat, or that topic of it."""
-    message: dict[str, Any] = {
-        "message_id": 1,
-        "date": 1,
-        "chat": {"id": chat, "type": "group"},
-        "from": {"id": user, "is_bot": False, "first_name": ""},
-        "text": "",
-    }
-    if thread is not None:
-        message |= {"is_topic_message": True, "message_thread_id": thread}
-    bot: Any = None  # it does nothing
-    return Update.de_json({"update_id": 1, "message": message}, bot)
 
 
 def _first(
@@ -481,41 +394,3 @@ def _first(
         if result is not None and result is not False:
             return handler, result
     return None
-
-
-def _is_in(state: object, states: Mapping[object, object]) -> bool:
-    try:
-        return state in states
-    except TypeError:  # it has no hash
-        return False
-
-
-def _by_stored(name: str, states: Iterable[object]) -> dict[object, object]:
-    special = (OwnConversationHandler.TIMEOUT, OwnConversationHandler.WAITING)
-    by_stored: dict[object, object] = {}
-    for state in states:
-        if state in special:
-            continue
-        stored = _stored(name, state)
-        if stored in by_stored:
-            raise ValueError(
-                f"ConversationHandler {name!r}: the states {by_stored[stored]!r} and {state!r} "
-                f"would be stored alike; give them two names"
-            )
-        by_stored[stored] = state
-    return by_stored
-
-
-def _stored(name: str, state: object) -> object:
-    """How a state is stored; raises TypeError if it cannot be."""
-    if isinstance(state, Enum):
-        return (_ENUM, type(state).__qualname__, state.name)
-    if isinstance(state, tuple):
-        return tuple(_stored(name, part) for part in state)
-    if type(state) not in _ATOMS:
-        raise TypeError(
-            f"ConversationHandler {name!r}: a state is of type {type(state).__name__}, which "
-            f"cannot be stored; take str, int, bool, float, bytes, tuples of these, or members of "
-            f"an Enum"
-        )
-    return state
