@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from session_tools import PicklingStorage
 
 from session_sync import (
     Codec,
@@ -290,6 +291,16 @@ def test_an_object_in_it_that_a_failed_handler_has_changed_is_as_it_was(tmp_path
         with pytest.raises(FailedError):
             fail()
         assert standing(sessions)["box"].content == 1
+
+
+def test_an_object_that_was_changed_before_a_roll_back_is_not_saved_for_that() -> None:
+    sessions: SessionManager[Session] = SessionManager(storage=PicklingStorage())
+    stand(sessions, box=Box(1))
+    with sessions.session_scope(KEY) as session:
+        standing_of(session)["box"].content = 2
+        Session._opened(session).roll_back()
+        assert standing_of(session)["box"].content == 2  # the store has given this very object
+    assert standing(sessions)["box"].content == 1
 
 
 def test_a_change_of_another_thread_is_part_of_a_flush_or_of_the_next_one(
