@@ -43,7 +43,9 @@ def framework(request: pytest.FixtureRequest) -> str:
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "redis":
         prefix = request.node.name.replace("[", "-").replace("]", "-")
-        return f"{request.getfixturevalue('redis_url')}/0?prefix={prefix}:&lease=5"
+        # The key of a process that was killed is free when its lease ends.
+        lease = 5 if "killed" in prefix else 60
+        return f"{request.getfixturevalue('redis_url')}/0?prefix={prefix}:&lease={lease}"
     return f"{request.param}:///{tmp_path / 'store'}"
 
 
