@@ -22,7 +22,13 @@ from disk_tools import in_thread, row, sql
 from session_sync import SessionManager
 from session_sync.errors import SessionDecodeError, SessionEncodeError, SessionLockTimeoutError
 from session_sync.storages import disk
-from session_sync.storages.base import ListableStorage, RecordStorage, TtlStorage, record_of
+from session_sync.storages.base import (
+    ListableStorage,
+    RecordStorage,
+    TtlStorage,
+    patched,
+    record_of,
+)
 from session_sync.storages.codec import Codec
 from session_sync.storages.disk import DiskStorage
 
@@ -80,7 +86,7 @@ class TestRecords:
         storage.save("user:1", record_of({"a": (1,), "b": 2}))
         record = storage.load("user:1")
         assert record is not None
-        storage.save("user:1", record.patched({"b": {3}}))
+        storage.save("user:1", patched(record, {"b": {3}}))
         assert storage.get("user:1") == {"a": (1,), "b": {3}}
 
     def test_are_text_that_an_operator_can_read(self, storage: DiskStorage, folder: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from disk_tools import in_thread, row, sql
 
 from session_sync.errors import SessionDecodeError
+from session_sync.storages.base import patched
 from session_sync.storages.disk import DiskStorage
 
 folder = pytest.fixture(disk_tools.make_folder)
@@ -189,7 +190,7 @@ class TestForeignRows:
             record["b"]
         with pytest.raises(SessionDecodeError, match=r"'user:1'.* 'b'"):
             storage.get("user:1")
-        storage.save("user:1", record.patched({"a": 2}))
+        storage.save("user:1", patched(record, {"a": 2}))
         assert row(folder, "user:1")[0][-1] == b'{"a":2,"b":{"$future":5}}'
 
     def test_planted_settings_do_no_harm(self, storage: DiskStorage, folder: Path) -> None:

@@ -713,7 +713,7 @@ def test_names_with_colons_are_told_apart(
 
 class Step(Enum):
     NAME = 1
-    AGE = object()
+    AGE = ("no", "state")
 
 
 class Number(IntEnum):

@@ -27,6 +27,7 @@ from session_sync.storages.base import (
     RecordStorage,
     SharedStorage,
     TtlStorage,
+    patched,
     record_of,
 )
 from session_sync.testing import StorageConformance
@@ -297,7 +298,7 @@ class TestLease:
         assert holder.hear() == "holding"
         holder.signal(signal.SIGSTOP)
         opened = make().open_record("key", SOON)
-        opened.close(opened.record.patched({"by": "other"}) if opened.record else None)
+        opened.close(patched(opened.record, {"by": "other"}))
         holder.signal(signal.SIGCONT)
         holder.tell()
         assert holder.hear().startswith("SessionConflictError: the session 'key' was not saved")
