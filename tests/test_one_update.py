@@ -96,7 +96,7 @@ def test_an_update_takes_the_way_that_the_page_shows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "places", "changes", "calls"), [(in_memory, 5, 20, 55), (in_sqlite, 5, 22, 118)]
+    ("run", "places", "changes", "calls"), [(in_memory, 5, 20, 56), (in_sqlite, 5, 22, 118)]
 )
 def test_an_update_passes_few_places(
     run: Callable[[Path], list[Step]], places: int, changes: int, calls: int, tmp_path: Path

@@ -36,6 +36,18 @@ class Collections:
 collections = Collections()
 
 
+def current_frames() -> dict[int, FrameType]:
+    """Where all threads are. Without a collection in it, which would hold a lock of CPython's that
+    every thread needs as it begins or ends: then all of them wait for ever (gh-106883)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def locks_and_stacks(manager: SessionManager[Any]) -> str:
     """Each key that is held, with its scope and what knows that; and where all threads are."""
     table = manager.scopes.options.backend.locks
@@ -47,7 +59,7 @@ def locks_and_stacks(manager: SessionManager[Any]) -> str:
         lines.append(f"      {len(waiting)} wait, the first of them:")
         lines += [f"      {list(map(str, each.callers))} {each.waiter}" for each in waiting[:20]]
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for ident, frame in sys._current_frames().items():
+    for ident, frame in current_frames().items():
         stack = traceback.extract_stack(frame)
         places = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in stack]
         if len(places) > 1 or not places[0].endswith("_work"):  # else it has nothing to do

@@ -20,7 +20,7 @@ from random import Random
 from types import FrameType
 from typing import Any
 
-from diagnosis import collections, locks_and_stacks, open_blocks
+from diagnosis import collections, current_frames, locks_and_stacks, open_blocks
 from model import (
     COINS,
     FIELDS,
@@ -75,7 +75,7 @@ class Interruptible:
         """By another thread. It first says so, and then looks once more; `close` does these two
         things the other way round, so one of them knows of the other."""
         op = self.window
-        if op is None or op.interrupted or _is_logging(sys._current_frames().get(self.ident)):
+        if op is None or op.interrupted or _is_logging(current_frames().get(self.ident)):
             return False
         self._target = op
         sent = self.window is op
