@@ -18,7 +18,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from random import Random
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from diagnosis import collections, current_frames, locks_and_stacks, open_blocks
 from model import (
@@ -55,6 +55,7 @@ OPENS = 10.0  # seconds in which a key can be had after the round
 
 
 def open_storage(url: str) -> Any:
+    Interruptible.may_log = url.startswith("redis")
     if url.startswith("memory"):
         return MemoryStorage()
     if url.startswith("lru"):
@@ -64,6 +65,10 @@ def open_storage(url: str) -> Any:
 
 class Interruptible:
     """A thread that can be interrupted while it works, once in each operation."""
+
+    #: Whether the store logs something, as redis-py does. Only then is it looked where a thread
+    #: is: with CPython 3.11, to follow the frames of a thread that runs may crash the process.
+    may_log: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.ident = 0
@@ -75,7 +80,9 @@ class Interruptible:
         """By another thread. It first says so, and then looks once more; `close` does these two
         things the other way round, so one of them knows of the other."""
         op = self.window
-        if op is None or op.interrupted or _is_logging(current_frames().get(self.ident)):
+        if op is None or op.interrupted:
+            return False
+        if self.may_log and _is_logging(current_frames().get(self.ident)):
             return False
         self._target = op
         sent = self.window is op
