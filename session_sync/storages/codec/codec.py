@@ -130,8 +130,7 @@ class Codec:
 
     def decode_record(self, data: bytes, key: str) -> Record:
         """The same fields as a record that decodes each at its first access, and only then; or
-        where they are small and have no tags, which JSON decodes sooner than it finds where each
-        begins.
+        where they are small and flat, which JSON decodes sooner than it finds where each begins.
 
         Raises `SessionDecodeError` if `data` is not an object in JSON; a field that does not decode
         raises it when it is accessed.
@@ -144,7 +143,7 @@ class Codec:
         session_sync.errors.SessionDecodeError: session 'user:1' cannot be read: field 'b' has the
         unknown tag '$nonsense' (written by a newer version?). The record is left as it is.
         """
-        if len(data) <= _SMALL and b"$" not in data and b"\\" not in data:
+        if len(data) <= _SMALL and _is_flat(data):
             return _plain_fields(data, key)
         return EncodedRecord(self._split(data, key), {}, self, key, {})
 
@@ -196,6 +195,13 @@ def _plain_fields(data: bytes, key: str | None) -> dict[str, Any]:
 
 def _at(refused: RefusedError) -> str:
     return f"{path(refused.path)} {refused.reason}".lstrip()
+
+
+def _is_flat(data: bytes) -> bool:
+    """Whether there are neither tags nor containers in it, to be sure. A container would have to be
+    walked over when it is written, where its text could have been kept."""
+    has_containers = data.rfind(b"{") != 0 or b"[" in data
+    return not has_containers and b"$" not in data and b"\\" not in data
 
 
 def _may_have_tags(data: bytes) -> bool:
