@@ -64,7 +64,7 @@ class ScopeFactory(Generic[S]):
 
     def of_standing(self, key: str) -> SessionScope[S]:
         """The scope of a key for a caller that looks only where the user stands, and not at the
-        fields: it is not asked with what a session begins."""
+        fields: `initial` is not called."""
         return self.of_key(key, key, self._for_standing)
 
     def open_here(self, key: str) -> S | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..manager import SessionManager
-from ..session.keys import OWN_KEY_FUNCTIONS
+from ..session.keys import OWN_KEY_FUNCTIONS, message_json
 from .library import ConversationHandler, Update
 
 
@@ -80,20 +80,7 @@ def _keys(conversation: ConversationHandler[Any], manager: SessionManager[Any]) 
 
 def _messages() -> Iterator[object]:
     """One, and others of another user, in another chat, and in a topic."""
-    for user, chat, thread in ((1, -1, None), (2, -1, None), (1, -2, None), (1, -1, 4)):
-        yield _message(user, chat, thread)
-
-
-def _message(user: int, chat: int, thread: int | None) -> object:
-    """An update with a message of that user in that chat, or that topic of it."""
-    message: dict[str, Any] = {
-        "message_id": 1,
-        "date": 1,
-        "chat": {"id": chat, "type": "group"},
-        "from": {"id": user, "is_bot": False, "first_name": ""},
-        "text": "",
-    }
-    if thread is not None:
-        message |= {"is_topic_message": True, "message_thread_id": thread}
     bot: Any = None  # it does nothing
-    return Update.de_json({"update_id": 1, "message": message}, bot)
+    for user, chat, thread in ((1, -1, None), (2, -1, None), (1, -2, None), (1, -1, 4)):
+        message = message_json(user, chat, thread)
+        yield Update.de_json({"update_id": 1, "message": message}, bot)

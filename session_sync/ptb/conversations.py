@@ -10,10 +10,8 @@ This module knows PTB's handlers; it does not know how a session is opened for a
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from contextvars import copy_context
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from warnings import warn
@@ -22,7 +20,7 @@ from ..errors import SessionClosedError, SessionKeyError
 from ..manager import SessionManager, no_key
 from ..session.session import BaseSession
 from ..session.standing import standing_of, stands_at
-from .attribute import Binding, step_outside_units
+from .attribute import Binding
 from .conversation_home import Home, find_home
 from .conversation_states import ATOMS, StoredStates, is_in
 from .library import (
@@ -127,6 +125,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
                 f"for a persistence to keep; leave persistent=True away"
             )
         if conversation_timeout is not None:
+            # PTB's own is a job of one process: after a restart nobody would end what is stored.
             raise NotImplementedError(
                 f"ConversationHandler {name!r}: conversation_timeout is not available yet; give "
                 f"the fields of the form a lifetime by session_sync.ttl(), or take "
@@ -213,8 +212,17 @@ class ConversationHandler(OwnConversationHandler[CCT]):
         """Set the state in which the user of `session` is, or END. The arguments and errors are as
         with `state`; TypeError for a state that cannot be stored.
 
-        >>> # with sessions.session_scope(key) as session:
-        >>> #     form.move(session, AGE)
+        >>> from session_sync import SessionManager
+        >>> from session_sync.ptb import ConversationHandler, install
+        >>> from telegram.ext import Application
+        >>> form = ConversationHandler([], {"AGE": []}, [], name="form")
+        >>> sessions = SessionManager()
+        >>> application = install(Application.builder().token("1:token"), sessions).build()
+        >>> application.add_handler(form)
+        >>> with sessions.session_scope("user:7:chat:7") as session:
+        ...     form.move(session, "AGE")
+        ...     form.state(session)
+        'AGE'
         """
         self._put(standing_of(session), self._name_for(ids), state)
 
@@ -271,12 +279,13 @@ class ConversationHandler(OwnConversationHandler[CCT]):
             state: object = await handling
         except ApplicationHandlerStop as stop:
             state, stops = stop.state, True
-        mapped = self.map_to_parent
-        is_mapped = mapped is not None and is_in(state, mapped)
-        await self._set(application, update, found, self.END if is_mapped else state)
+        outside = self.map_to_parent or {}
+        is_over = is_in(state, outside)
+        await self._set(application, update, found, self.END if is_over else state)
+        for_parent = outside[state] if is_over else None
         if stops:
-            raise ApplicationHandlerStop(mapped[state] if is_mapped and mapped else None)
-        return mapped[state] if is_mapped and mapped else None
+            raise ApplicationHandlerStop(for_parent)
+        return for_parent
 
     def _may_be_mine(self, update: Update) -> bool:
         if update.channel_post or update.edited_channel_post:
@@ -354,7 +363,7 @@ class ConversationHandler(OwnConversationHandler[CCT]):
             binding = Binding.of(update)
             if binding is not None and binding.is_open:
                 # Not here: an update that has this session may wait for the one that is open here.
-                _run_outside(application, setting)
+                application.create_task(setting)  # which belongs to no update
             else:
                 await setting
 
@@ -376,13 +385,6 @@ class ConversationHandler(OwnConversationHandler[CCT]):
             at.pop(name, None)
         else:
             at[name] = self._stored_states.stored(state)
-
-
-def _run_outside(application: Any, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` in a task that runs inside no scope; the stop() of the application waits for it."""
-    context = copy_context()
-    context.run(step_outside_units)
-    application._session_sync.wait_for(asyncio.create_task(work, context=context))
 
 
 def _first(

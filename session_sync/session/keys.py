@@ -399,6 +399,25 @@ def _read(kind: UpdateKind, payload: object, make_key: _MakeKey) -> StorageKey |
     return None if chat is None else make_key(user, chat, at, at(payload, kind.message))
 
 
+def message_json(
+    user: int, chat: int, thread: int | None = None, business: str | None = None
+) -> dict[str, Any]:
+    """An empty message of that user in that chat, as Telegram would send it: for what a key
+    function makes of it."""
+    message: dict[str, Any] = {
+        "message_id": 0,
+        "date": 0,
+        "chat": {"id": chat, "type": "private" if chat > 0 else "supergroup"},
+        "from": {"id": user, "is_bot": False, "first_name": ""},
+        "text": "",
+    }
+    if thread is not None:
+        message |= {"is_topic_message": True, "message_thread_id": thread}
+    if business is not None:
+        message["business_connection_id"] = business
+    return message
+
+
 def text_of(key: Any) -> str | None:
     """The key that get_storage_key has returned, as a string."""
     if key is None or isinstance(key, str):

@@ -17,7 +17,7 @@ from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 from ..errors import SessionKeyError
 from ..manager import SessionManager
-from ..session.keys import OWN_KEY_FUNCTIONS, StorageKey, text_of
+from ..session.keys import OWN_KEY_FUNCTIONS, StorageKey, message_json, text_of
 from ..session.standing import standing_of
 from ..storages.base import plain
 from .library import AsyncStateStorageBase, Message, StateStorageBase
@@ -54,9 +54,10 @@ class _Places:
         """Raise ValueError if a handler's session and its states are in one store, and two storage
         objects are there for it: one would wait for the other."""
         own = self.sessions.storage
+        store = getattr(own, "store", None)
         for manager in managers:
-            store = getattr(manager.storage, "store", None)
-            if store is not None and manager.storage is not own and store == _store_of(own):
+            other = manager.storage
+            if store is not None and other is not own and getattr(other, "store", None) == store:
                 raise ValueError(
                     f"the states of this bot and its sessions are both in {store}, by two storage "
                     f"objects, so a handler would wait for itself; make one, and give it to both "
@@ -72,7 +73,7 @@ class _Places:
         bot_id: int | None = None,
     ) -> _Place:
         chat_id, user_id = int(chat_id), int(user_id)  # of a button's data they are strings
-        message = _message(chat_id, user_id, business_connection_id, message_thread_id)
+        message = message_json(user_id, chat_id, message_thread_id, business_connection_id)
         key = text_of(self._scopes.get_storage_key(Message.de_json(message)))
         if key is None:
             raise SessionKeyError(
@@ -94,27 +95,6 @@ class _Places:
             if given is not None and given != has
         )
         return _Place(key, f"states{rest}", f"states_data{rest}")
-
-
-def _store_of(storage: object) -> str | None:
-    return getattr(storage, "store", None)
-
-
-def _message(
-    chat_id: int, user_id: int, business: str | None, thread: int | None
-) -> dict[str, Any]:
-    """A message of that user in that chat, as Telegram would send it."""
-    message: dict[str, Any] = {
-        "message_id": 0,
-        "date": 0,
-        "chat": {"id": chat_id, "type": "private" if chat_id > 0 else "supergroup"},
-        "from": {"id": user_id, "is_bot": False, "first_name": ""},
-    }
-    if business is not None:
-        message["business_connection_id"] = business
-    if thread is not None:
-        message |= {"message_thread_id": thread, "is_topic_message": True}
-    return message
 
 
 # -- what is done where a user stands

@@ -435,13 +435,13 @@ def test_after_a_release_no_other_session_is_kept_until_the_state_is_set(
         app = install(ptb_tools.builder(api), in_memory, chat_session=chats).build()
         app.add_handler(form)
         async with app:
+            await app.start()
             await process(app, command("/start"))
             first = asyncio.create_task(process(app, message(text="Alex")))
             await gate[0].reached()
             async with in_memory.session_scope(KEY):  # as that update
                 gate[0].open()
                 await asyncio.wait_for(first, ptb_tools.SOON)
-            await app.start()
             await app.stop()  # which waits for the state
         assert where(in_memory) == {"conversation:form:": AGE}
 

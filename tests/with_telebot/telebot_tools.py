@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,25 @@ import pytest
 telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 from conftest import stop_telebot  # noqa: E402
 from telebot import types  # noqa: E402
+from telebot.handler_backends import State, StatesGroup  # noqa: E402
+from telebot.storage import StateMemoryStorage  # noqa: E402
 
 import session_sync.telebot  # noqa: E402
 from session_sync import DiskStorage, MemoryStorage, SessionManager, SQLiteStorage  # noqa: E402
 
 KEY = "user:1:chat:1"
+
+# What a newer telebot says besides to its own storages of states, which tell bots apart.
+OF_BOT = {"bot_id": 1} if "bot_id" in signature(StateMemoryStorage.get_data).parameters else {}
+
+
+class Form(StatesGroup):  # type: ignore[misc] # telebot has no types
+    name = State()
+    age = State()
+
+
+class FailedError(Exception):
+    """What a handler raises."""
 
 
 class Exceptions:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from inspect import signature
 from typing import Any
 
 import pytest
 import telebot_tools
-from telebot_tools import KEY
+from telebot_tools import KEY, OF_BOT, FailedError
 
 telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 pytest.importorskip("aiohttp", reason="needs aiohttp")
@@ -22,20 +21,12 @@ from telebot.asyncio_storage import StateMemoryStorage  # noqa: E402
 from session_sync import SessionManager  # noqa: E402
 from session_sync.telebot import AsyncSessionStates, SessionStates, install  # noqa: E402
 
-# What a newer telebot says besides to its own storages, which tell bots apart.
-OF_BOT = {"bot_id": 1} if "bot_id" in signature(StateMemoryStorage.get_data).parameters else {}
+store = pytest.fixture(params=telebot_tools.STORES)(telebot_tools.make_store)
 
 
-class Form(StatesGroup):  # type: ignore[misc] # telebot has no types
+class Form(StatesGroup):  # type: ignore[misc] # an old telebot has another class for a TeleBot
     name = State()
     age = State()
-
-
-class FailedError(Exception):
-    pass
-
-
-store = pytest.fixture(params=telebot_tools.STORES)(telebot_tools.make_store)
 
 
 def make_form(sessions: SessionManager[Any]) -> Any:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import telebot_tools
-from telebot_tools import KEY, Bots, Exceptions, drain, feed, stored
+from telebot_tools import KEY, OF_BOT, Bots, Exceptions, FailedError, Form, drain, feed, stored
 
 telebot = pytest.importorskip("telebot", reason="needs the extra 'telebot'")
 from conftest import message  # noqa: E402
 from telebot import custom_filters  # noqa: E402
-from telebot.handler_backends import State, StatesGroup  # noqa: E402
 from telebot.storage import StateMemoryStorage  # noqa: E402
 
 from session_sync import (  # noqa: E402
@@ -35,19 +33,6 @@ threaded = pytest.fixture(params=[False, True], ids=["inline", "threaded"])(
     telebot_tools.make_threaded
 )
 GROUP = -100
-# What a newer telebot says besides to its own storages, which tell bots apart.
-OF_BOT = {"bot_id": 1} if "bot_id" in signature(StateMemoryStorage.get_data).parameters else {}
-
-
-class Form(StatesGroup):  # type: ignore[misc] # telebot has no types
-    name = State()
-    age = State()
-
-
-class FailedError(Exception):
-    pass
-
-
 store = pytest.fixture(params=telebot_tools.STORES)(telebot_tools.make_store)
 
 

@@ -67,8 +67,8 @@ def show(
     """Show the fields of one session, or of all of a user.
 
     Of each field the name, the type, and when it expires; and under $at the conversations in which
-    the user stands. KEY names one session, --user and --chat
-    all sessions of a user, of a chat, or of a user in a chat.
+    the user stands. KEY names one session, --user and --chat all sessions of a user, of a chat, or
+    of a user in a chat.
     """
     if (key is None) != (user is not None or chat is not None):
         raise click.UsageError("give a KEY, or --user ID, --chat ID, or both of them")

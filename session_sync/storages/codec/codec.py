@@ -169,7 +169,7 @@ class Codec:
 
     def _packed(self, fields: Mapping[str, Any], packer: Packer) -> Mapping[str, Any]:
         if fields.__class__ is dict and packer.is_json(fields):
-            return fields  # which is the case of most small sessions
+            return fields  # as of a record that was decoded at once
         packed: dict[str, Any] = {}
         changed = fields
         if isinstance(fields, EncodedRecord) and fields.codec is self:
