@@ -310,7 +310,7 @@ class AsyncSessionStates(_Places, AsyncStateStorageBase):  # type: ignore[misc] 
         """The data itself, in an `async with` block."""
         place = self._place(chat_id, user_id, *where, **more)
         async with self._scopes.of_standing(place.key) as session:
-            at = standing_of(await session)
+            at = standing_of(session)
             data = _live_data(at, place)
             yield data
             _keep_data(at, place, data)

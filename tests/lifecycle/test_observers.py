@@ -133,7 +133,7 @@ def test_the_size_is_that_of_what_is_stored(tmp_path: Path, seen: Observers) -> 
 
 @pytest.mark.parametrize("kind", ["sqlite", "disk", "redis"])
 @pytest.mark.parametrize("how", ["with", "async with", "several"])
-def test_every_way_of_writing_knows_its_size(
+def test_every_way_of_reading_and_writing_knows_its_size(
     request: pytest.FixtureRequest, tmp_path: Path, seen: Observers, kind: str, how: str
 ) -> None:
     from session_sync import storage_from_url
@@ -154,8 +154,10 @@ def test_every_way_of_writing_knows_its_size(
                 with sessions.session_scopes("user:1", "user:2") as both:
                     for session in both:
                         session.counter = session.get("counter", 0) + 1
-        sizes = {event.stored_bytes for name, event in seen.take() if name == "close"}
-    assert sizes == {len('{"counter":1}')}
+        told = seen.take()
+    size = len('{"counter":1}')
+    assert {event.stored_bytes for name, event in told if name == "open"} == {None, size}
+    assert {event.stored_bytes for name, event in told if name == "close"} == {size}
 
 
 def test_one_that_only_reads_has_written_nothing(storage: Any, seen: Observers) -> None:

@@ -27,7 +27,7 @@ from session_sync import (
     copy_storage,
     ttl,
 )
-from session_sync.session.standing import standing_of
+from session_sync.session.standing import standing_of, stands_at
 
 KEY = "user:1:chat:1"
 FORM = "conversation:form:"
@@ -432,6 +432,18 @@ def test_of_two_sessions_that_become_one_the_newer_one_says_where_the_user_stand
             standing_of(session).update(at)
     sessions.migrate_chat(-5, -1005)
     assert standing(sessions, "user:1:chat:-1005") == kept
+
+
+def test_to_look_at_one_name_reads_what_is_there(sessions: SessionManager[Session]) -> None:
+    stand(sessions, form="AGE")
+    with sessions.session_scope(KEY) as session:
+        assert (stands_at(session, "form"), stands_at(session, "other")) == ("AGE", None)
+        standing_of(session)["form"] = "CITY"
+        assert stands_at(session, "form") == "CITY"
+    sessions.storage.set(KEY, {"$at": "AGE"})
+    with sessions.session_scope(KEY) as session:
+        with pytest.raises(SessionDecodeError, match=r"user:1.*\$at"):
+            stands_at(session, "form")
 
 
 @pytest.mark.parametrize("nonsense", ["AGE", ["AGE"], {1: "AGE"}])

@@ -150,6 +150,7 @@ class TestFormat:
     def test_a_field_may_have_any_name(self, name: str) -> None:
         data = Codec().encode({name: (1,), "x": "\ud800"})
         assert Codec().decode(data) == {name: (1,), "x": "\ud800"}
+        assert Codec().decode(Codec().encode({name: 1})) == {name: 1}
         assert Codec().decode_record(data, "k")[name] == (1,)
 
 

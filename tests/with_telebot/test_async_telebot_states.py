@@ -124,6 +124,18 @@ def test_the_methods_do_what_telebots_own_do(store: Any) -> None:
     assert not store.has("user:7:chat:7")
 
 
+def test_outside_of_handlers_a_lazy_manager_is_as_any_other() -> None:
+    states = AsyncSessionStates(SessionManager(lazy=True))
+
+    async def main() -> None:
+        await states.set_state(7, 7, "a")
+        async with states.get_interactive_data(7, 7) as data:
+            data["name"] = "Alex"
+        assert await states.get_data(7, 7) == {"name": "Alex"}
+
+    run(main)
+
+
 def test_blocks_of_eight_tasks_lose_nothing(store: Any) -> None:
     sessions: SessionManager[Any] = SessionManager(storage=store)
 
